@@ -21,10 +21,10 @@ DEFAULT_HOST_DRAM_GB = 4.0
 #: Setting -> what `--help` says. The flag is `--` + the setting with dashes.
 SETTINGS = {
     "kvbm_storage_tiers": "Tiers that may hold KV, fastest first: hbm,host_dram[,nvme_ssd] (default hbm,host_dram).",
-    "kvbm_host_dram_gb": f"Host memory for KV in GB, shared by this engine's workers (default {DEFAULT_HOST_DRAM_GB:g}).",
+    "kvbm_host_dram_gb": f"Host memory for KV in GB, for all workers (default {DEFAULT_HOST_DRAM_GB:g}).",
     "kvbm_offload_ratio": "Share of each request's KV that may leave HBM, above 0 and at most 1 (default 1).",
     "kvbm_nvme_path": "Directory of the nvme_ssd tier.",
-    "kvbm_nvme_gb": "Disk space for KV in GB, shared by this engine's workers.",
+    "kvbm_nvme_gb": "Disk space for KV in GB, for all workers.",
 }
 
 

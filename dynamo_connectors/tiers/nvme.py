@@ -1,7 +1,7 @@
 """G3, NVMe: one preallocated slab file per worker, a verified header before every block, O_DIRECT where it works.
 
-Nothing is synced: this is a cache, and a torn write is a miss because the header no longer proves the payload. A slab is
-held by a file lock, so engines may share a directory, and a dead engine's slab is taken over by the next one.
+Nothing is synced: this is a cache, and a torn write is a miss because the header no longer proves the payload. A slab
+is held by a file lock, so engines may share a directory, and a dead engine's slab is taken over by the next one.
 """
 
 from __future__ import annotations

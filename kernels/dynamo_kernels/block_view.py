@@ -29,7 +29,7 @@ class BlockView:
 
     @property
     def num_blocks(self) -> int:
-        return min(part.shape[0] for part in self.parts)
+        return min(int(part.shape[0]) for part in self.parts)
 
     @property
     def part_bytes(self) -> tuple[int, ...]:
