@@ -27,6 +27,8 @@ _COUNTERS = {
 class KvbmStats(KVConnectorStats):
     """`data["counts"]` maps "what|label" to an amount; `data["used"]` maps a tier to its used share, 0 to 1."""
 
+    data: dict[str, Any]
+
     @classmethod
     def of(cls, counts: Mapping[tuple[str, str], int], tiers: Mapping[str, IndexStats] | None = None) -> KvbmStats:
         data: dict[str, Any] = {"counts": {"|".join(key): amount for key, amount in counts.items() if amount}}
