@@ -42,7 +42,9 @@ def base_of(module: str, is_package: bool, level: int) -> str:
     return ".".join(parts[:keep])
 
 
-def imports_in(node: ast.AST, module: str, is_package: bool, typing: bool = False, top: bool = True) -> Iterator[Import]:
+def imports_in(
+    node: ast.AST, module: str, is_package: bool, typing: bool = False, top: bool = True
+) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             for alias in child.names:

@@ -139,7 +139,9 @@ class Recorder(MetaPathFinder):
         try:
             thing.check()
         except Exception as error:  # noqa: BLE001 - any failure of a check is the finding
-            self.broken.append(f"{type(thing).__module__}.{type(thing).__qualname__}: {type(error).__name__}: {error}")
+            self.broken.append(
+                f"{type(thing).__module__}.{type(thing).__qualname__}: {type(error).__name__}: {error}"
+            )
 
     def finish(self) -> list[str]:
         """Judges everything alive, forgets the test's objects and returns the broken invariants."""

@@ -27,7 +27,9 @@ class Excess:
         return f"{self.where}: {self.size} {self.rule}, at most {MOST[self.rule]}"
 
 
-def functions(node: ast.AST, prefix: str = "", in_class: bool = False) -> Iterator[tuple[str, Function, bool]]:
+def functions(
+    node: ast.AST, prefix: str = "", in_class: bool = False
+) -> Iterator[tuple[str, Function, bool]]:
     """Every function below `node` as (dotted name, node, is it a method with a self or cls)."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -105,7 +107,9 @@ if True:
     }
 
 
-@pytest.mark.parametrize("line", ["a.py file-lines", "a.py file-lines it is long", "a.py lines because of many reasons"])
+@pytest.mark.parametrize(
+    "line", ["a.py file-lines", "a.py file-lines it is long", "a.py lines because of many reasons"]
+)
 def test_an_exception_needs_a_reason(line: str) -> None:
     with pytest.raises(ValueError, match="REASON"):
         allowed(line)

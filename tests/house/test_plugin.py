@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.house.repository import ROOT, import_path
+from tests.house.repository import import_path
 
 SETTINGS = "[pytest]\naddopts = -p tests.house.plugin\n"
 
@@ -49,7 +49,7 @@ class Plain:
         raise RuntimeError("cannot even look")
 '''
 
-TESTS = '''
+TESTS = """
 import os, subprocess, sys, threading
 from multiprocessing import shared_memory
 import pytest
@@ -134,7 +134,7 @@ def test_fails_check_of_a_module_fixture(old_shelf):
 
 def test_ok_once_repaired(old_shelf):
     old_shelf.items.clear()
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,17 @@ def inner_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     (package / "shelf.py").write_text(PACKAGE)
     (folder / "pytest.ini").write_text(SETTINGS)
     (folder / "test_inner.py").write_text(TESTS)
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", "pytest.ini", "test_inner.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        "pytest.ini",
+        "test_inner.py",
+    ]
     path = f"{folder}:{import_path()}"
     result = subprocess.run(
         command,
@@ -167,12 +177,24 @@ def inner_run(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("test_leaks_orphan", "sleep 30.75"),
         ("test_leaks_descriptor", "lost-file"),
         ("test_leaks_segment", "shared-memory segment /dev/shm/lost-segment"),
-        ("test_fails_check_on_a_dropped_object", "dynamo_planner.shelf.Shelf: AssertionError: an item is negative"),
+        (
+            "test_fails_check_on_a_dropped_object",
+            "dynamo_planner.shelf.Shelf: AssertionError: an item is negative",
+        ),
         ("test_fails_check_of_a_subclass", "dynamo_planner.shelf.TallShelf: AssertionError: no height"),
-        ("test_fails_check_without_constructor", "dynamo_planner.shelf.Plain: RuntimeError: cannot even look"),
+        (
+            "test_fails_check_without_constructor",
+            "dynamo_planner.shelf.Plain: RuntimeError: cannot even look",
+        ),
         ("test_fails_check_after_new", "dynamo_planner.shelf.Named: AssertionError: no name"),
-        ("test_fails_check_when_many_were_made", "dynamo_planner.shelf.Shelf: AssertionError: an item is negative"),
-        ("test_fails_check_of_a_module_fixture", "dynamo_planner.shelf.Shelf: AssertionError: an item is negative"),
+        (
+            "test_fails_check_when_many_were_made",
+            "dynamo_planner.shelf.Shelf: AssertionError: an item is negative",
+        ),
+        (
+            "test_fails_check_of_a_module_fixture",
+            "dynamo_planner.shelf.Shelf: AssertionError: an item is negative",
+        ),
     ],
 )
 def test_misbehaviour_fails(inner_run: str, test: str, words: str) -> None:

@@ -28,8 +28,30 @@ ROOMS = {
     "nixl_cu13": ("dynamo_connectors.transport",),
 }
 IMPURE = {
-    *("torch", "triton", "vllm", "sglang", "nixl", "nixl_cu12", "nixl_cu13", "zmq", "aiohttp", "uvloop", "requests"),
-    *("asyncio", "threading", "multiprocessing", "concurrent", "subprocess", "socket", "ssl", "selectors", "time"),
+    *(
+        "torch",
+        "triton",
+        "vllm",
+        "sglang",
+        "nixl",
+        "nixl_cu12",
+        "nixl_cu13",
+        "zmq",
+        "aiohttp",
+        "uvloop",
+        "requests",
+    ),
+    *(
+        "asyncio",
+        "threading",
+        "multiprocessing",
+        "concurrent",
+        "subprocess",
+        "socket",
+        "ssl",
+        "selectors",
+        "time",
+    ),
 }
 # What a core must be given instead of fetching: (module, attribute) pairs; "random.Random(seed)" stays allowed.
 IMPURE_ATTRIBUTES = {("datetime", "now"), ("datetime", "utcnow"), ("date", "today")}
@@ -172,7 +194,9 @@ def test_impurity_is_found_through_another_module() -> None:
         dynamo_proxy__ok="import random\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\nR = random.Random(1)",
         dynamo_proxy__dice="import random\nx = random.random()\ny = open('f')",
     )
-    house["dynamo_proxy.policy"] = parse("dynamo_proxy.policy", Path(ROOT / "p.py"), "from dynamo_proxy import clock")
+    house["dynamo_proxy.policy"] = parse(
+        "dynamo_proxy.policy", Path(ROOT / "p.py"), "from dynamo_proxy import clock"
+    )
     assert impurities(house["dynamo_proxy.policy"], house) == ["dynamo_proxy.clock.py:2 imports time"]
     assert impurities(house["dynamo_proxy.ok"], house) == []
     assert len(impurities(house["dynamo_proxy.dice"], house)) == 2
@@ -180,7 +204,11 @@ def test_impurity_is_found_through_another_module() -> None:
 
 def test_relative_imports_are_resolved() -> None:
     module = parse("a.b.c", Path("c.py"), "from . import d\nfrom ..e import f\nfrom .g import h")
-    assert [(item.module, item.name) for item in module.imports] == [("a.b", "d"), ("a.e", "f"), ("a.b.g", "h")]
+    assert [(item.module, item.name) for item in module.imports] == [
+        ("a.b", "d"),
+        ("a.e", "f"),
+        ("a.b.g", "h"),
+    ]
     package = parse("a.b", Path("__init__.py"), "from .c import d")
     assert package.imports[0].module == "a.b.c"
 

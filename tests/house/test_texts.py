@@ -27,7 +27,14 @@ MACHINE_PATH = re.compile(r"(?<![\w.\-/$}~])/(?:work|root|home/\w+|tmp/(?:wt|bas
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 OUR_COMMAND = re.compile(r"\bdynamo-(?:proxy|planner|connectors)\b|--kv-connector|--kvbm-")
 # Options of the engines' own that stand on our launch lines.
-ENGINE_FLAGS = {"--model-path", "--enable-hierarchical-cache", "--hicache-storage-backend", "--port", "--host", "--help"}
+ENGINE_FLAGS = {
+    "--model-path",
+    "--enable-hierarchical-cache",
+    "--hicache-storage-backend",
+    "--port",
+    "--host",
+    "--help",
+}
 
 
 def texts() -> list[tuple[Path, str]]:
@@ -41,13 +48,20 @@ def texts() -> list[tuple[Path, str]]:
 
 
 def test_no_file_names_a_registry_host() -> None:
-    found = [f"{path.relative_to(ROOT)}: {host}" for path, text in texts() for host in REGISTRY_HOSTS if host in text]
+    found = [
+        f"{path.relative_to(ROOT)}: {host}"
+        for path, text in texts()
+        for host in REGISTRY_HOSTS
+        if host in text
+    ]
     assert not found, "\n".join(found)
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
     found = [
-        f"{path.relative_to(ROOT)}: {match.group()}" for path, text in texts() for match in MACHINE_PATH.finditer(text)
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path, text in texts()
+        for match in MACHINE_PATH.finditer(text)
     ]
     assert not found, "\n".join(found)
 
@@ -67,7 +81,9 @@ def test_the_texts_exist(name: str) -> None:
 def launch_flags(readme: str) -> set[str]:
     """Flags on the lines of code blocks that start something of ours."""
     flags: set[str] = set()
-    for block in re.findall(r"```.*?\n(.*?)```", readme, re.DOTALL) + re.findall(r"(?:^ {4}.*\n)+", readme, re.MULTILINE):
+    for block in re.findall(r"```.*?\n(.*?)```", readme, re.DOTALL) + re.findall(
+        r"(?:^ {4}.*\n)+", readme, re.MULTILINE
+    ):
         for line in block.replace("\\\n", " ").splitlines():
             if OUR_COMMAND.search(line):
                 flags.update(FLAG.findall(line))
