@@ -28,13 +28,16 @@ class BootstrapError(RuntimeError):
     """An environment could not be built; the text says what to do."""
 
 
-def fingerprint(lock: Path) -> str:
-    """Changes whenever the environment must be built anew."""
-    parts = (lock, ROOT / "pyproject.toml", Path(__file__))
+def fingerprint(*parts: Path) -> str:
+    """Changes whenever this interpreter or one of the files does."""
     digest = hashlib.sha256(sys.version.encode())
     for part in parts:
         digest.update(part.read_bytes())
     return digest.hexdigest()
+
+
+def is_current(stamp: Path, wanted: str) -> bool:
+    return stamp.is_file() and stamp.read_text() == wanted
 
 
 def run_with_progress(title: str, command: list[str], log: Path) -> None:
@@ -71,25 +74,25 @@ def build(name: str) -> Path:
     """Returns the environment's folder, built if it is absent or out of date."""
     lock = ROOT / "locks" / LOCKS[name]
     folder = ROOT / ".envs" / name
-    stamp = folder / "built-from"
-    wanted = fingerprint(lock)
-    if stamp.is_file() and stamp.read_text() == wanted:
-        return folder
-    print(f"building {folder.relative_to(ROOT)} from {lock.relative_to(ROOT)}", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(exist_ok=True)
     log = folder.parent / f"{name}.log"
-    log.unlink(missing_ok=True)
-    python = str(folder / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
-    run_with_progress("virtual environment", [sys.executable, "-m", "venv", str(folder)], log)
-    run_with_progress("locked packages", [*pip, "--no-deps", "-r", str(lock)], log)
-    editable = [*pip, "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    run_with_progress("this project, editable", editable, log)
-    site_packages = next((folder / "lib").glob("python*/site-packages"))
-    if name == "vllm":
-        write_vllm_metadata(lock, site_packages)
-    stamp.write_text(wanted)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--no-compile", "--progress-bar", "off", "--no-deps"]
+
+    locked, wanted = folder / "locked-from", fingerprint(lock, Path(__file__))
+    if not is_current(locked, wanted):
+        print(f"building {folder.relative_to(ROOT)} from {lock.relative_to(ROOT)}", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        log.unlink(missing_ok=True)
+        run_with_progress("virtual environment", [sys.executable, "-m", "venv", str(folder)], log)
+        run_with_progress("locked packages", [*pip, "-r", str(lock)], log)
+        if name == "vllm":
+            write_vllm_metadata(lock, next((folder / "lib").glob("python*/site-packages")))
+        locked.write_text(wanted)
+
+    installed, wanted = folder / "installed-from", fingerprint(ROOT / "pyproject.toml")
+    if not is_current(installed, wanted):
+        run_with_progress(f"{name}: this project, editable", [*pip, "--no-build-isolation", "-e", str(ROOT)], log)
+        installed.write_text(wanted)
     return folder
 
 

@@ -1,1 +1,25 @@
-"""Block copy: moves opaque KV bytes between HBM and host rows."""
+"""Block copy: moves opaque KV bytes between HBM pages and host rows.
+
+`copy_blocks` is the one call. Importing this package costs nothing; torch comes with the first name that needs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynamo_kernels.block_view import BlockView
+    from dynamo_kernels.copy import copy_blocks
+    from dynamo_kernels.fence import ComputeFence
+
+__all__ = ["BlockView", "ComputeFence", "copy_blocks"]
+
+_HOME = {"BlockView": "block_view", "copy_blocks": "copy", "ComputeFence": "fence"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

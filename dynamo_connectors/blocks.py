@@ -1,0 +1,56 @@
+"""Block identity: what a block is called, and which blocks may never be mistaken for one another.
+
+A `BlockKey` is the engine's own chained block hash. A `Namespace` pins everything that decides how the bytes
+under that key must be read; blocks of different namespaces are never compared, read or shared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import NewType
+
+import msgspec
+
+#: Raised whenever the meaning of stored bytes changes: older bytes then belong to another namespace.
+FORMAT_VERSION = 1
+NAMESPACE_DIGEST_BYTES = 16
+
+BlockKey = NewType("BlockKey", bytes)
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Everything that two engines must share before one may read the other's bytes.
+
+    The cache salt and the LoRA adapter are part of the engine's block hash (vLLM `request.block_hashes`) or, where
+    the engine leaves them out, of `key_rules`.
+    """
+
+    engine: str
+    model: str
+    revision: str
+    dtype: str
+    layout_fingerprint: str
+    block_size_tokens: int
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    key_rules: str = ""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that differ whenever any field does."""
+        # A deterministic, unambiguous encoding: joining the fields with a separator would let one field imitate two.
+        encoded = msgspec.json.encode(sorted(asdict(self).items()))
+        return hashlib.blake2b(encoded, digest_size=NAMESPACE_DIGEST_BYTES).digest()
+
+
+def leading_run(present: list[bool]) -> int:
+    """Length of the leading run of True: the part of a chain that can be used."""
+    for index, here in enumerate(present):
+        if not here:
+            return index
+    return len(present)

@@ -1,0 +1,44 @@
+"""Asks the host whether the configured tiers can exist, before an engine spends a minute loading a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from dynamo_connectors.config import GIGABYTE, KvbmConfig
+from dynamo_connectors.errors import ConfigError
+
+
+def physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_host(config: KvbmConfig) -> None:
+    """Raises `ConfigError` with one line when this machine cannot hold what `config` asks for."""
+    memory = physical_memory_bytes()
+    if config.host_dram_bytes > memory:
+        raise ConfigError(
+            f"--kvbm-host-dram-gb {config.host_dram_bytes / GIGABYTE:g} is more than this host's "
+            f"{memory / GIGABYTE:.1f} GB of memory; lower it"
+        )
+    if config.nvme_path is not None:
+        _check_directory(config.nvme_path, config.nvme_bytes)
+
+
+def _check_directory(directory: Path, wanted_bytes: int) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise ConfigError(
+            f"--kvbm-nvme-path {directory} cannot be used ({error.strerror}); name a directory this user may write to"
+        ) from error
+    # Slabs of engines that have died are taken over, so their space counts as free.
+    reusable = sum(path.stat().st_blocks * 512 for path in directory.glob("kvbm-*.slab"))
+    if wanted_bytes > free + reusable:
+        raise ConfigError(
+            f"--kvbm-nvme-gb {wanted_bytes / GIGABYTE:g} is more than the {free / GIGABYTE:.1f} GB free in {directory}"
+        )

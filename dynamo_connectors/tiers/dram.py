@@ -1,0 +1,70 @@
+"""G2, host DRAM: one slab of fixed rows, mapped once, pinned when the engine runs on a GPU."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.errors import ConfigError, StoreError
+
+#: Pins (address, num_bytes) for DMA and returns the function that unpins it.
+Pinner = Callable[[int, int], Callable[[], None]]
+
+
+class DramStore:
+    """`capacity_blocks` rows of `row_bytes` each in one private mapping.
+
+    The system hands out the pages as they are touched, so an idle tier costs little. Each slot remembers the key it was
+    written for: a reader that asks for another key gets an error instead of somebody else's bytes.
+    """
+
+    def __init__(self, capacity_blocks: int, row_bytes: int, pin: Pinner | None = None) -> None:
+        self.capacity_blocks = capacity_blocks
+        self.row_bytes = row_bytes
+        self._keys: list[BlockKey | None] = [None] * capacity_blocks
+        self._unpin: Callable[[], None] | None = None
+        try:
+            self._slab = mmap.mmap(-1, capacity_blocks * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            gigabytes = capacity_blocks * row_bytes / 1e9
+            raise ConfigError(
+                f"the host refuses {gigabytes:.2f} GB of memory for the host_dram tier ({error}); "
+                "lower --kvbm-host-dram-gb"
+            ) from error
+        #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
+        self.rows: npt.NDArray[np.uint8] = np.frombuffer(self._slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
+        if pin is not None:
+            self._unpin = pin(self.rows.ctypes.data, self.rows.nbytes)
+
+    def set_key(self, slot: int, key: BlockKey | None) -> None:
+        """Names what `slot` holds: None while the copy engine fills the row, the key when it is complete."""
+        self._keys[slot] = key
+
+    def holds(self, slot: int, key: BlockKey) -> bool:
+        return self._keys[slot] == key
+
+    def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
+        self._keys[slot] = None
+        self.rows[slot] = np.frombuffer(row, dtype=np.uint8)
+        self._keys[slot] = key
+
+    def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
+        if self._keys[slot] != key:
+            raise StoreError("wrong_key", f"DRAM slot {slot} holds another block")
+        np.frombuffer(into, dtype=np.uint8)[:] = self.rows[slot]
+
+    def close(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+        self._keys = [None] * self.capacity_blocks
+        self.rows = np.empty((0, self.row_bytes), dtype=np.uint8)
+        try:
+            self._slab.close()
+        except BufferError:
+            # A view of a row is still alive somewhere; the mapping goes with its last view.
+            return

@@ -1,0 +1,236 @@
+"""One tier's index: which block lies in which slot, and in which state. Pure bookkeeping, O(1) per block, no I/O.
+
+States of a slot:
+
+    FREE --reserve--> FILLING --commit--> READY --evict--> FREE
+                         |                  |  ^
+                       abort            pin |  | unpin (last)
+                         v                  v  |
+                        FREE              READY with pins > 0 (leased: never evicted)
+
+A slot whose content must not be served any more, but which somebody still reads or fills, is DOOMED: it has left the
+index, and its slot becomes free at the last unpin, commit or abort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.eviction import EvictionPolicy, LruPolicy
+
+
+class SlotState(IntEnum):
+    FREE = 0
+    FILLING = 1
+    READY = 2
+    DOOMED = 3
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    """A snapshot. Counts are blocks."""
+
+    capacity_blocks: int
+    ready_blocks: int
+    filling_blocks: int
+    pinned_blocks: int
+    doomed_blocks: int
+    evicted_blocks_total: int
+
+
+class TierIndex:
+    """Slots 0 .. capacity_blocks - 1 of one tier. Not thread-safe: its owner serialises the calls."""
+
+    def __init__(self, capacity_blocks: int, policy: EvictionPolicy | None = None) -> None:
+        if capacity_blocks < 1:
+            raise ValueError(f"a tier needs at least one slot, not {capacity_blocks}")
+        self.capacity_blocks = capacity_blocks
+        self._order = policy if policy is not None else LruPolicy()
+        #: key -> slot, for FILLING and READY slots only.
+        self._slot_of: dict[BlockKey, int] = {}
+        #: The key of every slot that is not FREE.
+        self._key_of: list[BlockKey | None] = [None] * capacity_blocks
+        self._state = bytearray(capacity_blocks)
+        #: slot -> number of readers; absent means none.
+        self._pins: dict[int, int] = {}
+        self._free = list(range(capacity_blocks - 1, -1, -1))
+        self._evicted: list[BlockKey] = []
+        self._evicted_total = 0
+        self._ready = 0
+
+    def __contains__(self, key: BlockKey) -> bool:
+        """Whether `key` can be read now."""
+        slot = self._slot_of.get(key)
+        return slot is not None and self._state[slot] == SlotState.READY
+
+    def is_known(self, key: BlockKey) -> bool:
+        """Whether `key` is here or on its way here."""
+        return key in self._slot_of
+
+    def slot_of(self, key: BlockKey) -> int | None:
+        """The slot of a block that can be read now, else None."""
+        slot = self._slot_of.get(key)
+        return slot if slot is not None and self._state[slot] == SlotState.READY else None
+
+    def lookup(self, keys: Iterable[BlockKey]) -> int:
+        """Length of the leading run of `keys` that can be read now."""
+        run = 0
+        for key in keys:
+            if key not in self:
+                break
+            run += 1
+        return run
+
+    def reserve(self, key: BlockKey) -> int | None:
+        """A slot to fill with `key`, evicting the oldest unpinned block if need be.
+
+        None when `key` is already known or every slot is in use: the caller drops the block.
+        """
+        if key in self._slot_of:
+            return None
+        if not self._free and not self._evict_one():
+            return None
+        slot = self._free.pop()
+        self._slot_of[key] = slot
+        self._key_of[slot] = key
+        self._state[slot] = SlotState.FILLING
+        return slot
+
+    def commit(self, slot: int) -> bool:
+        """The bytes of `slot` are complete. False when the block was dropped meanwhile."""
+        if self._state[slot] == SlotState.DOOMED:
+            self._release(slot)
+            return False
+        key = self._expect(slot, SlotState.FILLING)
+        self._state[slot] = SlotState.READY
+        self._ready += 1
+        self._order.add(key)
+        return True
+
+    def abort(self, slot: int) -> None:
+        """The bytes of `slot` never came."""
+        if self._state[slot] != SlotState.DOOMED:
+            key = self._expect(slot, SlotState.FILLING)
+            del self._slot_of[key]
+        self._release(slot)
+
+    def pin(self, key: BlockKey) -> int | None:
+        """Protects a readable block until `unpin`; returns its slot, or None when it cannot be read."""
+        slot = self.slot_of(key)
+        if slot is None:
+            return None
+        self._pins[slot] = self._pins.get(slot, 0) + 1
+        self._order.remove(key)
+        return slot
+
+    def unpin(self, slot: int) -> None:
+        """Ends one pin. The block counts as just used."""
+        pins = self._pins.get(slot, 0)
+        if pins < 1:
+            raise AssertionError(f"slot {slot} is not pinned")
+        if pins > 1:
+            self._pins[slot] = pins - 1
+            return
+        del self._pins[slot]
+        if self._state[slot] == SlotState.DOOMED:
+            self._release(slot)
+        else:
+            self._order.add(self._expect(slot, SlotState.READY))
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Marks a chain as just used, its head last, so that tails are evicted before the heads they hang on."""
+        for key in reversed(keys):
+            if key in self._order:
+                self._order.add(key)
+
+    def discard(self, key: BlockKey) -> None:
+        """Never serve `key` from here again (bad bytes, reset). Readers and writers in flight finish in peace."""
+        slot = self._slot_of.pop(key, None)
+        if slot is None:
+            return
+        if self._state[slot] == SlotState.READY:
+            self._ready -= 1
+            self._order.remove(key)
+        busy = self._state[slot] == SlotState.FILLING or slot in self._pins
+        self._state[slot] = SlotState.DOOMED
+        if not busy:
+            self._release(slot)
+
+    def evict(self, blocks: int) -> int:
+        """Frees up to `blocks` slots, oldest first; returns how many."""
+        freed = 0
+        while freed < blocks and self._evict_one():
+            freed += 1
+        return freed
+
+    def clear(self) -> None:
+        """Forgets every block."""
+        for key in list(self._slot_of):
+            self.discard(key)
+
+    def readable_keys(self) -> list[BlockKey]:
+        return [key for key, slot in self._slot_of.items() if self._state[slot] == SlotState.READY]
+
+    def pinned_slots(self) -> dict[int, int]:
+        """slot -> number of readers, for slots with at least one."""
+        return dict(self._pins)
+
+    def take_evicted(self) -> list[BlockKey]:
+        """The blocks evicted to make room since the last call, oldest first."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def stats(self) -> IndexStats:
+        return IndexStats(
+            capacity_blocks=self.capacity_blocks,
+            ready_blocks=self._ready,
+            filling_blocks=len(self._slot_of) - self._ready,
+            pinned_blocks=len(self._pins),
+            doomed_blocks=self.capacity_blocks - len(self._free) - len(self._slot_of),
+            evicted_blocks_total=self._evicted_total,
+        )
+
+    def check(self) -> None:
+        """Asserts every invariant. O(capacity)."""
+        used = self.capacity_blocks - len(self._free)
+        assert len(set(self._free)) == len(self._free), "a slot is free twice"
+        for slot in self._free:
+            assert self._state[slot] == SlotState.FREE, f"slot {slot} is in the free list but not FREE"
+            assert self._key_of[slot] is None, f"free slot {slot} still has a key"
+            assert slot not in self._pins, f"free slot {slot} is pinned"
+        assert sum(1 for state in self._state if state != SlotState.FREE) == used, "a used slot is in no list"
+        for key, slot in self._slot_of.items():
+            assert self._key_of[slot] == key, f"slot {slot} is indexed under a key it does not hold"
+            state = self._state[slot]
+            assert state in (SlotState.FILLING, SlotState.READY), f"indexed slot {slot} is {SlotState(state).name}"
+            evictable = state == SlotState.READY and slot not in self._pins
+            assert (key in self._order) == evictable, f"slot {slot}: eviction order and state disagree"
+        ready = sum(1 for slot in self._slot_of.values() if self._state[slot] == SlotState.READY)
+        assert ready == self._ready, "the count of readable blocks is wrong"
+        assert len(self._order) <= ready, "the eviction order holds unknown blocks"
+        for slot, pins in self._pins.items():
+            assert pins > 0, f"slot {slot} has {pins} pins"
+            assert self._state[slot] in (SlotState.READY, SlotState.DOOMED), f"slot {slot} is pinned while not readable"
+
+    def _evict_one(self) -> bool:
+        key = self._order.victim()
+        if key is None:
+            return False
+        self._evicted.append(key)
+        self._evicted_total += 1
+        self.discard(key)
+        return True
+
+    def _expect(self, slot: int, state: SlotState) -> BlockKey:
+        key = self._key_of[slot]
+        if self._state[slot] != state or key is None:
+            raise AssertionError(f"slot {slot} is {SlotState(self._state[slot]).name}, expected {state.name}")
+        return key
+
+    def _release(self, slot: int) -> None:
+        self._state[slot] = SlotState.FREE
+        self._key_of[slot] = None
+        self._free.append(slot)
