@@ -1,1 +1,1 @@
-"""Figures, each beside a peer or a floor measured in the same run. A bench is a module with `main(arguments) -> int`."""
+"""Figures, each beside a peer or a floor of the same run. A bench is a module with `main(arguments) -> int`."""

@@ -8,6 +8,7 @@ fixture made are checked after each test for as long as they live.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -119,10 +120,9 @@ class Recorder(MetaPathFinder):
             self.sweep()
 
     def stand(self, thing: Any) -> None:
-        try:
+        # Slots without __weakref__ are judged only inside the test that makes them.
+        with contextlib.suppress(TypeError):
             self.standing.append(weakref.ref(thing))
-        except TypeError:  # slots without __weakref__: judged only inside the test that makes it
-            pass
 
     def sweep(self) -> None:
         """Judges and drops what only this list still holds."""
@@ -139,9 +139,7 @@ class Recorder(MetaPathFinder):
         try:
             thing.check()
         except Exception as error:  # noqa: BLE001 - any failure of a check is the finding
-            self.broken.append(
-                f"{type(thing).__module__}.{type(thing).__qualname__}: {type(error).__name__}: {error}"
-            )
+            self.broken.append(f"{type(thing).__module__}.{type(thing).__qualname__}: {type(error).__name__}: {error}")
 
     def finish(self) -> list[str]:
         """Judges everything alive, forgets the test's objects and returns the broken invariants."""

@@ -114,9 +114,7 @@ def shared_segments() -> dict[Hashable, str]:
         for line in system_v.read_text().splitlines()[1:]:
             columns = line.split()
             if int(columns[4]) == os.getpid():
-                found[f"sysv {columns[1]}"] = (
-                    f"System V shared-memory segment {columns[1]}, {columns[3]} bytes"
-                )
+                found[f"sysv {columns[1]}"] = f"System V shared-memory segment {columns[1]}, {columns[3]} bytes"
     return found
 
 

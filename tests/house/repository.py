@@ -39,9 +39,7 @@ def environment(name: str) -> Path:
     for folder in candidates:
         if (folder / "bin" / "python").exists():
             return folder
-    raise FileNotFoundError(
-        f"no environment {name!r}: run `python3 tools/bootstrap.py {name}` or set DYNAMO_ENVS"
-    )
+    raise FileNotFoundError(f"no environment {name!r}: run `python3 tools/bootstrap.py {name}` or set DYNAMO_ENVS")
 
 
 def import_path() -> str:

@@ -27,9 +27,7 @@ class Excess:
         return f"{self.where}: {self.size} {self.rule}, at most {MOST[self.rule]}"
 
 
-def functions(
-    node: ast.AST, prefix: str = "", in_class: bool = False
-) -> Iterator[tuple[str, Function, bool]]:
+def functions(node: ast.AST, prefix: str = "", in_class: bool = False) -> Iterator[tuple[str, Function, bool]]:
     """Every function below `node` as (dotted name, node, is it a method with a self or cls)."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -23,9 +23,7 @@ def modules_after(statement: str) -> set[str]:
     code = f"{statement}\nimport sys; sys.stdout.write(chr(10).join(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": import_path()}
     command = [sys.executable, "-c", code]
-    output = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True, timeout=60
-    ).stdout
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
     return set(output.split())
 
 

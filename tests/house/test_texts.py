@@ -48,20 +48,13 @@ def texts() -> list[tuple[Path, str]]:
 
 
 def test_no_file_names_a_registry_host() -> None:
-    found = [
-        f"{path.relative_to(ROOT)}: {host}"
-        for path, text in texts()
-        for host in REGISTRY_HOSTS
-        if host in text
-    ]
+    found = [f"{path.relative_to(ROOT)}: {host}" for path, text in texts() for host in REGISTRY_HOSTS if host in text]
     assert not found, "\n".join(found)
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
     found = [
-        f"{path.relative_to(ROOT)}: {match.group()}"
-        for path, text in texts()
-        for match in MACHINE_PATH.finditer(text)
+        f"{path.relative_to(ROOT)}: {match.group()}" for path, text in texts() for match in MACHINE_PATH.finditer(text)
     ]
     assert not found, "\n".join(found)
 
@@ -101,5 +94,7 @@ def test_flags_in_the_readme_exist() -> None:
 
 
 def test_launch_flags_are_found() -> None:
-    text = "```bash\nvllm serve M --kv-connector dynamo \\\n  --kvbm-x 3\nls --all\n```\n\n    dynamo-proxy --engine a\n"
+    text = (
+        "```bash\nvllm serve M --kv-connector dynamo \\\n  --kvbm-x 3\nls --all\n```\n\n    dynamo-proxy --engine a\n"
+    )
     assert launch_flags(text) == {"--kv-connector", "--kvbm-x", "--engine"}

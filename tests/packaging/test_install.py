@@ -76,11 +76,7 @@ def test_vllm_offers_the_connector(beside_vllm: Path) -> None:
     assert "--kvbm-" in text
 
 
-@pytest.mark.parametrize(
-    ("engine", "modules"), [("vllm", ["transformers"]), ("sglang", ["transformers", "kernels"])]
-)
-def test_other_peoples_packages_stay_theirs(
-    engine: str, modules: list[str], request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize(("engine", "modules"), [("vllm", ["transformers"]), ("sglang", ["transformers", "kernels"])])
+def test_other_peoples_packages_stay_theirs(engine: str, modules: list[str], request: pytest.FixtureRequest) -> None:
     original = environment(engine) / "bin" / "python"
     assert files_of(request.getfixturevalue(f"beside_{engine}"), *modules) == files_of(original, *modules)
