@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -24,15 +23,14 @@ def last_line(text: str) -> str:
 
 
 def run_python(code: str, *arguments: str, timeout_seconds: float) -> Outcome:
-    """Runs `code` with `arguments` in sys.argv; kills it and all it started after the timeout."""
+    """Runs `code` with `arguments` in sys.argv; kills it after the timeout. Ctrl-C reaches it: same process group."""
     command = [sys.executable, "-c", code, *arguments]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as child:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
         try:
             stdout, stderr = child.communicate(timeout=timeout_seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.communicate()
+            child.kill()
             return Outcome(False, "", f"no answer after {timeout_seconds:g} s")
     if child.returncode < 0:
         return Outcome(False, stdout, f"killed by {signal.Signals(-child.returncode).name}")

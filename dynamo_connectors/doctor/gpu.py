@@ -29,7 +29,10 @@ class Gpu:
 
 
 def call(nvml: ctypes.CDLL, function: str, *arguments: object) -> None:
-    code = int(getattr(nvml, function)(*arguments))
+    try:
+        code = int(getattr(nvml, function)(*arguments))
+    except AttributeError:
+        raise NvmlError(f"it has no {function}") from None
     if code:
         nvml.nvmlErrorString.restype = ctypes.c_char_p
         raise NvmlError(f"{function}: {nvml.nvmlErrorString(code).decode()}")

@@ -43,8 +43,8 @@ def judge_memory(total_bytes: int, available_bytes: int, wanted_gb: float | None
     return Finding(Level.OK, "memory", detail)
 
 
-def judge_locked_memory(limit_bytes: int | None, may_exceed: bool, wanted_gb: float | None) -> Finding:
-    """`limit_bytes` is None when unlimited; `may_exceed`: CAP_IPC_LOCK lifts the limit."""
+def judge_locked_memory(limit_bytes: int | None, has_rdma: bool, wanted_gb: float | None) -> Finding:
+    """`limit_bytes` is None when unlimited. CUDA pins without asking the limit; RDMA registration obeys it."""
     name, remedy = (
         "locked memory",
         "ulimit -l unlimited; in Docker --ulimit memlock=-1; in systemd LimitMEMLOCK=infinity",
@@ -52,12 +52,11 @@ def judge_locked_memory(limit_bytes: int | None, may_exceed: bool, wanted_gb: fl
     if limit_bytes is None:
         return Finding(Level.OK, name, "unlimited")
     detail = f"limit {limit_bytes / 2**20:.0f} MiB (RLIMIT_MEMLOCK)"
-    if may_exceed:
-        return Finding(Level.OK, name, f"{detail}, lifted by CAP_IPC_LOCK")
-    if wanted_gb is None:
-        return Finding(Level.WARN, name, f"{detail}: pinning KV for RDMA needs more", remedy)
-    if wanted_gb * GIGABYTE > limit_bytes:
-        return Finding(Level.FAIL, name, f"{detail}, {wanted_gb:g} GB of KV to pin", remedy)
+    if wanted_gb is not None and wanted_gb * GIGABYTE > limit_bytes:
+        level = Level.FAIL if has_rdma else Level.WARN
+        return Finding(level, name, f"{detail}; registering {wanted_gb:g} GB of KV for RDMA needs more", remedy)
+    if wanted_gb is None and has_rdma:
+        return Finding(Level.WARN, name, f"{detail}: registering KV for RDMA may need more", remedy)
     return Finding(Level.OK, name, detail)
 
 
@@ -65,7 +64,7 @@ def judge_shared_memory(free_bytes: int, total_bytes: int, wanted_gb: float | No
     name, remedy = "/dev/shm", "docker run --shm-size or --ipc=host; in Kubernetes an emptyDir with medium: Memory"
     detail = f"{in_gb(free_bytes)} of {in_gb(total_bytes)} free"
     if total_bytes <= DOCKER_DEFAULT_SHM_BYTES:
-        return Finding(Level.FAIL, name, f"{detail}: too small for an engine with several workers", remedy)
+        return Finding(Level.WARN, name, f"{detail}: too small for an engine with several workers", remedy)
     if wanted_gb is not None and wanted_gb * GIGABYTE > free_bytes:
         return Finding(Level.WARN, name, f"{detail}, less than the {wanted_gb:g} GB of KV", remedy)
     return Finding(Level.OK, name, detail)
@@ -79,17 +78,22 @@ def has_ipc_lock(status: str) -> bool:
     return False
 
 
-def examine_memory(wanted_gb: float | None) -> list[Finding]:
+def memory_lock_limit_bytes() -> int | None:
+    """RLIMIT_MEMLOCK; None where there is none, or where CAP_IPC_LOCK lifts it."""
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    lifted = has_ipc_lock(Path("/proc/self/status").read_text())
+    return None if lifted or soft == resource.RLIM_INFINITY else soft
+
+
+def examine_memory(wanted_gb: float | None, rdma_devices: Path = Path("/sys/class/infiniband")) -> list[Finding]:
     rows = meminfo(Path("/proc/meminfo").read_text())
     total, available = rows["MemTotal"], rows["MemAvailable"]
     if (limit := container_limit_bytes()) is not None:
         total, available = min(total, limit), min(available, limit)
-    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    locked = None if soft == resource.RLIM_INFINITY else soft
-    may_exceed = has_ipc_lock(Path("/proc/self/status").read_text())
+    has_rdma = rdma_devices.is_dir() and any(rdma_devices.iterdir())
     findings = [
         judge_memory(total, available, wanted_gb),
-        judge_locked_memory(locked, may_exceed, wanted_gb),
+        judge_locked_memory(memory_lock_limit_bytes(), has_rdma, wanted_gb),
     ]
     try:
         shm = os.statvfs("/dev/shm")

@@ -32,7 +32,7 @@ def is_in_range(version: str, bounds: str) -> bool:
 
 
 def supported_range(engine: str) -> str | None:
-    """The range that our own metadata states for the extra of that name, without spaces."""
+    """The range that our own metadata states for the extra of that name: `>=A,<B`."""
     try:
         requirements = metadata.requires(OURS) or []
     except metadata.PackageNotFoundError:
@@ -40,7 +40,8 @@ def supported_range(engine: str) -> str | None:
     for line in requirements:
         requirement, _, marker = line.partition(";")
         if re.search(rf"extra\s*==\s*['\"]{engine}['\"]", marker) and re.match(rf"{engine}\b", requirement):
-            return re.sub(r"[\s()]", "", requirement.strip()[len(engine) :])
+            bounds = re.sub(r"[\s()]", "", requirement.strip()[len(engine) :]).split(",")
+            return ",".join(sorted(bounds, reverse=True))  # metadata sorts the lower bound last
     return None
 
 
