@@ -3,9 +3,6 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .envs/vllm/bin
 
-# The packages of this checkout, also where an environment belongs to another one.
-export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/routing_proxy:$(CURDIR)/planner_sidecar:$(CURDIR)/entrypoints
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean vllm-env sglang-env
 

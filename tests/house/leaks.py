@@ -17,6 +17,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
+import uvloop
 
 GRACE_SECONDS = 2.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -29,8 +30,9 @@ PERMANENT_THREADS = {
 
 
 def start_permanent_helpers() -> None:
-    """Puts what Python starts once per process into every baseline, and adopts orphans so that they are seen."""
+    """Puts what is opened once per process into every baseline, and adopts orphans so that they are seen."""
     resource_tracker.ensure_running()
+    uvloop.new_event_loop().close()  # libuv keeps one pipe for signals, from its first loop on
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
