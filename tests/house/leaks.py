@@ -56,7 +56,7 @@ class Snapshot:
             old, new = getattr(before, kind), getattr(self, kind)
             names += [text for identity, text in new.items() if identity not in old]
         fresh = {name: text for name, text in self.segments.items() if name not in before.segments}
-        foreign = segments_of_others(set(fresh)) if fresh else set()
+        foreign = segments_of_others({str(name) for name in fresh}) if fresh else set()
         return names + [text for name, text in fresh.items() if name not in foreign]
 
 
@@ -120,26 +120,36 @@ def shared_segments() -> dict[Hashable, str]:
     return found
 
 
-def segments_of_others(names: set[Hashable]) -> set[Hashable]:
-    """Those of `names` that some process outside this run maps or holds open, and none inside it."""
+def segments_of_others(paths: set[str]) -> set[str]:
+    """Those of `paths` that some process outside this run maps or holds open, and none inside it."""
+    files = {path: file for path in paths if (file := file_identity(path)) is not None}
     ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
-    mine: set[Hashable] = set()
-    theirs: set[Hashable] = set()
+    mine: set[tuple[int, int]] = set()
+    theirs: set[tuple[int, int]] = set()
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        used = names & segments_used_by(entry)
-        (mine if int(entry.name) in ours else theirs).update(used)
-    return theirs - mine
+        if entry.name.isdigit():
+            used = set(files.values()) & files_used_by(entry)
+            (mine if int(entry.name) in ours else theirs).update(used)
+    return {path for path, file in files.items() if file in theirs - mine}
 
 
-def segments_used_by(process: Path) -> set[str]:
-    used: set[str] = set()
+def file_identity(path: str | Path) -> tuple[int, int] | None:
+    """(device, inode). Names mislead: a semaphore is mapped under the temporary name that it was made with."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def files_used_by(process: Path) -> set[tuple[int, int]]:
+    used: set[tuple[int, int]] = set()
     try:
         for line in (process / "maps").read_text().splitlines():
-            if "/dev/shm/" in line:
-                used.add(line[line.index("/dev/shm/") :])
-        used.update(os.readlink(link) for link in (process / "fd").iterdir())
+            _, _, _, device, inode, *_ = line.split(maxsplit=5)
+            major, minor = (int(part, 16) for part in device.split(":"))
+            used.add((os.makedev(major, minor), int(inode)))
+        used.update(filter(None, map(file_identity, (process / "fd").iterdir())))
     except OSError:  # it ended, or is another user's
         pass
     return used
