@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +33,10 @@ def tracked_files() -> list[Path]:
 
 
 def environment(name: str) -> Path:
-    """The folder of a locked environment; a worktree without its own reads `DYNAMO_ENVS`."""
-    candidates = [ROOT / ".envs" / name]
+    """The folder of a locked environment: a worktree without its own reads `DYNAMO_ENVS`, or uses the running one's."""
+    candidates = [ROOT / ".envs" / name, Path(sys.prefix).parent / name]
     if "DYNAMO_ENVS" in os.environ:
-        candidates.append(Path(os.environ["DYNAMO_ENVS"]) / name)
+        candidates.insert(1, Path(os.environ["DYNAMO_ENVS"]) / name)
     for folder in candidates:
         if (folder / "bin" / "python").exists():
             return folder
