@@ -18,7 +18,7 @@ NATIVE = {"kv_connector": "dynamo", "kv_role": "kv_both"}
 @pytest.fixture(scope="module")
 def parse() -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     def run(arguments: Sequence[str]) -> Any:
@@ -59,7 +59,9 @@ def test_yaml_gives_the_same_configuration(parse: Any, tmp_path: Path) -> None:
 
 def test_other_settings_of_an_explicit_config_survive(parse: Any) -> None:
     explicit = {"kv_role": "kv_consumer", "engine_id": "e7", "kv_connector_extra_config": {"theirs": 1}}
-    config = parse(["--kv-connector", "dynamo", "--kvbm-offload-ratio", "0.5", "--kv-transfer-config", json.dumps(explicit)])
+    config = parse(
+        ["--kv-connector", "dynamo", "--kvbm-offload-ratio", "0.5", "--kv-transfer-config", json.dumps(explicit)]
+    )
     assert (config.kv_role, config.engine_id) == ("kv_consumer", "e7")
     assert config.kv_connector_extra_config == {"theirs": 1, "kvbm_offload_ratio": "0.5"}
 
