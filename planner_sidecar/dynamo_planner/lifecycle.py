@@ -159,7 +159,7 @@ def phase(state: State) -> str:
     """The name of the deadline that a state runs under; states of one phase share one deadline."""
     if state in (S.UNROUTING, S.DRAINING, S.REMOVING):
         return "drain"
-    return state.value
+    return str(state.value)
 
 
 class Lifecycle:
@@ -182,7 +182,7 @@ class Lifecycle:
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
-        reached = {pair for pair in TABLE.values()} | {(State.STARTING, Effect.AWAIT_HEALTH)}
+        reached = set(TABLE.values()) | {(State.STARTING, Effect.AWAIT_HEALTH)}
         assert (self.state, self.effect) in reached, f"{self.state} never has {self.effect} to do"
         assert (self.state in SETTLED) == (self.effect is Effect.NOTHING), (
             "a settled replica has nothing to do"

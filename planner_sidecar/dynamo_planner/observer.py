@@ -40,7 +40,9 @@ class Observer:
         """Look once. `own` maps the URLs of replicas that the planner started to their states."""
         failures: list[ObservationFailure] = []
         seen_proxy = await self._observe_proxy(now, failures)
-        states = {url: READY for url in self._named} | self._listed | dict(own)
+        # A replica of ours that is on its way in or out is the planner's to judge; else the proxy knows best.
+        moving = {url: state for url, state in own.items() if state != READY}
+        states = dict.fromkeys((*self._named, *own), READY) | self._listed | moving
         self._trackers = {url: tracker for url, tracker in self._trackers.items() if url in states}
         order = sorted(states)
         engines = await asyncio.gather(
