@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .records import READY, Decision, DecisionInputs, Memory
-from .sizing import Need, learn, load_needs, sla_needs
+from .records import READY, Decision, DecisionInputs, FleetObservation, Memory, SizingPolicy
+from .sizing import Need, cleaned, learn, load_needs, sla_needs
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _Verdict:
 
 def decide(inputs: DecisionInputs) -> Decision:
     """Decide once. A manual order wins over the rules, stays inside the bounds and restarts the window."""
-    fleet, policy = inputs.observation, inputs.policy
+    fleet, policy = cleaned(inputs.observation), inputs.policy
     now, current = fleet.time_seconds, fleet.current
     memory = learn(inputs.memory, fleet, policy)
     if inputs.order is not None:
@@ -33,17 +33,16 @@ def decide(inputs: DecisionInputs) -> Decision:
         return Decision(current, desired, "manual", said, desired, desired, inputs, memory)
     stale = sum(engine.state == READY and engine.stale for engine in fleet.engines)
     ready = sum(engine.usable for engine in fleet.engines)
-    need = _combined(inputs, memory, stale) if ready else None
+    need = _combined(fleet, policy, memory, stale) if ready else None
     down = current if need is None or stale else need.down
     memory = _remembered(memory, now, down, policy.stabilisation_seconds)
-    verdict = _verdict(inputs, memory, need, stale)
+    verdict = _verdict(fleet, policy, memory, need, stale)
     up = current if need is None else need.up
     return Decision(current, verdict.desired, verdict.reason, verdict.explanation, up, down, inputs, memory)
 
 
-def _combined(inputs: DecisionInputs, memory: Memory, stale: int) -> Need:
+def _combined(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, stale: int) -> Need:
     """The most demanding signal. An engine that cannot be read is presumed to be busy and needed."""
-    fleet, policy = inputs.observation, inputs.policy
     needs = load_needs(fleet, policy) if policy.target == "load" else sla_needs(fleet, policy, memory)
     first = max(needs, key=lambda need: (need.up, need.down))
     down = max(need.down for need in needs)
@@ -58,8 +57,9 @@ def _remembered(memory: Memory, now: float, down: int, window_seconds: float) ->
     return replace(memory, since_seconds=since, needs=(*kept, (now, down)))
 
 
-def _verdict(inputs: DecisionInputs, memory: Memory, need: Need | None, stale: int) -> _Verdict:
-    fleet, policy = inputs.observation, inputs.policy
+def _verdict(
+    fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need | None, stale: int
+) -> _Verdict:
     current, low, high = fleet.current, policy.min_replicas, policy.max_replicas
     if current < low:
         return _Verdict(low, "below_min", f"{current} replicas are fewer than the minimum of {low}")
@@ -83,12 +83,11 @@ def _verdict(inputs: DecisionInputs, memory: Memory, need: Need | None, stale: i
         )
     if current > high:
         return _Verdict(high, "above_max", f"{current} replicas are more than the maximum of {high}")
-    return _downwards(inputs, memory, need)
+    return _downwards(fleet, policy, memory, need)
 
 
-def _downwards(inputs: DecisionInputs, memory: Memory, need: Need) -> _Verdict:
-    policy, current = inputs.policy, inputs.observation.current
-    now, window = inputs.observation.time_seconds, policy.stabilisation_seconds
+def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need) -> _Verdict:
+    current, now, window = fleet.current, fleet.time_seconds, policy.stabilisation_seconds
     floor = max(max(entry[1] for entry in memory.needs), policy.min_replicas)
     if max(need.down, policy.min_replicas) >= current:
         return _Verdict(current, "steady", f"{need.why}; {current} replicas are right")

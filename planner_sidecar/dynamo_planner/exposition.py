@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from .errors import ObservationError
 
+_ABSURD = 1e15  # no token counter gets there; larger numbers are noise and would overflow sums
+
 # Several names for one thing are tried in order: engines renamed some between releases.
 _NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "vllm": {
@@ -120,7 +122,7 @@ def _first(
     values: dict[str, list[float]], names: tuple[str, ...], fold: Callable[[list[float]], float]
 ) -> float | None:
     for name in names:
-        found = [value for value in values.get(name, ()) if math.isfinite(value) and value >= 0]
+        found = [value for value in values.get(name, ()) if math.isfinite(value) and 0 <= value <= _ABSURD]
         # One rank without a number makes the total of all ranks unknown, not smaller.
         if found and len(found) == len(values[name]):
             return float(fold(found))

@@ -123,6 +123,7 @@ SUPPLY = frozenset({S.STARTING, S.REGISTERING, S.READY, S.RESUMING})
 
 REASONS: dict[tuple[State, Event], str] = {
     (S.STARTING, E.DEADLINE): "start_timeout",
+    (S.STARTING, E.LAST_DEADLINE): "start_timeout",
     (S.STARTING, E.EXITED): "start_exited",
     (S.REGISTERING, E.DEADLINE): "register_failed",
     (S.READY, E.EXITED): "crashed",
@@ -141,6 +142,7 @@ REASONS: dict[tuple[State, Event], str] = {
     (S.KILLING, E.DEADLINE): "kill_failed",
     (S.KILLING, E.LAST_DEADLINE): "kill_failed",
     (S.FORGETTING, E.DEADLINE): "proxy_still_lists_it",
+    (S.FORGETTING, E.LAST_DEADLINE): "proxy_still_lists_it",
 }
 """Words for the steps that an operator wants to hear about."""
 

@@ -89,7 +89,10 @@ class LocalProcessActuator:
             replica.order_stop()
         ends = await asyncio.gather(*(replica.drive() for replica in remaining), return_exceptions=True)
         for replica, end in zip(remaining, ends, strict=True):
-            self._tell(replica, "failed" if isinstance(end, BaseException) else "stopped", str(end or ""))
+            well = end is None and replica.life.state is State.GONE
+            self._tell(
+                replica, "stopped" if well else "failed", repr(end) if end else replica.child.exit_text
+            )
         self.kill_now()
 
     def kill_now(self) -> None:

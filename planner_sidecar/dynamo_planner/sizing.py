@@ -19,6 +19,7 @@ _MAX_UTILISATION = 0.92  # beyond it an M/G/1 queue is longer than any estimate 
 _SERVICE_SPREAD = 1.6  # squared coefficient of variation of prefill times on production prompt lengths
 _BACKLOG_SECONDS = 30.0
 _MIN_SAMPLES = 5.0
+_ABSURD = 1e15
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,36 @@ class Need:
     down: int
     reason: str
     why: str
+
+
+def cleaned(fleet: FleetObservation) -> FleetObservation:
+    """The same fleet, with engines whose numbers are not finite, negative or absurd marked as stale."""
+    engines = tuple(
+        engine if _sane(engine) else replace(engine, stale_reason="absurd_numbers")
+        for engine in fleet.engines
+    )
+    proxy = fleet.proxy
+    if proxy is not None and not _in_range(proxy.interval_seconds, proxy.arrivals, proxy.prompt_tokens):
+        proxy = replace(proxy, stale_reason="absurd_numbers")
+    return replace(fleet, engines=engines, proxy=proxy)
+
+
+def _sane(engine: EngineObservation) -> bool:
+    histograms = [delta for delta in (engine.ttft, engine.itl, engine.queue_wait) if delta is not None]
+    return _in_range(
+        engine.age_seconds,
+        engine.interval_seconds,
+        engine.running,
+        engine.waiting,
+        engine.kv_usage,
+        engine.prompt_tokens,
+        engine.generation_tokens,
+        *(number for delta in histograms for number in (delta.sum_seconds, delta.count)),
+    )
+
+
+def _in_range(*numbers: float | None) -> bool:
+    return all(number is None or 0 <= number <= _ABSURD for number in numbers)
 
 
 def load_needs(fleet: FleetObservation, policy: SizingPolicy) -> list[Need]:
