@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 from .errors import ConfigError, PlannerError
 
@@ -96,7 +96,7 @@ def _command() -> Any:
 
 
 def _maybe(kind: Any) -> Any:
-    return Union[kind, None]
+    return kind | None
 
 
 def _run(flags: dict[str, Any]) -> int:
