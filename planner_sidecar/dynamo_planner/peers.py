@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ class Peers:
             raise ObservationError(
                 "timeout", f"{url} gave no answer in {self._timeout_seconds:g} s"
             ) from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise ObservationError(
                 "unreachable", f"{url} cannot be reached: {str(error) or repr(error)}"
             ) from error
@@ -107,10 +108,12 @@ class ProxyAdmin:
             )
             arrivals = float(answer.get("arrivals_total", 0))
             tokens = float(answer.get("prompt_tokens_total", 0))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             text = f"{self._url} gave an unexpected answer; is this the proxy's admin port?"
             raise ObservationError("proxy_unreadable", text) from error
-        return ProxyListing(engines, max(0.0, arrivals), max(0.0, tokens))
+        if not (0 <= arrivals < math.inf and 0 <= tokens < math.inf):
+            raise ObservationError("proxy_unreadable", f"{self._url} gave totals that are no counts")
+        return ProxyListing(engines, arrivals, tokens)
 
     async def register(self, url: str) -> int:
         return (await self._peers.request("POST", self._url, {"url": url}))[0]

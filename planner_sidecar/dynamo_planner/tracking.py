@@ -36,13 +36,17 @@ class EngineTracker:
         self._down_seconds = down_seconds
         self._last: EngineReading | None = None
         self._last_good = now
+        self._last_alive = now
         self._moved = now
 
     def failed(self, error: ObservationError, now: float) -> EngineObservation:
-        """The engine could not be read. After `down_seconds` without a good reading it no longer counts as
-        supply.
+        """The engine could not be read. After `down_seconds` without any answer it no longer counts as
+        supply;
+        one that answers, but not with metrics, is alive and does count.
         """
-        state = DOWN if now - self._last_good >= self._down_seconds else READY
+        if error.reason not in ("unreachable", "timeout"):
+            self._last_alive = now
+        state = DOWN if now - self._last_alive >= self._down_seconds else READY
         return EngineObservation(self.url, state, stale_reason=error.reason, age_seconds=self._age(now))
 
     def read(self, reading: EngineReading, now: float) -> EngineObservation:
@@ -58,7 +62,7 @@ class EngineTracker:
             or reading.running + reading.waiting == 0
         ):
             self._moved = now
-        self._last, self._last_good = reading, now
+        self._last, self._last_good, self._last_alive = reading, now, now
         frozen = now - self._moved >= self._frozen_seconds
         return EngineObservation(
             self.url,

@@ -119,6 +119,13 @@ def test_an_engine_out_of_reach_is_stale_then_down_then_back() -> None:
     assert (back.state, back.prompt_tokens, back.interval_seconds) == ("ready", 1000, 70.0)
 
 
+def test_an_engine_that_answers_without_metrics_is_not_down() -> None:
+    tracker, mute = EngineTracker("http://a", 0.0, down_seconds=60), ObservationError("http_status", "404")
+    assert tracker.failed(mute, 500.0).state == "ready"
+    assert tracker.failed(ObservationError("timeout", ""), 559.0).state == "ready"
+    assert tracker.failed(ObservationError("timeout", ""), 560.0).state == "down"
+
+
 def test_proxy_totals_that_fall_are_a_restart() -> None:
     tracker = ProxyTracker()
     assert tracker.read(100, 1000, 3, 0.0).arrivals is None
