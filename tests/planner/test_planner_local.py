@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from dynamo_planner.child_process import ChildProcess, group_alive
 from dynamo_planner.errors import ActuationError
-from dynamo_planner.local_actuator import LocalProcessActuator
+from dynamo_planner.local_actuator import LocalProcessActuator, free_port
 from planner_fakes import Bench, FakeProxy, bench, child_command, served
 
 
@@ -229,13 +229,16 @@ def test_engines_that_the_planner_did_not_start_are_never_stopped(tmp_path: Path
 
 def test_ports_in_use_are_passed_over_and_a_full_range_is_said(tmp_path: Path) -> None:
     async def story() -> None:
-        listener = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 18191)
-        settings = actuate(tmp_path, engine_port_range="18191-18192")
-        async with listener, bench(tmp_path, **settings) as stand:
-            _, outcome = await stand.planner.order(3)
-            assert outcome.accepted
-            assert "http://127.0.0.1:18192" in outcome.actions[0]
-            assert outcome.actions[1] == "no free port in 18191-18192; widen --engine-port-range"
+        listener = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+        taken = listener.sockets[0].getsockname()[1]
+        async with listener:
+            last = min(taken + 50, 65535)
+            if last > taken:
+                assert free_port((taken, last), used=()) > taken
+            async with bench(tmp_path, **actuate(tmp_path, engine_port_range=f"{taken}-{taken}")) as stand:
+                _, outcome = await stand.planner.order(3)
+                assert (outcome.accepted, outcome.reason) == (False, "no_free_port")
+                assert outcome.actions == (f"no free port in {taken}-{taken}; widen --engine-port-range",)
 
     asyncio.run(story())
 
