@@ -13,8 +13,8 @@ from pathlib import Path
 
 from .actuator import Happening, Outcome
 from .child_process import ChildProcess
+from .drain import ENDED, State, choose_victim
 from .errors import ActuationError, ObservationError
-from .lifecycle import ENDED, State, choose_victim
 from .records import DRAINING
 from .replica import Replica, Surroundings
 

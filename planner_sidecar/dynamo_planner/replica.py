@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from .child_process import ChildProcess
+from .drain import AFTER_EXIT, ENDED, SETTLED, SUPPLY, Effect, Event, Lifecycle, State, phase
 from .errors import ObservationError
-from .lifecycle import AFTER_EXIT, ENDED, SETTLED, SUPPLY, Effect, Event, Lifecycle, State, phase
 from .peers import Peers, ProxyAdmin
 from .records import DRAINING, READY, STARTING
 

@@ -13,7 +13,8 @@ import pytest
 from dynamo_planner.child_process import ChildProcess, group_alive
 from dynamo_planner.errors import ActuationError
 from dynamo_planner.local_actuator import LocalProcessActuator, free_port
-from planner_fakes import Bench, FakeProxy, bench, child_command, served
+
+from tests.planner.planner_fakes import Bench, FakeProxy, bench, child_command, served
 
 
 def actuate(folder: Path, *flags: str, **more: object) -> dict[str, object]:

@@ -14,7 +14,8 @@ from dynamo_planner.records import Delta, FleetObservation
 from dynamo_planner.tracking import EngineTracker, ProxyTracker
 from hypothesis import given
 from hypothesis import strategies as st
-from planner_fakes import FakeEngine, FakeProxy, served, sglang_text, vllm_text
+
+from tests.planner.planner_fakes import FakeEngine, FakeProxy, served, sglang_text, vllm_text
 
 
 def reading(text: str) -> EngineReading:

@@ -18,7 +18,8 @@ from dynamo_planner.cli import main
 from dynamo_planner.control import ControlPort
 from dynamo_planner.decision_log import replay
 from dynamo_planner.errors import ConfigError
-from planner_fakes import Bench, FakeEngine, bench, child_command, served, vllm_text
+
+from tests.planner.planner_fakes import Bench, FakeEngine, bench, child_command, served, vllm_text
 
 
 async def ask(stand: Bench, method: str, url: str, body: object = None) -> tuple[int, str]:

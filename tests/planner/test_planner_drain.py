@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from dynamo_planner.errors import IllegalTransitionError
-from dynamo_planner.lifecycle import (
+from dynamo_planner.drain import (
     AFTER_EXIT,
     ENDED,
     REASONS,
@@ -19,6 +18,7 @@ from dynamo_planner.lifecycle import (
     choose_victim,
     step,
 )
+from dynamo_planner.errors import IllegalTransitionError
 from hypothesis import given
 from hypothesis import strategies as st
 
