@@ -12,8 +12,17 @@ import pytest
 
 
 def _children() -> set[str]:
+    """Children that run. Killed orphans may come to us as zombies: the suite may be a child subreaper."""
     tasks = Path("/proc/self/task")
-    return {pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    pids = {pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()}
+    return {pid for pid in pids if _state(pid) not in "ZX"}
+
+
+def _state(pid: str) -> str:
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
 
 
 def _held() -> tuple[set[str], set[threading.Thread], int]:
