@@ -32,9 +32,7 @@ class ChildProcess:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise ActuationError(
-                "cannot_start", f"cannot start {arguments[0]!r}: {error.strerror or error}"
-            ) from error
+            raise ActuationError("cannot_start", f"cannot start {arguments[0]!r}: {error.strerror or error}") from error
         self.pid = self._process.pid
 
     def gone(self) -> bool:
@@ -59,13 +57,7 @@ class ChildProcess:
     def exit_text(self) -> str:
         """How it ended and the last line that it wrote, for one clear sentence."""
         code = self._process.returncode
-        how = (
-            "still runs"
-            if code is None
-            else f"died of signal {-code}"
-            if code < 0
-            else f"exited with code {code}"
-        )
+        how = "still runs" if code is None else f"died of signal {-code}" if code < 0 else f"exited with code {code}"
         last = last_line(self.log_path)
         return f"{how}; last words: {last}" if last else how
 
@@ -83,9 +75,7 @@ class ChildProcess:
         except ProcessLookupError:
             pass  # gone already, which is what the signal was for
         except PermissionError as error:
-            raise ActuationError(
-                "not_permitted", f"may not signal process group {self.pid}: {error}"
-            ) from error
+            raise ActuationError("not_permitted", f"may not signal process group {self.pid}: {error}") from error
 
 
 def group_alive(group: int) -> bool:

@@ -71,9 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
-_HELP = (
-    "Size a fleet of vLLM or SGLang replicas from what they publish; advise, or start and drain-stop them."
-)
+_HELP = "Size a fleet of vLLM or SGLang replicas from what they publish; advise, or start and drain-stop them."
 
 
 def _command() -> Any:
@@ -121,9 +119,7 @@ def _replay(path: Path) -> int:
         with path.open(encoding="utf-8") as lines:
             report = replay(lines)
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; check the path given to --replay"
-        ) from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}; check the path given to --replay") from error
     for difference in report.differences:
         sys.stdout.write(difference + "\n")
     sys.stdout.write(f"{report.decisions} decisions made again, {len(report.differences)} differ\n")

@@ -101,28 +101,18 @@ class PlannerConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> PlannerConfig:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}; lower it"
-            )
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}; lower it")
         targets = self.target_ttft_ms, self.target_itl_ms
         if self.optimization_target == "sla" and targets == (None, None):
-            raise ValueError(
-                "optimization_target sla needs target_ttft_ms or target_itl_ms; give at least one"
-            )
+            raise ValueError("optimization_target sla needs target_ttft_ms or target_itl_ms; give at least one")
         if self.optimization_target == "load" and targets != (None, None):
-            raise ValueError(
-                "target_ttft_ms and target_itl_ms work only with optimization_target sla; set it too"
-            )
+            raise ValueError("target_ttft_ms and target_itl_ms work only with optimization_target sla; set it too")
         if not self.advisory and self.engine_command is None:
-            raise ValueError(
-                "no-advisory needs engine_command, as in 'vllm serve MODEL --port {port}'; give one"
-            )
+            raise ValueError("no-advisory needs engine_command, as in 'vllm serve MODEL --port {port}'; give one")
         if not self.engine and self.proxy_admin is None and self.advisory:
             raise ValueError("nothing to observe; give at least one --engine URL or a --proxy-admin URL")
         if not self.advisory and self.port and self.ports[0] <= self.port <= self.ports[1]:
-            raise ValueError(
-                f"port {self.port} lies in engine_port_range {self.engine_port_range}; move one of them"
-            )
+            raise ValueError(f"port {self.port} lies in engine_port_range {self.engine_port_range}; move one of them")
         return self
 
     @property
@@ -183,9 +173,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; check the path given to --config"
-        ) from error
+        raise ConfigError(f"cannot read {path}: {error.strerror}; check the path given to --config") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
@@ -216,12 +204,7 @@ def _url(text: str) -> str:
         port = parts.port
     except ValueError as error:
         raise ValueError(remedy) from error
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or port == 0
-        or any(c.isspace() for c in text)
-    ):
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or any(c.isspace() for c in text):
         raise ValueError(remedy)
     if parts.query or parts.fragment:
         raise ValueError(remedy)

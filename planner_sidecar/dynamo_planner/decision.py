@@ -57,30 +57,22 @@ def _remembered(memory: Memory, now: float, down: int, window_seconds: float) ->
     return replace(memory, since_seconds=since, needs=(*kept, (now, down)))
 
 
-def _verdict(
-    fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need | None, stale: int
-) -> _Verdict:
+def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need | None, stale: int) -> _Verdict:
     current, low, high = fleet.current, policy.min_replicas, policy.max_replicas
     if current < low:
         return _Verdict(low, "below_min", f"{current} replicas are fewer than the minimum of {low}")
     if need is None:
         word = "stale" if stale else "no_ready_engine"
-        return _Verdict(
-            current, word, f"none of {len(fleet.engines)} engines gives fresh numbers; holding {current}"
-        )
+        return _Verdict(current, word, f"none of {len(fleet.engines)} engines gives fresh numbers; holding {current}")
     if need.up > current:
         if current >= high:
             said = f"{need.why}; {need.up} replicas are needed but the maximum is {high}"
             return _Verdict(current if stale else high, "at_max" if current == high else "above_max", said)
         wanted = min(need.up, high)
         capped = f", capped at the maximum of {high}" if need.up > high else ""
-        return _Verdict(
-            wanted, need.reason, f"{need.why}; {need.up} replicas are needed, {current} are there{capped}"
-        )
+        return _Verdict(wanted, need.reason, f"{need.why}; {need.up} replicas are needed, {current} are there{capped}")
     if stale:
-        return _Verdict(
-            current, "stale", f"{stale} of {len(fleet.engines)} engines cannot be read; holding {current}"
-        )
+        return _Verdict(current, "stale", f"{stale} of {len(fleet.engines)} engines cannot be read; holding {current}")
     if current > high:
         return _Verdict(high, "above_max", f"{current} replicas are more than the maximum of {high}")
     return _downwards(fleet, policy, memory, need)

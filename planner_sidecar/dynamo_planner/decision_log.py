@@ -28,9 +28,7 @@ class DecisionLog:
             try:
                 self._file = path.open("a", encoding="utf-8")
             except OSError as error:
-                text = (
-                    f"cannot write the decision log {path}: {error.strerror}; choose another --decision-log"
-                )
+                text = f"cannot write the decision log {path}: {error.strerror}; choose another --decision-log"
                 raise ConfigError(text) from error
 
     def write(self, kind: str, at: str, **fields: Any) -> None:
@@ -108,6 +106,4 @@ def replay(lines: Iterable[str]) -> ReplayReport:
 
 
 def _short(decision: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: decision[key] for key in ("current", "desired", "reason", "explanation", "need_up", "need_down")
-    }
+    return {key: decision[key] for key in ("current", "desired", "reason", "explanation", "need_up", "need_down")}

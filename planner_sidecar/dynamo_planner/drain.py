@@ -186,9 +186,7 @@ class Lifecycle:
         """Raise AssertionError if an invariant is broken."""
         reached = set(TABLE.values()) | {(State.STARTING, Effect.AWAIT_HEALTH)}
         assert (self.state, self.effect) in reached, f"{self.state} never has {self.effect} to do"
-        assert (self.state in SETTLED) == (self.effect is Effect.NOTHING), (
-            "a settled replica has nothing to do"
-        )
+        assert (self.state in SETTLED) == (self.effect is Effect.NOTHING), "a settled replica has nothing to do"
 
 
 def choose_victim(candidates: Iterable[tuple[str, int, float]]) -> str | None:

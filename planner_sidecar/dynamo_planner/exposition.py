@@ -74,9 +74,7 @@ def parse_engine_metrics(text: str) -> EngineReading:
     values = _collect(text)
     dialect = next((name for name in _NAMES if any(key.startswith(f"{name}:") for key in values)), None)
     if dialect is None:
-        raise ObservationError(
-            "not_an_engine", "no vllm: or sglang: metric in the answer; is this an engine's URL?"
-        )
+        raise ObservationError("not_an_engine", "no vllm: or sglang: metric in the answer; is this an engine's URL?")
     names = _NAMES[dialect]
 
     def total(what: str) -> float | None:
@@ -84,9 +82,7 @@ def parse_engine_metrics(text: str) -> EngineReading:
 
     running, waiting = total("running"), total("waiting")
     if running is None or waiting is None:
-        raise ObservationError(
-            "missing_metrics", f"{names['running'][0]} or {names['waiting'][0]} is missing or NaN"
-        )
+        raise ObservationError("missing_metrics", f"{names['running'][0]} or {names['waiting'][0]} is missing or NaN")
     kv_usage = _first(values, names["kv_usage"], lambda found: sum(found) / len(found))
     return EngineReading(
         dialect=dialect,
@@ -112,9 +108,7 @@ def _collect(text: str) -> dict[str, list[float]]:
                 if not sample.name.endswith("_bucket"):
                     values.setdefault(sample.name, []).append(float(sample.value))
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ObservationError(
-            "unreadable", f"the answer is not Prometheus text: {str(error)[:120]}"
-        ) from error
+        raise ObservationError("unreadable", f"the answer is not Prometheus text: {str(error)[:120]}") from error
     return values
 
 

@@ -90,9 +90,7 @@ class LocalProcessActuator:
         ends = await asyncio.gather(*(replica.drive() for replica in remaining), return_exceptions=True)
         for replica, end in zip(remaining, ends, strict=True):
             well = end is None and replica.life.state is State.GONE
-            self._tell(
-                replica, "stopped" if well else "failed", repr(end) if end else replica.child.exit_text
-            )
+            self._tell(replica, "stopped" if well else "failed", repr(end) if end else replica.child.exit_text)
         self.kill_now()
 
     def kill_now(self) -> None:

@@ -21,9 +21,7 @@ class PlannerMetrics:
             registry=self.registry,
         )
         self._desired = Gauge("dynamo_planner_desired_replicas", "Replicas wanted.", registry=self.registry)
-        self._current = Gauge(
-            "dynamo_planner_current_replicas", "Replicas there or starting.", registry=self.registry
-        )
+        self._current = Gauge("dynamo_planner_current_replicas", "Replicas there or starting.", registry=self.registry)
         self._failures = Counter(
             "dynamo_planner_observation_failures",
             "Engines or proxies that could not be read.",

@@ -34,9 +34,7 @@ class Observer:
         self._proxy_tracker = ProxyTracker()
         self._listed: dict[str, str] = {}
 
-    async def observe(
-        self, now: float, own: Mapping[str, str]
-    ) -> tuple[FleetObservation, list[ObservationFailure]]:
+    async def observe(self, now: float, own: Mapping[str, str]) -> tuple[FleetObservation, list[ObservationFailure]]:
         """Look once. `own` maps the URLs of replicas that the planner started to their states."""
         failures: list[ObservationFailure] = []
         seen_proxy = await self._observe_proxy(now, failures)
@@ -45,9 +43,7 @@ class Observer:
         states = dict.fromkeys((*self._named, *own), READY) | self._listed | moving
         self._trackers = {url: tracker for url, tracker in self._trackers.items() if url in states}
         order = sorted(states)
-        engines = await asyncio.gather(
-            *(self._observe_engine(url, states[url], now, failures) for url in order)
-        )
+        engines = await asyncio.gather(*(self._observe_engine(url, states[url], now, failures) for url in order))
         return FleetObservation(now, tuple(engines), seen_proxy), failures
 
     def check(self) -> None:

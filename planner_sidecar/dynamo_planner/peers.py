@@ -71,19 +71,13 @@ class Peers:
                 raw = await answer.content.read(_MAX_ANSWER_BYTES)
                 while not answer.content.at_eof():
                     if len(raw) >= _MAX_ANSWER_BYTES:
-                        raise ObservationError(
-                            "too_large", f"{url} answered more than {_MAX_ANSWER_BYTES} bytes"
-                        )
+                        raise ObservationError("too_large", f"{url} answered more than {_MAX_ANSWER_BYTES} bytes")
                     raw += await answer.content.read(_MAX_ANSWER_BYTES)
                 return answer.status, raw.decode("utf-8", errors="replace")
         except (asyncio.TimeoutError, TimeoutError) as error:
-            raise ObservationError(
-                "timeout", f"{url} gave no answer in {self._timeout_seconds:g} s"
-            ) from error
+            raise ObservationError("timeout", f"{url} gave no answer in {self._timeout_seconds:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise ObservationError(
-                "unreachable", f"{url} cannot be reached: {str(error) or repr(error)}"
-            ) from error
+            raise ObservationError("unreachable", f"{url} cannot be reached: {str(error) or repr(error)}") from error
 
 
 class ProxyAdmin:
@@ -97,9 +91,7 @@ class ProxyAdmin:
         """The proxy's own account. Raises ObservationError."""
         status, body = await self._peers.request("GET", self._url)
         if status != 200:
-            raise ObservationError(
-                "proxy_status", f"{self._url} answered {status}; is this the proxy's admin port?"
-            )
+            raise ObservationError("proxy_status", f"{self._url} answered {status}; is this the proxy's admin port?")
         try:
             answer = json.loads(body)
             engines = tuple(

@@ -73,9 +73,7 @@ class Planner:
             self.memory = decision.memory
             outcome = Outcome(True, "hold", ())
             if decision.direction != "hold":
-                outcome = await self.parts.actuator.apply(
-                    decision.current, decision.desired, order is not None
-                )
+                outcome = await self.parts.actuator.apply(decision.current, decision.desired, order is not None)
             self._record(decision, outcome)
             self.last_tick_seconds = now
             self.parts.metrics.ticked(time.perf_counter() - began)
@@ -115,9 +113,7 @@ class Planner:
         self.parts.actuator.check()
         self.parts.log.check()
         needs = self.memory.needs
-        assert list(needs) == sorted(needs, key=lambda entry: entry[0]), (
-            "the window's entries are out of order"
-        )
+        assert list(needs) == sorted(needs, key=lambda entry: entry[0]), "the window's entries are out of order"
 
     def _survive(self, error: BaseException) -> None:
         """A tick that failed must not end the planner: that would stop replicas which serve well."""
@@ -141,9 +137,7 @@ class Planner:
     def _record(self, decision: Decision, outcome: Outcome) -> None:
         plain: dict[str, Any] = encode(decision)
         mode = self.parts.actuator.mode
-        self.parts.log.write(
-            "decision", self.parts.stamp(), mode=mode, outcome=asdict(outcome), decision=plain
-        )
+        self.parts.log.write("decision", self.parts.stamp(), mode=mode, outcome=asdict(outcome), decision=plain)
         self.parts.metrics.decided(decision, outcome.accepted)
         if mode != "advisory" and not outcome.accepted:
             self.parts.metrics.actuation_failed(outcome.reason)

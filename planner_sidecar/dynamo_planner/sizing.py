@@ -35,8 +35,7 @@ class Need:
 def cleaned(fleet: FleetObservation) -> FleetObservation:
     """The same fleet, with engines whose numbers are not finite, negative or absurd marked as stale."""
     engines = tuple(
-        engine if _sane(engine) else replace(engine, stale_reason="absurd_numbers")
-        for engine in fleet.engines
+        engine if _sane(engine) else replace(engine, stale_reason="absurd_numbers") for engine in fleet.engines
     )
     proxy = fleet.proxy
     if proxy is not None and not _in_range(proxy.interval_seconds, proxy.arrivals, proxy.prompt_tokens):
@@ -173,9 +172,7 @@ def _share(total: float, limit: float, margin: float) -> tuple[int, int]:
     return max(1, math.ceil(total / limit - 1e-9)), max(1, math.ceil(total / (limit * margin) - 1e-9))
 
 
-def _queue_need(
-    engines: list[EngineObservation], running: float, waiting: float, policy: SizingPolicy
-) -> Need:
+def _queue_need(engines: list[EngineObservation], running: float, waiting: float, policy: SizingPolicy) -> Need:
     """An engine that queues shows how many requests it can run at once; the rest of the queue needs more
     of them.
     """
@@ -234,9 +231,7 @@ def _replicas_for_itl(line: tuple[float, float] | None, running: float, limit: f
     if line is None:
         return ready
     fixed, slope = line
-    if (
-        fixed >= limit
-    ):  # no batch is small enough: more replicas would not help, fewer are not known to hurt less
+    if fixed >= limit:  # no batch is small enough: more replicas would not help, fewer are not known to hurt less
         return ready
     return max(1, math.ceil(slope * running / (limit - fixed) - 1e-9))
 
@@ -265,12 +260,7 @@ def _mean(fleet: FleetObservation, what: str) -> float | None:
 def arrival_rate(fleet: FleetObservation) -> float | None:
     """Requests per second in the last interval: the proxy's arrivals, else the engines' first tokens."""
     proxy = fleet.proxy
-    if (
-        proxy is not None
-        and not proxy.stale_reason
-        and proxy.arrivals is not None
-        and proxy.interval_seconds > 0
-    ):
+    if proxy is not None and not proxy.stale_reason and proxy.arrivals is not None and proxy.interval_seconds > 0:
         return proxy.arrivals / proxy.interval_seconds
     rates = [
         engine.ttft.count / engine.interval_seconds

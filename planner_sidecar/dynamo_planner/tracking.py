@@ -27,9 +27,7 @@ def _count(histogram: Histogram | None) -> float | None:
 class EngineTracker:
     """Remembers the last good reading of one engine. `frozen_seconds` and `down_seconds` bound patience."""
 
-    def __init__(
-        self, url: str, now: float, frozen_seconds: float = 60.0, down_seconds: float = 60.0
-    ) -> None:
+    def __init__(self, url: str, now: float, frozen_seconds: float = 60.0, down_seconds: float = 60.0) -> None:
         self.url = url
         self.first_good: float | None = None
         self._frozen_seconds = frozen_seconds
@@ -56,11 +54,7 @@ class EngineTracker:
         if restarted or self.first_good is None:
             self.first_good = now
         base = None if restarted or interval <= 0 else old
-        if (
-            base is None
-            or self._progress(base) != self._progress(reading)
-            or reading.running + reading.waiting == 0
-        ):
+        if base is None or self._progress(base) != self._progress(reading) or reading.running + reading.waiting == 0:
             self._moved = now
         self._last, self._last_good, self._last_alive = reading, now, now
         frozen = now - self._moved >= self._frozen_seconds
@@ -77,9 +71,7 @@ class EngineTracker:
             prompt_tokens_total=reading.prompt_tokens_total,
             generation_tokens_total=reading.generation_tokens_total,
             prompt_tokens=_growth(reading.prompt_tokens_total, base.prompt_tokens_total if base else None),
-            generation_tokens=_growth(
-                reading.generation_tokens_total, base.generation_tokens_total if base else None
-            ),
+            generation_tokens=_growth(reading.generation_tokens_total, base.generation_tokens_total if base else None),
             ttft=_histogram_growth(reading.ttft, base.ttft if base else None),
             itl=_histogram_growth(reading.itl, base.itl if base else None),
             queue_wait=_histogram_growth(reading.queue_wait, base.queue_wait if base else None),
@@ -88,9 +80,7 @@ class EngineTracker:
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
         assert (self._last is None) == (self.first_good is None), "a reading and its first time go together"
-        assert self.first_good is None or self.first_good <= self._last_good, (
-            "first good reading after the last"
-        )
+        assert self.first_good is None or self.first_good <= self._last_good, "first good reading after the last"
         assert self._last is None or self._moved <= self._last_good, "progress seen after the last reading"
 
     def _age(self, now: float) -> float:
@@ -125,9 +115,7 @@ class ProxyTracker:
     def failed(self, error: ObservationError) -> ProxyObservation:
         return ProxyObservation(stale_reason=error.reason)
 
-    def read(
-        self, arrivals_total: float, prompt_tokens_total: float, in_flight: int, now: float
-    ) -> ProxyObservation:
+    def read(self, arrivals_total: float, prompt_tokens_total: float, in_flight: int, now: float) -> ProxyObservation:
         """Fold one answer in; totals that fell mean that the proxy restarted, and give no delta."""
         old, self._last = self._last, (now, arrivals_total, prompt_tokens_total)
         if old is None or now <= old[0] or arrivals_total < old[1] or prompt_tokens_total < old[2]:

@@ -26,15 +26,11 @@ POLICY = SizingPolicy(max_replicas=8, stabilisation_seconds=100.0)
 
 
 def engine(number: int = 0, **values: object) -> EngineObservation:
-    base = EngineObservation(
-        f"http://e{number}", "ready", age_seconds=999, running=1, waiting=0, kv_usage=0.3
-    )
+    base = EngineObservation(f"http://e{number}", "ready", age_seconds=999, running=1, waiting=0, kv_usage=0.3)
     return replace(base, **values)  # type: ignore[arg-type]
 
 
-def fleet(
-    *engines: EngineObservation, now: float = 1000.0, proxy: ProxyObservation | None = None
-) -> FleetObservation:
+def fleet(*engines: EngineObservation, now: float = 1000.0, proxy: ProxyObservation | None = None) -> FleetObservation:
     return FleetObservation(now, engines, proxy)
 
 
@@ -112,9 +108,7 @@ def test_a_manual_order_obeys_bounds_and_restarts_the_window() -> None:
     assert decision.memory.since_seconds == 1000.0
 
 
-SLA = SizingPolicy(
-    target="sla", max_replicas=20, ttft_seconds=0.5, itl_seconds=0.05, stabilisation_seconds=100.0
-)
+SLA = SizingPolicy(target="sla", max_replicas=20, ttft_seconds=0.5, itl_seconds=0.05, stabilisation_seconds=100.0)
 
 
 def taught(rate: float | None = None) -> Memory:
@@ -123,9 +117,7 @@ def taught(rate: float | None = None) -> Memory:
     for step in range(40):
         tokens, batch = 500.0 + 50 * step, 4.0 + step
         prefill = add_sample(memory.prefill, tokens, 0.02 + 2e-5 * tokens)
-        memory = replace(
-            memory, prefill=prefill, decode=add_sample(memory.decode, batch, 0.01 + 1e-3 * batch)
-        )
+        memory = replace(memory, prefill=prefill, decode=add_sample(memory.decode, batch, 0.01 + 1e-3 * batch))
     return memory
 
 
@@ -161,10 +153,7 @@ def test_sla_itl_gives_nothing_up_that_the_line_says_is_needed() -> None:
 
 def test_sla_without_traffic_comes_down_to_the_minimum_after_the_window() -> None:
     memory = Memory(since_seconds=0.0)
-    idle = [
-        engine(number, running=0, ttft=Delta(0, 0), itl=Delta(0, 0), interval_seconds=10)
-        for number in range(2)
-    ]
+    idle = [engine(number, running=0, ttft=Delta(0, 0), itl=Delta(0, 0), interval_seconds=10) for number in range(2)]
     assert once(fleet(*idle), SLA, memory).desired == 1
 
 
@@ -214,10 +203,7 @@ def test_invariants_of_any_history(
         assert decision.explanation
         assert decision.explanation.count("\n") == 0
         if decision.direction != "hold":
-            assert (
-                policy.min_replicas <= decision.desired <= policy.max_replicas
-                or decision.reason == "idle_window"
-            )
+            assert policy.min_replicas <= decision.desired <= policy.max_replicas or decision.reason == "idle_window"
         if decision.direction == "down":
             assert not any(engine.state == "ready" and engine.stale for engine in engines)
         if decision.reason == "idle_window":

@@ -101,9 +101,7 @@ def test_without_a_proxy_the_engines_own_gauges_are_waited_for(tmp_path: Path) -
                 await one.content.readexactly(5)
                 await two.content.readexactly(5)
                 await stand.planner.order(1)
-                victim = next(
-                    u for u, state in stand.planner.parts.actuator.states().items() if state == "draining"
-                )
+                victim = next(u for u, state in stand.planner.parts.actuator.states().items() if state == "draining")
                 answer = one if victim == url else two
                 await asyncio.sleep(0.2)
                 await get(stand.session, f"{victim}/release")
@@ -251,9 +249,7 @@ def test_a_command_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
 
 def test_closing_while_replicas_start_leaves_none(tmp_path: Path) -> None:
     async def story() -> None:
-        async with bench(
-            tmp_path, **actuate(tmp_path, "sick", "ignore-sigterm", terminate_seconds=0.2)
-        ) as stand:
+        async with bench(tmp_path, **actuate(tmp_path, "sick", "ignore-sigterm", terminate_seconds=0.2)) as stand:
             await stand.planner.order(3)
             pids = [replica.child.pid for replica in replicas(stand)._replicas.values()]
             await stand.planner.close()

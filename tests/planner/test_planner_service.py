@@ -58,9 +58,7 @@ def test_the_control_port(tmp_path: Path) -> None:
             try:
                 await stand.planner.tick()
                 assert (await ask(stand, "GET", f"{base}/health"))[0] == 200
-                assert (
-                    "dynamo_planner_tick_seconds_count 1.0" in (await ask(stand, "GET", f"{base}/metrics"))[1]
-                )
+                assert "dynamo_planner_tick_seconds_count 1.0" in (await ask(stand, "GET", f"{base}/metrics"))[1]
                 assert '"reason": "steady"' in (await ask(stand, "GET", f"{base}/decisions?n=1"))[1]
                 assert (await ask(stand, "GET", f"{base}/decisions?n=x"))[0] == 400
                 status, text = await ask(stand, "POST", f"{base}/scale", {"replicas": 2})
@@ -186,9 +184,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         (b"engine: http://a:1\nmax-replicas: lots\n", "max_replicas"),
     ],
 )
-def test_a_bad_file_is_one_line(
-    content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_file_is_one_line(content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "planner.yaml"
     file.write_bytes(content)
     assert main(["--config", str(file)]) == 2
@@ -259,8 +255,6 @@ def test_a_signal_stops_the_planner_and_its_replicas(tmp_path: Path, number: sig
 def test_importing_the_package_is_light() -> None:
     program = "import sys, dynamo_planner, dynamo_planner.cli; print(*sys.modules)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True
-    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
     heavy = {"aiohttp", "pydantic", "typer", "asyncio", "prometheus_client", "yaml", "rich"}
     assert not heavy & set(loaded.stdout.split())

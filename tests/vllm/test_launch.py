@@ -21,7 +21,8 @@ from vllm import LLM, SamplingParams
 
 def main():
     prompts = json.loads(sys.argv[2])
-    settings = {"kv_connector": "dynamo", "kv_role": "kv_both", "kv_connector_extra_config": {"kvbm_host_dram_gb": 0.05}}
+    extra = {"kvbm_host_dram_gb": 0.05}
+    settings = {"kv_connector": "dynamo", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     llm = LLM(sys.argv[1], kv_transfer_config=settings, block_size=32, max_model_len=2048, enforce_eager=True,
               dtype="bfloat16", num_gpu_blocks_override=70, max_num_batched_tokens=128, disable_log_stats=False)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)

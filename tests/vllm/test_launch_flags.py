@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+DYNAMO = ["--kv-connector", "dynamo"]
 NATIVE = {"kv_connector": "dynamo", "kv_role": "kv_both"}
 
 
@@ -76,7 +77,7 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
     ("arguments", "words"),
     [
         (["--kvbm-host-dram-gb", "1"], ["--kvbm-host-dram-gb", "needs --kv-connector dynamo"]),
-        (["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,ram"], ["--kvbm-storage-tiers", "'ram'", "host_dram"]),
+        ([*DYNAMO, "--kvbm-storage-tiers", "hbm,ram"], ["--kvbm-storage-tiers", "'ram'", "host_dram"]),
         (["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,nvme_ssd"], ["--kvbm-storage-tiers"]),
         (["--kv-connector", "dynamo", "--kvbm-host-dram-gb", "0"], ["--kvbm-host-dram-gb", "above 0"]),
         (["--kv-connector", "dynamo", "--kvbm-host-dram-gb", "lots"], ["--kvbm-host-dram-gb", "not a number"]),
@@ -89,7 +90,7 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
             ["--kvbm-nvme-path /proc/nothing", "cannot be used"],
         ),
         (
-            ["--kv-connector", "dynamo", "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'],
+            [*DYNAMO, "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'],
             ["--kv-connector dynamo", "NixlConnector"],
         ),
         (

@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from dynamo_connectors.block_manager import BlockManager, NamedTier  # noqa: E402
-from dynamo_connectors.tiers.index import TierIndex  # noqa: E402
-from dynamo_connectors.vllm.messages import StepPlan, WorkerReports  # noqa: E402
-from dynamo_connectors.vllm.scheduler import Limits, SchedulerHalf  # noqa: E402
-from tests.vllm.fakes import FakeHolds, FakeRequest, NoEvents, request  # noqa: E402
+from dynamo_connectors.block_manager import BlockManager, NamedTier
+from dynamo_connectors.tiers.index import TierIndex
+from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
+from dynamo_connectors.vllm.scheduler import Limits, SchedulerHalf
+from tests.vllm.fakes import FakeHolds, FakeRequest, NoEvents, request
 
 BLOCK = 16
 
