@@ -72,6 +72,8 @@ def main() -> int:
         console.print(f"[red]demo: {error}[/red]\nlogs: {logs}", highlight=False)
         return 1
     finally:
+        # Impatience must not leave engines behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with bar(console, "stopping everything"):
             fleet.close()
     console.print(f"\nlogs: {logs.relative_to(BUILD.parent)}")

@@ -32,9 +32,9 @@ class Fleet:
     proxy_url: str = ""
     admin_url: str = ""
 
-    def launch(self, server: ServerProcess) -> ServerProcess:
+    def launch(self, server: ServerProcess, stop_seconds: float = 30.0) -> ServerProcess:
         # Registered first: Ctrl-C in the middle of a start must find it.
-        self.stack.callback(server.stop)
+        self.stack.callback(server.stop, stop_seconds)
         return server.start()
 
     def start_replicas(self, count: int) -> None:
@@ -65,7 +65,9 @@ class Fleet:
         command = [str(BIN / "dynamo-planner"), "--proxy-admin", self.admin_url, "--port", str(port)]
         command += ["--decision-log", str(self.decision_log(name)), "--interval-seconds", "2", *flags]
         url = f"http://127.0.0.1:{port}"
-        self.launch(ServerProcess("dynamo-planner", command, url, self.logs / f"{name}.log")).wait_ready(60)
+        server = ServerProcess("dynamo-planner", command, url, self.logs / f"{name}.log")
+        # It first drains and stops the replicas it has started itself.
+        self.launch(server, stop_seconds=120).wait_ready(60)
         return url
 
     def decision_log(self, name: str) -> Path:
