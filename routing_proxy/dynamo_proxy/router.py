@@ -77,6 +77,7 @@ class Router:
         self._knowledge.sent(decision.slot, prompt, now)
         self._metrics.decisions.labels(self.state.mode, decision.reason).inc()
         if not tried:
+            self.state.last_slot = decision.slot
             self._metrics.routed(tokens, decision.matched_tokens)
         return Placement(self._registry.at(decision.slot), lease, decision, queued, tokens)
 
@@ -103,15 +104,14 @@ class Router:
         self._on_failure(engine, reason)
 
     def _choose(self, candidates: list[policy.Candidate], tokens: int) -> policy.Decision:
-        rules: dict[str, Callable[[], policy.Decision]] = {
-            "kv": lambda: policy.choose_kv(candidates, tokens, self.state.model, self._rng),
-            "round-robin": lambda: policy.choose_round_robin(candidates, tokens, self.state.last_slot),
-            "random": lambda: policy.choose_random(candidates, tokens, self._rng),
-            "least-loaded": lambda: policy.choose_least_loaded(candidates, tokens, self._rng),
-        }
-        decision = rules[self.state.mode]()
-        self.state.last_slot = decision.slot
-        return decision
+        mode = self.state.mode
+        if mode == "kv":
+            return policy.choose_kv(candidates, tokens, self.state.model, self._rng)
+        if mode == "round-robin":
+            return policy.choose_round_robin(candidates, tokens, self.state.last_slot)
+        if mode == "random":
+            return policy.choose_random(candidates, tokens, self._rng)
+        return policy.choose_least_loaded(candidates, tokens, self._rng)
 
     def check(self) -> None:
         assert self.state.mode in ("kv", "round-robin", "random", "least-loaded"), f"mode {self.state.mode}"
