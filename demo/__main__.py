@@ -40,7 +40,7 @@ def run(console: Console, fleet: Fleet) -> int:
         fleet.wait_replicas(lambda _waited: tick())
     with bar(console, "starting dynamo-proxy and dynamo-planner (advisory)") as tick:
         fleet.start_proxy()
-        fleet.start_planner(ADVISER)
+        fleet.start_planner(ADVISER, "--stabilisation-seconds", "15")
     with bar(console, "cold, HBM hit, DRAM hit", tiers.steps()) as tick:
         tier_results = tiers.run(fleet.replicas[0], tick)
     with bar(console, "multi-turn chat, round-robin and KV-aware", routing.steps()) as tick:

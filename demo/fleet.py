@@ -46,6 +46,7 @@ class Fleet:
             )
             replica = vllm_server(f"replica {number}", self.model, self.logs / f"replica-{number}.log", options)
             self.replicas.append(self.launch(replica))
+            self.stack.callback(self._ask_replicas_to_stop)
 
     def wait_replicas(self, tick: Callable[[float], None]) -> None:
         for replica in self.replicas:
@@ -93,6 +94,10 @@ class Fleet:
 
     def close(self) -> None:
         self.stack.close()
+
+    def _ask_replicas_to_stop(self) -> None:
+        for replica in self.replicas:
+            replica.ask_to_stop()
 
     def _get(self, url: str) -> str:
         try:
