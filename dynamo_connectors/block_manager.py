@@ -117,7 +117,7 @@ class BlockManager:
         target goes back through `commit` or `abort`.
         """
         index = self.tiers[0].index
-        wanted = [key for key in keys if not index.is_known(key)]
+        wanted = [key for key in dict.fromkeys(keys) if not index.is_known(key)]
         targets: list[Target] = []
         for key in wanted:
             slot = index.reserve(key)

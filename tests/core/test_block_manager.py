@@ -1,0 +1,34 @@
+"""Named cases of `BlockManager`: refusals, reasons and races. The state machine next door covers the rest."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_connectors.block_manager import BlockManager, NamedTier, Spill
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.tiers.index import TierIndex
+
+A, B, C, D = (BlockKey(letter.encode() * 32) for letter in "abcd")
+
+
+def manager_of(*capacities: int) -> BlockManager:
+    return BlockManager([NamedTier(f"tier{place}", TierIndex(count)) for place, count in enumerate(capacities)])
+
+
+def store(manager: BlockManager, *keys: BlockKey) -> None:
+    for target in manager.reserve(keys):
+        manager.commit(target)
+
+
+def spill_all(manager: BlockManager) -> list[Spill]:
+    spills = manager.take_spills()
+    for spill in spills:
+        manager.end_spill(spill, ok=True)
+    return spills
+
+
+def test_a_key_named_twice_is_reserved_once() -> None:
+    manager = manager_of(4)
+    targets = manager.reserve([A, A, B])
+    assert [target.key for target in targets] == [A, B]
+    assert not manager.dropped
