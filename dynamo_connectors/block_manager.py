@@ -148,12 +148,15 @@ class BlockManager:
 
     def end_spill(self, spill: Spill, ok: bool) -> None:
         self._spills.remove(spill)
-        self.tiers[spill.tier].index.unpin(spill.source_slot)
-        if ok:
+        source = self.tiers[spill.tier].index
+        # The source leaves the index when it is found damaged, or reset: what was copied from it is in doubt too.
+        trusted = source.slot_of(spill.key) == spill.source_slot
+        source.unpin(spill.source_slot)
+        if ok and trusted:
             self._committed(spill.tier + 1, spill.key, spill.target_slot)
         else:
             self.tiers[spill.tier + 1].index.abort(spill.target_slot)
-            self.dropped["spill_failed"] += 1
+            self.dropped["spill_failed" if not ok else "source_gone"] += 1
 
     def clear(self) -> None:
         """Forgets every block (weights changed, cache reset). Transfers in flight end in peace and are not kept."""

@@ -32,3 +32,16 @@ def test_a_key_named_twice_is_reserved_once() -> None:
     targets = manager.reserve([A, A, B])
     assert [target.key for target in targets] == [A, B]
     assert not manager.dropped
+
+
+def test_bytes_found_damaged_while_they_sink_are_not_kept_below() -> None:
+    manager = manager_of(2, 2)
+    store(manager, A)
+    (spill,) = manager.take_spills()
+    sources = manager.lease([A])
+    manager.release(sources, damaged={A})
+    manager.end_spill(spill, ok=True)
+    assert manager.match([A]) == 0, "the copy of the damaged bytes is served"
+    assert manager.dropped == {"damaged": 1, "source_gone": 1}
+    assert [change.kind for change in manager.take_changes()] == ["stored", "removed"]
+    assert manager.stats()["tier1"].doomed_blocks == 0
