@@ -208,7 +208,10 @@ class BlockManager:
 
     def _start_spill(self, tier: int, key: BlockKey) -> Spill | None:
         below = self.tiers[tier + 1].index
-        if below.is_known(key) or key not in self.tiers[tier].index:
+        if below.is_known(key):
+            return None
+        if key not in self.tiers[tier].index:
+            self.dropped["source_gone"] += 1
             return None
         target_slot = below.reserve(key)
         self._note_evictions(tier + 1)

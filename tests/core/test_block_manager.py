@@ -45,3 +45,21 @@ def test_bytes_found_damaged_while_they_sink_are_not_kept_below() -> None:
     assert manager.dropped == {"damaged": 1, "source_gone": 1}
     assert [change.kind for change in manager.take_changes()] == ["stored", "removed"]
     assert manager.stats()["tier1"].doomed_blocks == 0
+
+
+def test_a_block_that_leaves_before_it_could_sink_is_counted() -> None:
+    manager = manager_of(1, 2)
+    store(manager, A)
+    store(manager, B)
+    assert [spill.key for spill in spill_all(manager)] == [B]
+    assert manager.dropped == {"source_gone": 1}
+    assert manager.match([B]) == 1
+
+
+def test_a_block_that_is_below_already_is_not_counted() -> None:
+    manager = manager_of(1, 2)
+    for _ in range(2):
+        store(manager, A)
+        spill_all(manager)
+        manager.tiers[0].index.discard(A)
+    assert not manager.dropped
