@@ -69,6 +69,7 @@ class BlockManager:
         #: Blocks that may still sink: (tier, key), oldest first.
         self._sinking: deque[tuple[int, BlockKey]] = deque()
         self._leases: Counter[Source] = Counter()
+        self._targets: set[Target] = set()
         self._spills: set[Spill] = set()
         self._changes: list[Change] = []
         #: Blocks that were not kept, by reason.
@@ -125,14 +126,17 @@ class BlockManager:
                 self.dropped["tier_busy"] += len(wanted) - len(targets)
                 break
             targets.append(Target(key, slot))
+        self._targets.update(targets)
         self._note_evictions(0)
         return targets
 
     def commit(self, target: Target) -> None:
         """The bytes of `target` are complete: the block can be read, and sinks one tier further."""
+        self._end_fill(target)
         self._committed(0, target.key, target.slot)
 
     def abort(self, target: Target, reason: str) -> None:
+        self._end_fill(target)
         self.tiers[0].index.abort(target.slot)
         self.dropped[reason] += 1
 
@@ -196,6 +200,12 @@ class BlockManager:
             wanted = {slot: count for (where, slot), count in expected.items() if where == position}
             assert pinned == wanted, f"{tier.name}: pins {pinned} differ from leases and spills {wanted}"
         assert len(self._spills) <= MAX_SPILLS, "too many spills in flight"
+
+    def _end_fill(self, target: Target) -> None:
+        # A late second report would otherwise end the fill of whoever has the slot now.
+        if target not in self._targets:
+            raise AssertionError(f"{target} is not being filled")
+        self._targets.remove(target)
 
     def _lease_one(self, key: BlockKey) -> Source | None:
         for position, tier in enumerate(self.tiers):

@@ -63,3 +63,17 @@ def test_a_block_that_is_below_already_is_not_counted() -> None:
         spill_all(manager)
         manager.tiers[0].index.discard(A)
     assert not manager.dropped
+
+
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_a_target_reported_twice_cannot_touch_the_next_owner_of_its_slot(end: str) -> None:
+    manager = manager_of(1)
+    (first,) = manager.reserve([A])
+    manager.abort(first, "copy_failed")
+    (second,) = manager.reserve([B])
+    assert second.slot == first.slot
+    with pytest.raises(AssertionError, match="not being filled"):
+        manager.commit(first) if end == "commit" else manager.abort(first, "copy_failed")
+    assert manager.match([B]) == 0, "unfinished bytes are served"
+    manager.commit(second)
+    assert manager.match([B]) == 1
