@@ -62,9 +62,9 @@ def page_layout(
     `strides` are in elements, as torch gives them. Raises `UnsupportedLayoutError` when a page is not one dense range
     of bytes: copying it as opaque bytes would then copy somebody else's.
     """
-    if len(shape) < 2 or shape[0] < 1:
+    if len(shape) < 2 or 0 in shape:
         raise UnsupportedLayoutError(
-            f"layer {layer}: shape {shape} has no block dimension; this model cannot be tiered"
+            f"layer {layer}: shape {shape} has no block dimension, or blocks without bytes; this model cannot be tiered"
         )
     page_elements = 1
     for size in shape[1:]:

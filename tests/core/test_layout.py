@@ -64,8 +64,8 @@ def test_overlapping_blocks_are_refused() -> None:
         page_layout("l", (BLOCKS, TOKENS, SIZE), (SIZE, SIZE, 1), item_bytes=2, base_bytes=0)
 
 
-@pytest.mark.parametrize("shape", [(), (BLOCKS,), (0, SIZE)])
-def test_a_tensor_without_blocks_is_refused(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(), (BLOCKS,), (0, SIZE), (BLOCKS, 0, SIZE)])
+def test_a_tensor_without_blocks_or_bytes_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedLayoutError, match="no block dimension"):
         page_layout("l", shape, (1,) * len(shape), item_bytes=2, base_bytes=0)
 
