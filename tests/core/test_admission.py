@@ -21,7 +21,7 @@ from dynamo_connectors.admission import admitted_blocks
         (10, 0.5, 5),
         (10, 0.51, 6),
         (10, 0.1, 1),
-        (3, 0.1 + 0.2, 1),
+        (3, 0.3, 1),
         (30, 0.1, 3),
     ],
 )

@@ -45,11 +45,11 @@ def test_no_field_can_imitate_two(left: list[str], right: list[str]) -> None:
 @pytest.mark.parametrize(
     ("one", "two"),
     [
-        (dict(model="ab", revision="c"), dict(model="a", revision="bc")),
-        (dict(model='a","r', revision="b"), dict(model="a", revision='r","b')),
-        (dict(tp_rank=1, tp_size=12), dict(tp_rank=11, tp_size=2)),
-        (dict(key_rules="1"), dict(key_rules="1\0")),
-        (dict(model="é"), dict(model="e\u0301")),
+        ({"model": "ab", "revision": "c"}, {"model": "a", "revision": "bc"}),
+        ({"model": 'a","r', "revision": "b"}, {"model": "a", "revision": 'r","b'}),
+        ({"tp_rank": 1, "tp_size": 12}, {"tp_rank": 11, "tp_size": 2}),
+        ({"key_rules": "1"}, {"key_rules": "1\0"}),
+        ({"model": "é"}, {"model": "e\u0301"}),
     ],
 )
 def test_pieces_that_join_to_the_same_text_differ(one: dict[str, str], two: dict[str, str]) -> None:
