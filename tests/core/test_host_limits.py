@@ -71,3 +71,9 @@ def test_a_dead_engines_slab_counts_as_free(tmp_path: Path) -> None:
     slab = tmp_path / "kvbm-0.slab"
     slab.write_bytes(bytes(64 << 20))
     check_host(nvme(tmp_path, free - (32 << 20)))
+
+
+def test_a_slab_that_goes_away_meanwhile_is_no_mistake(tmp_path: Path) -> None:
+    """As seen between listing and asking: the name is there, the file is not."""
+    (tmp_path / "kvbm-0.slab").symlink_to(tmp_path / "gone")
+    check_host(nvme(tmp_path))
