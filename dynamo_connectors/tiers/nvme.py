@@ -39,8 +39,6 @@ class NvmeStore:
         self._namespace = namespace.digest
         self._sequence = itertools.count(1)
         self._local = threading.local()
-        self._lock = threading.Lock()
-        self._staging: list[mmap.mmap] = []
         self._fd, self.path = _claim_slab(directory)
         try:
             os.ftruncate(self._fd, 0)
@@ -86,10 +84,7 @@ class NvmeStore:
         self.path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = -1
-        with self._lock:
-            for staging in self._staging:
-                staging.close()
-            self._staging.clear()
+        # The buffers go with their last user, be it a read in flight or the traceback of an error.
         self._local = threading.local()
 
     def _staging_buffer(self) -> mmap.mmap:
@@ -98,8 +93,6 @@ class NvmeStore:
         if staging is None:
             staging = mmap.mmap(-1, self._slot_bytes)
             self._local.staging = staging
-            with self._lock:
-                self._staging.append(staging)
         return staging
 
 
