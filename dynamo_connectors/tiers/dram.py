@@ -49,13 +49,14 @@ class DramStore:
 
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
         self._keys[slot] = None
-        self.rows[slot] = np.frombuffer(row, dtype=np.uint8)
+        # Assigned as memory, not as an array: numpy would spread a single byte over the row.
+        memoryview(self.rows[slot])[:] = row
         self._keys[slot] = key
 
     def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
         if self._keys[slot] != key:
             raise StoreError("wrong_key", f"DRAM slot {slot} holds another block")
-        np.frombuffer(into, dtype=np.uint8)[:] = self.rows[slot]
+        into[:] = memoryview(self.rows[slot])
 
     def close(self) -> None:
         if self._unpin is not None:

@@ -95,6 +95,18 @@ def test_a_slot_never_written_is_an_error(make_store: MakeStore) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [0, 1, ROW - 1, ROW + 1])
+def test_a_row_of_another_length_is_refused(make_store: MakeStore, size: int) -> None:
+    store = make_store(1, ROW)
+    with pytest.raises(ValueError, match="lvalue and rvalue"):
+        store.write(0, A, noise(1, size))
+    with pytest.raises(StoreError):
+        store.read(0, A, empty(ROW))
+    store.write(0, A, noise(1, ROW))
+    with pytest.raises(ValueError, match="lvalue and rvalue"):
+        store.read(0, A, empty(size))
+
+
 def test_slots_are_independent_across_threads(make_store: MakeStore) -> None:
     store = make_store(8, ROW)
 
