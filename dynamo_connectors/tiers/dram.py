@@ -48,15 +48,22 @@ class DramStore:
         return self._keys[slot] == key
 
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
+        self._refuse_outside(slot)
         self._keys[slot] = None
         # Assigned as memory, not as an array: numpy would spread a single byte over the row.
         memoryview(self.rows[slot])[:] = row
         self._keys[slot] = key
 
     def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
+        self._refuse_outside(slot)
         if self._keys[slot] != key:
             raise StoreError("wrong_key", f"DRAM slot {slot} holds another block")
         into[:] = memoryview(self.rows[slot])
+
+    def _refuse_outside(self, slot: int) -> None:
+        # Closed, there are no rows at all. A negative slot would count from the end.
+        if not 0 <= slot < len(self.rows):
+            raise StoreError("no_slot", f"DRAM slot {slot} is outside the {len(self.rows)} open ones")
 
     def close(self) -> None:
         if self._unpin is not None:

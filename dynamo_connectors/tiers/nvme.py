@@ -53,6 +53,7 @@ class NvmeStore:
         self.direct = _enable_direct_io(self._fd, self._staging_buffer())
 
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
+        self._refuse_outside(slot)
         staging = self._staging_buffer()
         payload = memoryview(staging)[HEADER_BYTES : HEADER_BYTES + self.row_bytes]
         payload[:] = row
@@ -65,6 +66,7 @@ class NvmeStore:
             raise StoreError("short_write", f"{self.path}: {written} of {self._slot_bytes} bytes")
 
     def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
+        self._refuse_outside(slot)
         staging = self._staging_buffer()
         try:
             count = os.preadv(self._fd, [staging], slot * self._slot_bytes)
@@ -86,6 +88,13 @@ class NvmeStore:
         self._fd = -1
         # The buffers go with their last user, be it a read in flight or the traceback of an error.
         self._local = threading.local()
+
+    def _refuse_outside(self, slot: int) -> None:
+        # A write behind the end would grow the file past what the user allowed.
+        if self._fd < 0 or not 0 <= slot < self.capacity_blocks:
+            raise StoreError(
+                "no_slot", f"{self.path}: slot {slot} is outside the {self.capacity_blocks}, or it is closed"
+            )
 
     def _staging_buffer(self) -> mmap.mmap:
         """One page-aligned slot per thread, as O_DIRECT asks for."""

@@ -107,6 +107,30 @@ def test_a_row_of_another_length_is_refused(make_store: MakeStore, size: int) ->
         store.read(0, A, empty(size))
 
 
+@pytest.mark.parametrize("slot", [-1, 2, 1000])
+def test_a_slot_outside_the_capacity_is_an_error(make_store: MakeStore, tmp_path: Path, slot: int) -> None:
+    store = make_store(2, ROW)
+    sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+    with pytest.raises(StoreError):
+        store.write(slot, A, noise(1, ROW))
+    with pytest.raises(StoreError):
+        store.read(slot, A, empty(ROW))
+    for inside in (0, 1):
+        with pytest.raises(StoreError):
+            store.read(inside, A, empty(ROW))
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == sizes, "the store grew"
+
+
+def test_a_closed_store_keeps_and_returns_nothing(make_store: MakeStore) -> None:
+    store = make_store(2, ROW)
+    store.write(0, A, noise(1, ROW))
+    store.close()
+    with pytest.raises(StoreError):
+        store.read(0, A, empty(ROW))
+    with pytest.raises(StoreError):
+        store.write(0, A, noise(1, ROW))
+
+
 def test_slots_are_independent_across_threads(make_store: MakeStore) -> None:
     store = make_store(8, ROW)
 
