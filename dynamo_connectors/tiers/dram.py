@@ -28,7 +28,7 @@ class DramStore:
         self._keys: list[BlockKey | None] = [None] * capacity_blocks
         self._unpin: Callable[[], None] | None = None
         try:
-            self._slab = mmap.mmap(-1, capacity_blocks * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            slab = mmap.mmap(-1, capacity_blocks * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             gigabytes = capacity_blocks * row_bytes / 1e9
             raise ConfigError(
@@ -36,7 +36,7 @@ class DramStore:
                 "lower --kvbm-host-dram-gb"
             ) from error
         #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
-        self.rows: npt.NDArray[np.uint8] = np.frombuffer(self._slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
+        self.rows: npt.NDArray[np.uint8] = np.frombuffer(slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
         if pin is not None:
             self._unpin = pin(self.rows.ctypes.data, self.rows.nbytes)
 
@@ -70,9 +70,5 @@ class DramStore:
             self._unpin()
             self._unpin = None
         self._keys = [None] * self.capacity_blocks
+        # The mapping goes with its last view: here, unless one is alive somewhere, which must not dangle.
         self.rows = np.empty((0, self.row_bytes), dtype=np.uint8)
-        try:
-            self._slab.close()
-        except BufferError:
-            # A view of a row is still alive somewhere; the mapping goes with its last view.
-            return
