@@ -25,7 +25,6 @@ class DramStore:
     def __init__(self, capacity_blocks: int, row_bytes: int, pin: Pinner | None = None) -> None:
         self.capacity_blocks = capacity_blocks
         self.row_bytes = row_bytes
-        self._keys: list[BlockKey | None] = [None] * capacity_blocks
         self._unpin: Callable[[], None] | None = None
         try:
             slab = mmap.mmap(-1, capacity_blocks * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -35,6 +34,7 @@ class DramStore:
                 f"the host refuses {gigabytes:.2f} GB of memory for the host_dram tier ({error}); "
                 "lower --kvbm-host-dram-gb"
             ) from error
+        self._keys: list[BlockKey | None] = [None] * capacity_blocks
         #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
         self.rows: npt.NDArray[np.uint8] = np.frombuffer(slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
         if pin is not None:
