@@ -43,6 +43,7 @@ class NvmeStore:
         try:
             os.ftruncate(self._fd, 0)
             os.posix_fallocate(self._fd, 0, capacity_blocks * self._slot_bytes)
+            self.direct = _enable_direct_io(self._fd, self._staging_buffer())
         except OSError as error:
             self.close()
             gigabytes = capacity_blocks * self._slot_bytes / 1e9
@@ -50,7 +51,6 @@ class NvmeStore:
                 f"{directory} cannot hold {gigabytes:.2f} GB for the nvme_ssd tier ({error.strerror}); "
                 "lower --kvbm-nvme-gb or free space there"
             ) from error
-        self.direct = _enable_direct_io(self._fd, self._staging_buffer())
 
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
         self._refuse_outside(slot)
@@ -83,11 +83,13 @@ class NvmeStore:
         if self._fd < 0:
             return
         # The name goes first: whoever opens it after the lock is gone would otherwise share a deleted file.
-        self.path.unlink(missing_ok=True)
-        os.close(self._fd)
-        self._fd = -1
-        # The buffers go with their last user, be it a read in flight or the traceback of an error.
-        self._local = threading.local()
+        try:
+            self.path.unlink(missing_ok=True)
+        finally:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            # The buffers go with their last user, be it a read in flight or the traceback of an error.
+            self._local = threading.local()
 
     def _refuse_outside(self, slot: int) -> None:
         # A write behind the end would grow the file past what the user allowed.
@@ -112,9 +114,14 @@ def _claim_slab(directory: Path) -> tuple[int, Path]:
         for number in range(_MAX_SLABS):
             path = directory / f"kvbm-{number}.slab"
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if _lock_if_current(fd, path):
+            ours = False
+            try:
+                ours = _lock_if_current(fd, path)
+            finally:
+                if not ours:
+                    os.close(fd)
+            if ours:
                 return fd, path
-            os.close(fd)
     except OSError as error:
         raise ConfigError(
             f"--kvbm-nvme-path {directory} cannot be used ({error.strerror}); name a directory this user may write to"
