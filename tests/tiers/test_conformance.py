@@ -204,6 +204,15 @@ def test_capacity_is_a_hard_bound(make_tier: MakeTier) -> None:
     assert tier.stats().evicted_blocks_total == 17
 
 
+def test_a_tier_that_evicts_for_ever_remembers_no_names(make_tier: MakeTier) -> None:
+    tier = make_tier(1, ROW)
+    for number in range(5):
+        tier.write(BlockKey(bytes([number])), noise(number, ROW))
+    tier.evict(ROW)
+    assert tier.stats().evicted_blocks_total == 5
+    assert tier.index.take_evicted() == [], "nobody takes them, so they would pile up"
+
+
 def test_a_full_tier_of_busy_blocks_takes_nothing(make_tier: MakeTier) -> None:
     tier = make_tier(2, ROW)
     tier.write(A, noise(1, ROW))
