@@ -45,7 +45,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.limit.stop()
 
-    @initialize(capacities=st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    @initialize(capacities=st.lists(st.integers(1, 3), min_size=1, max_size=3))
     def start(self, capacities: list[int]) -> None:
         tiers = [NamedTier(f"tier{place}", TierIndex(count)) for place, count in enumerate(capacities)]
         self.manager = BlockManager(tiers)
@@ -144,7 +144,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.targets)
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
-        target, epoch = self.targets.pop(data.draw(st.integers(0, len(self.targets) - 1)))
+        self.targets.append(self.targets.pop(data.draw(st.integers(0, len(self.targets) - 1))))
+        self.commit_last()
+
+    def commit_last(self) -> None:
+        target, epoch = self.targets.pop()
         self.bytes_in[0, target.slot] = Content(target.key, epoch)
         self.manager.commit(target)
         self.stored(0, target.key, epoch == self.epoch, "reset")
@@ -183,7 +187,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.spills)
     @rule(data=st.data(), ok=st.booleans())
     def end_spill(self, data: st.DataObject, ok: bool) -> None:
-        spill, content = self.spills.pop(data.draw(st.integers(0, len(self.spills) - 1)))
+        self.end_spill_at(data.draw(st.integers(0, len(self.spills) - 1)), ok)
+
+    def end_spill_at(self, place: int, ok: bool) -> None:
+        spill, content = self.spills.pop(place)
         assert self.bytes_in[spill.tier, spill.source_slot] == content, f"the source of {spill} changed"
         self.bytes_in[spill.tier + 1, spill.target_slot] = content if ok else GARBAGE
         self.manager.end_spill(spill, ok)
@@ -191,6 +198,17 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.dropped["spill_failed"] += 1
             return
         self.stored(spill.tier + 1, spill.key, content == (spill.key, self.epoch), "source_gone")
+
+    @rule(key=keys)
+    def store_and_sink(self, key: BlockKey) -> None:
+        """What random single steps reach too seldom: every tier full of readable blocks."""
+        before = len(self.targets)
+        self.reserve([key])
+        if len(self.targets) > before:
+            self.commit_last()
+        self.take_spills()
+        while self.spills:
+            self.end_spill_at(0, ok=True)
 
     @rule()
     def clear(self) -> None:

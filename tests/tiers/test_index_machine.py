@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.tiers.index import TierIndex
 
-KEYS = [BlockKey(bytes([number]) * 32) for number in range(7)]
+KEYS = [BlockKey(bytes([number]) * 32) for number in range(5)]
 keys = st.sampled_from(KEYS)
 chains = st.lists(keys, max_size=5)
 
@@ -59,7 +59,7 @@ class Model:
 
 
 class TierIndexMachine(RuleBasedStateMachine):
-    @initialize(capacity=st.integers(1, 4))
+    @initialize(capacity=st.integers(1, 3))
     def start(self, capacity: int) -> None:
         self.index = TierIndex(capacity)
         self.model = Model(capacity)
@@ -83,10 +83,21 @@ class TierIndexMachine(RuleBasedStateMachine):
         assert slot not in self.model.rows, "a slot in use was handed out"
         self.model.rows[slot] = Row(key)
 
+    @rule(chain=chains)
+    def fill(self, chain: list[BlockKey]) -> None:
+        """What random single steps reach too seldom: a tier full of readable blocks."""
+        for key in chain:
+            before = set(self.model.rows)
+            self.reserve(key)
+            for slot in [slot for slot, row in self.model.rows.items() if not row.ready and slot not in before]:
+                self.commit_slot(slot)
+
     @precondition(lambda self: self.slots_where(ready=False))
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(self.slots_where(ready=False)))
+        self.commit_slot(data.draw(st.sampled_from(self.slots_where(ready=False))))
+
+    def commit_slot(self, slot: int) -> None:
         row = self.model.rows[slot]
         assert self.index.commit(slot) == (row.key is not None)
         row.ready = True
@@ -102,6 +113,13 @@ class TierIndexMachine(RuleBasedStateMachine):
         del self.model.rows[slot]
 
     @rule(key=keys)
+    def read(self, key: BlockKey) -> None:
+        slot = self.model.slot(key)
+        self.pin(key)
+        if slot is not None and self.model.rows[slot].ready:
+            self.unpin_slot(slot)
+
+    @rule(key=keys)
     def pin(self, key: BlockKey) -> None:
         expected = self.model.slot(key) if self.model.readable(key) else None
         assert self.index.pin(key) == expected
@@ -111,7 +129,9 @@ class TierIndexMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.slots_where(ready=True, pinned=True))
     @rule(data=st.data())
     def unpin(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(self.slots_where(ready=True, pinned=True)))
+        self.unpin_slot(data.draw(st.sampled_from(self.slots_where(ready=True, pinned=True))))
+
+    def unpin_slot(self, slot: int) -> None:
         self.index.unpin(slot)
         row = self.model.rows[slot]
         row.pins -= 1
