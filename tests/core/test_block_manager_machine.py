@@ -106,7 +106,18 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
     def release_damaged(self, data: st.DataObject) -> None:
-        place = data.draw(st.integers(0, len(self.leases) - 1))
+        self.find_damage(data.draw(st.integers(0, len(self.leases) - 1)))
+
+    @precondition(lambda self: self.spills)
+    @rule(data=st.data())
+    def read_damage_while_it_sinks(self, data: st.DataObject) -> None:
+        spill, _ = data.draw(st.sampled_from(self.spills))
+        before = len(self.leases)
+        self.match_and_lease([spill.key])
+        if len(self.leases) > before:
+            self.find_damage(before)
+
+    def find_damage(self, place: int) -> None:
         source, _ = self.leases[place]
         slot = self.manager.tiers[source.tier].index.slot_of(source.key)
         self.dropped["damaged"] += slot == source.slot
