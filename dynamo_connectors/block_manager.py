@@ -55,7 +55,8 @@ class NamedTier:
     index: TierIndex
 
 
-#: Copies down that may wait or run at one time. Beyond it the newest are dropped: a slow disk must not pin all of DRAM.
+#: Copies down that may wait, and that may run, at one time; of the first tier at most half is pinned by them. Beyond it
+#: the newest are dropped: a slow disk must not take DRAM away from requests.
 MAX_SPILLS = 256
 
 
@@ -66,6 +67,7 @@ class BlockManager:
         if not tiers:
             raise ValueError("a block manager needs at least one tier")
         self.tiers = tuple(tiers)
+        self._max_spills = min(MAX_SPILLS, max(1, tiers[0].index.capacity_blocks // 2))
         #: Blocks that may still sink: (tier, key), oldest first.
         self._sinking: deque[tuple[int, BlockKey]] = deque()
         self._leases: Counter[Source] = Counter()
@@ -108,8 +110,12 @@ class BlockManager:
                 self._discard(source.tier, source.key)
                 self.dropped["damaged"] += 1
             index.unpin(source.slot)
-        for position, tier in enumerate(self.tiers):
-            tier.index.touch([source.key for source in released if source.tier == position])
+        self.touch([source.key for source in released])
+
+    def touch(self, chain: Sequence[BlockKey]) -> None:
+        """Marks a chain as just used in every tier, so that its tail is evicted before the head it hangs on."""
+        for tier in self.tiers:
+            tier.index.touch(chain)
 
     def reserve(self, keys: Iterable[BlockKey]) -> list[Target]:
         """Slots for those of `keys` that the first tier does not know yet, in order.
@@ -143,7 +149,7 @@ class BlockManager:
     def take_spills(self) -> list[Spill]:
         """Copies to start now. Each one goes back through `end_spill`."""
         started: list[Spill] = []
-        while self._sinking and len(self._spills) < MAX_SPILLS:
+        while self._sinking and len(self._spills) < self._max_spills:
             tier, key = self._sinking.popleft()
             spill = self._start_spill(tier, key)
             if spill is not None:
@@ -199,7 +205,7 @@ class BlockManager:
             pinned = tier.index.pinned_slots()
             wanted = {slot: count for (where, slot), count in expected.items() if where == position}
             assert pinned == wanted, f"{tier.name}: pins {pinned} differ from leases and spills {wanted}"
-        assert len(self._spills) <= MAX_SPILLS, "too many spills in flight"
+        assert len(self._spills) <= self._max_spills, "too many spills in flight"
 
     def _end_fill(self, target: Target) -> None:
         # A late second report would otherwise end the fill of whoever has the slot now.

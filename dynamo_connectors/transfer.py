@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -136,6 +136,8 @@ class TransferEngine:
             self._readers.submit(disk.read, item.slot, item.key, memoryview(self._staging_bytes[row]))
             for row, item in enumerate(items)
         ]
+        # The rows are shared by all loads: not one read may still be writing when this one ends, however it ends.
+        wait(reads)
         good: list[tuple[int, LoadItem]] = []
         for row, (item, read) in enumerate(zip(items, reads, strict=True)):
             try:

@@ -113,7 +113,7 @@ def _claim_slab(directory: Path) -> tuple[int, Path]:
         directory.mkdir(parents=True, exist_ok=True)
         for number in range(_MAX_SLABS):
             path = directory / f"kvbm-{number}.slab"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             ours = False
             try:
                 ours = _lock_if_current(fd, path)

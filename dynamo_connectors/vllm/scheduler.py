@@ -142,7 +142,8 @@ class SchedulerHalf:
         block_of = dict(zip(keys, blocks, strict=True))
         targets = self._manager.reserve(keys)
         if targets:
-            self._start_store([(target, block_of[target.key]) for target in targets])
+            stores = tuple((target, block_of[target.key]) for target in targets)
+            self._start_store(stores)
 
     def finished(self, request: Any, block_ids: Sequence[int], computed_tokens: int) -> None:
         """Offers the last blocks. vLLM may free them all now: the ones being copied are held until they are copied."""
@@ -151,6 +152,8 @@ class SchedulerHalf:
         self._local_blocks.pop(request_id, None)
         progress = self._requests.pop(request_id, None)
         if progress is not None and request_id not in self._loading:
+            # Once per request, not per block: its head came in first, and must not be the first to go.
+            self._manager.touch(request.block_hashes[: progress.offered_blocks])
             lost = self._admitted(request, computed_tokens) - progress.offered_blocks
             if lost > 0:
                 self._counts["dropped_blocks", "hbm_busy"] += lost
@@ -221,10 +224,10 @@ class SchedulerHalf:
         self._jobs[job_id] = job
         return job_id
 
-    def _start_store(self, stores: list[tuple[Target, int]]) -> None:
+    def _start_store(self, stores: tuple[tuple[Target, int], ...]) -> None:
         assert self._holds is not None
         self._holds.hold([block for _, block in stores])
-        job_id = self._start(Running(self._limits.num_workers, stores=tuple(stores)))
+        job_id = self._start(Running(self._limits.num_workers, stores=stores))
         items = tuple(StoreItem(target.key, block, target.slot) for target, block in stores)
         self._stores.append(StoreJob(job_id, items))
 
@@ -242,6 +245,7 @@ class SchedulerHalf:
             else:
                 self._manager.commit(target)
                 self._counts["offloaded_blocks", self._manager.tiers[0].name] += 1
+        self._manager.touch([target.key for target, _ in job.stores])
         if job.loading is not None:
             self._loading.discard(job.loading)
             self._manager.release(job.loads, damaged=job.failed.keys())

@@ -25,25 +25,19 @@ _DAY = 86_400.0
 
 @app.command()
 def run(
-    engine: Annotated[
-        list[str] | None, typer.Option(help="An engine, http://HOST:PORT; repeat for each")
-    ] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="An engine, http://HOST:PORT; repeat for each")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one")] = 8080,
     admin_host: Annotated[str, typer.Option(help="Address of the admin listener")] = "127.0.0.1",
     admin_port: Annotated[int, typer.Option(help="Port of the admin listener; 0 turns it off")] = 8081,
     router_mode: Annotated[str, typer.Option(help="kv, round-robin, random or least-loaded")] = "kv",
-    kv_cache_block_size: Annotated[
-        int, typer.Option(help="Tokens per KV block until an engine tells its own")
-    ] = 16,
+    kv_cache_block_size: Annotated[int, typer.Option(help="Tokens per KV block until an engine tells its own")] = 16,
     kv_events: Annotated[bool, typer.Option(help="Subscribe to the engines' KV events")] = True,
     max_body_bytes: Annotated[int, typer.Option(help="Largest request body")] = 32 * MIB,
     connect_timeout: Annotated[float, typer.Option(help="Seconds to connect to an engine")] = 5.0,
     request_timeout: Annotated[float, typer.Option(help="Seconds until the first byte of an answer")] = 300.0,
     idle_timeout: Annotated[float, typer.Option(help="Seconds without a byte within an answer")] = 300.0,
-    drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that requests in flight get at shutdown")
-    ] = 30.0,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get at shutdown")] = 30.0,
     health_interval: Annotated[float, typer.Option(help="Seconds between health probes")] = 2.0,
 ) -> None:
     """Route requests to vLLM and SGLang engines by what their KV caches hold."""

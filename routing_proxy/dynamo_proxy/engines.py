@@ -99,17 +99,13 @@ class EngineRegistry:
         """Take an engine out. Raises EngineBusyError while requests are in flight on it."""
         in_flight = self._ledger.load(engine.slot).in_flight
         if in_flight:
-            raise EngineBusyError(
-                f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait"
-            )
+            raise EngineBusyError(f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait")
         del self._engines[engine.slot]
         self.models_changed()
 
     def models_changed(self) -> None:
         """Recompute which served models are LoRA adapters."""
-        self.loras = frozenset().union(
-            *(e.models.loras for e in self._engines.values() if e.models is not None)
-        )
+        self.loras = frozenset().union(*(e.models.loras for e in self._engines.values() if e.models is not None))
 
     def candidates(self, model: str, tried: int) -> list[Engine]:
         """Engines that may take a request for `model`, without the slots of the bitmask `tried`."""
@@ -127,7 +123,5 @@ class EngineRegistry:
         assert len(set(addresses)) == len(addresses), "an address is listed twice"
         for slot, engine in self._engines.items():
             assert engine.slot == slot, f"engine {engine.slot} is filed under {slot}"
-            assert not (engine.events_complete and engine.events_lost), (
-                f"{engine.name}: events complete and lost"
-            )
+            assert not (engine.events_complete and engine.events_lost), f"{engine.name}: events complete and lost"
             engine.pool.check()

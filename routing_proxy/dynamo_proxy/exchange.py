@@ -60,9 +60,7 @@ class Exchange:
         "_stale", "_timer", "_tried", "_up", "over",
     )  # fmt: skip
 
-    def __init__(
-        self, client: ClientSide, request: Request, prompt: Prompt, endpoint: str, services: Services
-    ) -> None:
+    def __init__(self, client: ClientSide, request: Request, prompt: Prompt, endpoint: str, services: Services) -> None:
         self._client = client
         self._request = request
         self._prompt = prompt
@@ -136,9 +134,7 @@ class Exchange:
         head = self._request.head
         self._up = connection
         self._head = None
-        reader = ResponseReader(
-            head.method, self._services.limits.max_head_bytes, decode=head.minor_version == 0
-        )
+        reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode=head.minor_version == 0)
         payload = request_bytes(head, self._request.body, placement.engine.address.authority)
         connection.begin(self, reader, payload)
         if self._timer is None:
@@ -237,9 +233,7 @@ class Exchange:
             message = f"every engine that could serve this request failed ({self._failure}); try again"
         elif self._services.router.model_is_unknown(self._prompt.model):
             status, code = 404, "model_not_found"
-            message = (
-                f"The model `{self._prompt.model}` does not exist here; GET /v1/models lists what is served."
-            )
+            message = f"The model `{self._prompt.model}` does not exist here; GET /v1/models lists what is served."
         else:
             status, code = 503, "no_engine_ready"
             message = "no engine is ready to take this request; try again in a few seconds"
@@ -256,9 +250,7 @@ class Exchange:
         self._leave_engine()
         self._close(head.status, reason)
         if self._may_speak(head, at_boundary):
-            self._client.write(
-                stream_error_bytes("the engine was lost in the middle of this answer; try again")
-            )
+            self._client.write(stream_error_bytes("the engine was lost in the middle of this answer; try again"))
             self._client.finish(False)
         else:
             self._client.cut(reset=not (head.chunked or head.content_length is not None))

@@ -62,6 +62,4 @@ class FlowControl:
     def check(self) -> None:
         upstream = self._upstream
         if upstream is not None and not upstream.is_closing():
-            assert upstream.is_reading() != self._writing_paused, (
-                "the engine's reader and the client's buffer disagree"
-            )
+            assert upstream.is_reading() != self._writing_paused, "the engine's reader and the client's buffer disagree"

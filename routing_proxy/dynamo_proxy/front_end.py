@@ -24,9 +24,7 @@ _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
 class FrontEnd:
     """The requests of all client connections."""
 
-    def __init__(
-        self, registry: EngineRegistry, ledger: Ledger, knowledge: Knowledge, services: Services
-    ) -> None:
+    def __init__(self, registry: EngineRegistry, ledger: Ledger, knowledge: Knowledge, services: Services) -> None:
         self._registry = registry
         self._ledger = ledger
         self._knowledge = knowledge

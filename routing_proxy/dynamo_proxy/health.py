@@ -61,12 +61,8 @@ class EngineWatch:
         self._failures += 1
         self._monitor.metrics.probes.labels(engine.name, reason).inc()
         if engine.health is Health.STARTING and self._failures == 1:
-            log.warning(
-                "engine %s is not reachable yet (%s); probing until it is", engine.address.url, reason
-            )
-        if engine.health is Health.READY and (
-            reason == "connect_failed" or self._failures >= _FAILURES_UNTIL_DOWN
-        ):
+            log.warning("engine %s is not reachable yet (%s); probing until it is", engine.address.url, reason)
+        if engine.health is Health.READY and (reason == "connect_failed" or self._failures >= _FAILURES_UNTIL_DOWN):
             self.down(reason)
 
     def down(self, reason: str) -> None:
@@ -120,9 +116,7 @@ class EngineWatch:
         engine.events_lost = any(feed.lost for feed in self.feeds)
         engine.events_complete = bool(self.feeds) and all(feed.complete for feed in self.feeds)
         knowledge.event_mask = knowledge.event_mask | bit if self.feeds else knowledge.event_mask & ~bit
-        knowledge.exact_mask = (
-            knowledge.exact_mask | bit if engine.events_complete else knowledge.exact_mask & ~bit
-        )
+        knowledge.exact_mask = knowledge.exact_mask | bit if engine.events_complete else knowledge.exact_mask & ~bit
 
     def close_feeds(self) -> None:
         for feed in self.feeds:
@@ -229,9 +223,7 @@ class Monitor:
                 capacity = dialects.sglang_capacity_tokens(_json(info))
         if capacity is None:
             status, body, _ = await self._get(engine, "/metrics")
-            capacity = (
-                dialects.vllm_capacity_tokens(body.decode("utf-8", "replace")) if status == 200 else None
-            )
+            capacity = dialects.vllm_capacity_tokens(body.decode("utf-8", "replace")) if status == 200 else None
         return (sources if self.use_events else ()), capacity
 
     async def _get(self, engine: Engine, path: str) -> tuple[int, bytes, str]:

@@ -183,9 +183,7 @@ class RequestReader:
         self._keep(data)
         end = data.find(b"\r\n\r\n", max(0, self._scanned - 3))
         if end > self._limits.max_head_bytes or (end < 0 and len(data) > self._limits.max_head_bytes):
-            raise ProtocolError(
-                431, "head_too_large", f"the head exceeds {self._limits.max_head_bytes} bytes"
-            )
+            raise ProtocolError(431, "head_too_large", f"the head exceeds {self._limits.max_head_bytes} bytes")
         if end < 0:
             if has_bare_newline(data, max(0, self._scanned - 1)):
                 raise ProtocolError(400, "bad_request", "the head holds a bare CR or LF")

@@ -124,9 +124,7 @@ def parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:
     if request_method == b"HEAD" or status in (204, 304) or status < 200:
         length, chunked = 0, False
     keep = b"close" not in framing.connection if minor else b"keep-alive" in framing.connection
-    return ResponseHead(
-        status, match[3] or b"", headers, length, chunked, keep and (chunked or length is not None)
-    )
+    return ResponseHead(status, match[3] or b"", headers, length, chunked, keep and (chunked or length is not None))
 
 
 def end_to_end(headers: Headers) -> list[tuple[bytes, bytes]]:

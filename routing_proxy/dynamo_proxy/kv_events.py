@@ -115,9 +115,7 @@ def _stored(fields: dict[str, Any]) -> BlocksStored:
     size = _int(fields.get("block_size"), 0)
     if parent is not None and not isinstance(parent, (int, bytes)):
         raise EventDecodeError("bad_event", "parent_block_hash is neither a number nor bytes")
-    if not isinstance(tokens, list) or not all(
-        type(token) is int and abs(token) < 1 << 62 for token in tokens
-    ):
+    if not isinstance(tokens, list) or not all(type(token) is int and abs(token) < 1 << 62 for token in tokens):
         raise EventDecodeError("bad_event", "token_ids is not a list of numbers")
     if size <= 0 or (tokens and len(tokens) != size * len(hashes)):
         raise EventDecodeError("bad_event", f"{len(tokens)} token ids for {len(hashes)} blocks of {size}")

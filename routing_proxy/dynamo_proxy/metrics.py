@@ -41,17 +41,11 @@ class Metrics:
             registry=registry,
         )
         self.arrivals = counter("dynamo_router_arrivals", "Requests that wanted an engine")
-        self.prompt_tokens = counter(
-            "dynamo_router_prompt_tokens", "Prompt tokens routed (estimated for texts)"
-        )
-        self.matched_tokens = counter(
-            "dynamo_router_matched_tokens", "Prompt tokens predicted cached where routed"
-        )
+        self.prompt_tokens = counter("dynamo_router_prompt_tokens", "Prompt tokens routed (estimated for texts)")
+        self.matched_tokens = counter("dynamo_router_matched_tokens", "Prompt tokens predicted cached where routed")
         self.prompt_bytes = counter("dynamo_router_prompt_bytes", "Request body bytes routed")
         self.decisions = counter("dynamo_router_decisions", "Placements, by what decided", "mode", "reason")
-        self.retries = counter(
-            "dynamo_router_retries", "Requests sent again before their first byte", "reason"
-        )
+        self.retries = counter("dynamo_router_retries", "Requests sent again before their first byte", "reason")
         self.events = counter("dynamo_router_kv_events", "KV events by what became of them", "reason")
         self.event_gaps = counter("dynamo_router_kv_event_gaps", "Breaks in an event stream", "reason")
         self.tokenizations = counter("dynamo_router_tokenizations", "Background tokenisations", "reason")
@@ -60,12 +54,8 @@ class Metrics:
         self.pending = Gauge(
             "dynamo_router_pending_prefill_tokens", "Waiting for prefill", ["engine"], registry=registry
         )
-        self.ready = Gauge(
-            "dynamo_router_engine_ready", "1 if the engine is ready", ["engine"], registry=registry
-        )
-        self.blocks = Gauge(
-            "dynamo_router_kv_index_blocks", "Blocks known by events", ["engine"], registry=registry
-        )
+        self.ready = Gauge("dynamo_router_engine_ready", "1 if the engine is ready", ["engine"], registry=registry)
+        self.blocks = Gauge("dynamo_router_kv_index_blocks", "Blocks known by events", ["engine"], registry=registry)
         self.arrivals_total = 0
         self.prompt_tokens_total = 0
         self.matched_tokens_total = 0

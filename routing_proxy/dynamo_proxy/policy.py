@@ -114,9 +114,7 @@ def choose_least_loaded(candidates: Sequence[Candidate], prompt_tokens: int, rng
     return _decision(rng.choice(tied), prompt_tokens, "least_loaded", 0.0)
 
 
-def learn_prefill(
-    model: CostModel, ttft_seconds: float, prefill_tokens: int, weight: float = 0.05
-) -> CostModel:
+def learn_prefill(model: CostModel, ttft_seconds: float, prefill_tokens: int, weight: float = 0.05) -> CostModel:
     """Move t_p towards an observed first-token time over `prefill_tokens` (own and queued ahead).
 
     Short prefills say more about fixed cost than about t_p and teach nothing.

@@ -157,9 +157,7 @@ async def serve(config: ProxyConfig) -> None:
         gc.set_threshold(50_000, 20, 20)  # most objects here die by reference count
         log.info("%s", _banner(server))
         await signals.get()
-        log.info(
-            "stopping: %d requests in flight get %gs", server.ledger.in_flight, config.timeouts.drain_seconds
-        )
+        log.info("stopping: %d requests in flight get %gs", server.ledger.in_flight, config.timeouts.drain_seconds)
         await _drain_or_signal(server, signals)
     finally:
         await server.close()

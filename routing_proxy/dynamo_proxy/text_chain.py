@@ -64,9 +64,7 @@ def read_prompt(body: dict[str, Any], lora_names: frozenset[str] = frozenset()) 
     if isinstance(messages, list):
         text = _render_chat(body, messages)
         ask: dict[str, Any] = {
-            key: body[key]
-            for key in ("messages", "tools", "chat_template", "chat_template_kwargs")
-            if key in body
+            key: body[key] for key in ("messages", "tools", "chat_template", "chat_template_kwargs") if key in body
         }
         return _text_prompt(model, root, text, ask)
     for key in ("prompt", "input", "text", "input_ids"):
@@ -101,9 +99,7 @@ def _render_chat(body: dict[str, Any], messages: list[Any]) -> bytes:
         if not isinstance(message, dict):
             parts.append(orjson.dumps(message, option=_SORTED))
         elif message.keys() <= {"role", "content"} and isinstance(message.get("content"), str):
-            parts.append(
-                f"{message.get('role')}\x1f{message['content']}\x1e".encode("utf-8", "surrogatepass")
-            )
+            parts.append(f"{message.get('role')}\x1f{message['content']}\x1e".encode("utf-8", "surrogatepass"))
         else:
             parts.append(_render_message(message))
     return b"".join(parts)
@@ -113,8 +109,7 @@ def _render_message(message: dict[str, Any]) -> bytes:
     role, content = _text(message.get("role")), message.get("content")
     rest = {key: value for key, value in message.items() if key not in ("role", "content")}
     if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
     ):
         content = "\n".join(part["text"] for part in content)
     shown = content if isinstance(content, str) else orjson.dumps(content, option=_SORTED).decode()

@@ -107,9 +107,7 @@ def read_token_ids(answer: Any) -> list[int]:
     tokens = answer.get("tokens") if isinstance(answer, dict) else None
     if isinstance(tokens, list) and len(tokens) == 1 and isinstance(tokens[0], list):
         tokens = tokens[0]
-    if not isinstance(tokens, list) or not all(
-        type(token) is int and 0 <= token < 1 << 62 for token in tokens
-    ):
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 62 for token in tokens):
         return []
     return tokens
 

@@ -134,7 +134,7 @@ def test_a_full_backlog_drops_the_newest_and_counts_them() -> None:
 
 
 def test_a_tier_whose_slots_are_all_in_use_drops_the_copy() -> None:
-    manager = manager_of(2, 1)
+    manager = manager_of(4, 1)
     store(manager, A, B)
     (spill,) = manager.take_spills()
     assert manager.dropped == {"tier_busy": 1}
@@ -195,3 +195,19 @@ def test_check_names_a_pin_that_belongs_to_nobody() -> None:
     assert slot is not None
     manager.tiers[0].index.unpin(slot)
     manager.check()
+
+
+def test_copies_down_pin_at_most_half_of_a_small_first_tier() -> None:
+    manager = manager_of(4, 9)
+    store(manager, A, B, C)
+    assert len(manager.take_spills()) == 2
+    assert manager.has_spills_waiting
+
+
+def test_of_a_finished_chain_the_tail_goes_first() -> None:
+    manager = manager_of(2)
+    store(manager, A, B)
+    manager.touch([A, B])
+    store(manager, C)
+    assert manager.match([A]) == 1
+    assert manager.match([A, B]) == 1

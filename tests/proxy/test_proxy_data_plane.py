@@ -72,9 +72,9 @@ def test_expect_continue_is_answered_and_does_not_reach_the_engine() -> None:
     async def body() -> None:
         engine = await FakeEngine().start()
         async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
-            head, _, payload = post("/v1/completions", {"model": "tiny", "prompt": "a"}, "expect: 100-continue").partition(
-                b"\r\n\r\n"
-            )
+            head, _, payload = post(
+                "/v1/completions", {"model": "tiny", "prompt": "a"}, "expect: 100-continue"
+            ).partition(b"\r\n\r\n")
             client.send(head + b"\r\n\r\n")
             assert (await client.head()).status == 100
             client.send(payload)
@@ -201,7 +201,10 @@ def test_a_silent_engine_is_left_at_the_first_byte_deadline() -> None:
         mute, good = await RawEngine(silent).start(), await RawEngine(_ok).start()
         timeouts = replace(QUICK, first_byte_seconds=0.1)
         async with proxy_before(mute, good, router_mode="round-robin", timeouts=timeouts) as proxy:
-            assert [(await ask(proxy.port, post("/v1/completions", {"prompt": "a"}))).status for _ in range(2)] == [200, 200]
+            assert [(await ask(proxy.port, post("/v1/completions", {"prompt": "a"}))).status for _ in range(2)] == [
+                200,
+                200,
+            ]
             assert len(mute.requests) == 1
             await good.stop()
             proxy.registry.at(1).draining = True
@@ -368,7 +371,9 @@ def test_upgrades_and_named_headers_stop_at_the_proxy() -> None:
     async def body() -> None:
         engine = await RawEngine(_ok).start()
         async with proxy_before(engine) as proxy:
-            await ask(proxy.port, get("/x", "connection: upgrade, x-private", "upgrade: h2c", "x-private: 1", "x-kept: 2"))
+            await ask(
+                proxy.port, get("/x", "connection: upgrade, x-private", "upgrade: h2c", "x-private: 1", "x-kept: 2")
+            )
             (seen,) = engine.requests
             assert b"x-kept: 2" in seen
             assert b"x-private" not in seen

@@ -82,7 +82,9 @@ def test_the_choice_is_never_dearer_than_another(fleet: list[Candidate], tokens:
 @given(candidates, st.integers(1, 50_000), st.integers(1, 1000))
 def test_more_cached_is_never_dearer(fleet: list[Candidate], tokens: int, more: int) -> None:
     first = fleet[0]
-    better = Candidate(first.slot, first.matched_tokens + more, first.in_flight, first.pending_tokens, first.active_tokens)
+    better = Candidate(
+        first.slot, first.matched_tokens + more, first.in_flight, first.pending_tokens, first.active_tokens
+    )
     assert cost_seconds(better, tokens, MODEL) <= cost_seconds(first, tokens, MODEL)
 
 

@@ -88,10 +88,10 @@ def test_a_load_names_sources_and_targets_and_pins_until_its_end() -> None:
 
 def test_blocks_whose_load_is_running_are_never_offered() -> None:
     """vLLM counts them as computed from the start; their bytes are garbage until the load ends."""
-    half, holds = make(dram=2, disk=8)
+    half, holds = make(dram=4, disk=8)
     end(half, offer_all(half, request("a", 2), [1, 2]))
     end(half, half.plan(is_idle=True))
-    end(half, offer_all(half, request("evicts", 2), [3, 4]))
+    end(half, offer_all(half, request("evicts", 4), [3, 4, 5, 6]))
     loading = request("b", 2, prefix="a")
     plan = load(half, loading, [8, 9])
     assert [item.tier for item in plan.loads[0].items] == [1, 1]
@@ -175,13 +175,13 @@ def test_blocks_out_of_the_attention_window_end_the_offer() -> None:
 
 
 def test_blocks_sink_to_disk_and_are_loaded_from_there() -> None:
-    half, _ = make(dram=2, disk=8)
+    half, _ = make(dram=4, disk=8)
     end(half, offer_all(half, request("a", 2), [1, 2]))
     assert half.has_work
     sinking = half.plan(is_idle=True)
     assert len(sinking.spills) == 2
     end(half, sinking)
-    end(half, offer_all(half, request("b", 2), [3, 4]))
+    end(half, offer_all(half, request("b", 4), [3, 4, 5, 6]))
     plan = load(half, request("c", 2, prefix="a"), [8, 9])
     assert [item.tier for item in plan.loads[0].items] == [1, 1]
     end(half, plan)
