@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 MODEL = CostModel()
 small = st.integers(0, 50_000)
 candidates = st.lists(
-    st.builds(Candidate, slot=small, matched_tokens=small, in_flight=st.integers(0, 300), pending_tokens=small, active_tokens=small),
+    st.builds(Candidate, slot=small, matched_tokens=small, in_flight=st.integers(0, 300),
+              pending_tokens=small, active_tokens=small),
     min_size=1,
     max_size=8,
     unique_by=lambda candidate: candidate.slot,
@@ -82,7 +83,9 @@ def test_the_choice_is_never_dearer_than_another(fleet: list[Candidate], tokens:
 @given(candidates, st.integers(1, 50_000), st.integers(1, 1000))
 def test_more_cached_is_never_dearer(fleet: list[Candidate], tokens: int, more: int) -> None:
     first = fleet[0]
-    better = Candidate(first.slot, first.matched_tokens + more, first.in_flight, first.pending_tokens, first.active_tokens)
+    better = Candidate(
+        first.slot, first.matched_tokens + more, first.in_flight, first.pending_tokens, first.active_tokens
+    )
     assert cost_seconds(better, tokens, MODEL) <= cost_seconds(first, tokens, MODEL)
 
 

@@ -60,7 +60,11 @@ json_values = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["model", "messages", "prompt", "input", "text", "input_ids", "tools"]), json_values))
+@given(
+    st.dictionaries(
+        st.sampled_from(["model", "messages", "prompt", "input", "text", "input_ids", "tools"]), json_values
+    )
+)
 def test_any_json_object_gives_a_prompt(body: dict[str, Any]) -> None:
     prompt = read_prompt(body)
     assert not (prompt.token_ids and prompt.chain)
