@@ -10,13 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
+from typing import IO
 
 import dynamo_proxy
 import pytest
 from dynamo_proxy.config import EngineAddress, parse_engine_url
 from dynamo_proxy.errors import ConfigError
-from proxy_fakes import Client, FakeEngine, ask, chat, get, post, run
+from proxy_fakes import Client, FakeEngine, ask, chat, get, post, run, wait_until
 
 COMMAND = [sys.executable, "-c", "import sys; from dynamo_proxy.cli import main; sys.exit(main())"]
 ENGINE = ["--engine", "http://127.0.0.1:1"]
@@ -73,29 +75,40 @@ def test_engine_urls_have_one_form() -> None:
     assert parse_engine_url("http://[::1]:5").url == "http://[::1]:5"
 
 
+def spawn(*arguments: str, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    command = [*COMMAND, *arguments, "--port", "0", "--admin-port", "0", "--health-interval", "0.1"]
+    return subprocess.Popen(command, stderr=stderr, env=environment())
+
+
 @contextlib.asynccontextmanager
-async def started(*arguments: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, int, list[str]]]:
-    """A proxy process: (process, port, its stderr lines so far)."""
-    process = await asyncio.create_subprocess_exec(
-        *COMMAND, *arguments, "--port", "0", "--admin-port", "0", "--health-interval", "0.1",
-        stderr=asyncio.subprocess.PIPE, env=environment(),
-    )  # fmt: skip
-    assert process.stderr is not None
-    lines: list[str] = []
-    try:
-        port = 0
-        while not port:
-            line = (await asyncio.wait_for(process.stderr.readline(), 20)).decode()
-            assert line, lines
-            lines.append(line)
-            if found := re.search(r"listening on http://[^:]+:(\d+)", line):
-                port = int(found[1])
-        yield process, port, lines
-    finally:
-        if process.returncode is None:
+async def started(*arguments: str) -> AsyncIterator[tuple[subprocess.Popen[bytes], int, list[str]]]:
+    """A proxy process, its port, and its stderr lines (whole after the end).
+
+    Not the loop's own spawning: uvloop forks with its loop running, and a stuck child would stop this process.
+    """
+    with tempfile.TemporaryFile() as stderr:
+        process = spawn(*arguments, stderr=stderr)
+        lines: list[str] = []
+
+        def written() -> str:
+            return os.pread(stderr.fileno(), 1 << 20, 0).decode()
+
+        try:
+            await wait_until(
+                lambda: "listening on" in written() or process.poll() is not None, "the proxy listens"
+            )
+            found = re.search(r"listening on http://[^:]+:(\d+)", written())
+            assert found is not None, written()
+            yield process, int(found[1]), lines
+        finally:
             process.kill()
-        lines += (await process.stderr.read()).decode().splitlines(keepends=True)
-        await process.wait()
+            process.wait()
+            lines += written().splitlines()
+
+
+async def ended(process: subprocess.Popen[bytes]) -> int | None:
+    await wait_until(lambda: process.poll() is not None, "the proxy ended")
+    return process.returncode
 
 
 async def ready(port: int) -> None:
@@ -116,8 +129,8 @@ def test_it_starts_without_its_engine_says_so_once_and_gets_ready() -> None:
             await ready(port)
             assert (await ask(port, post("/v1/chat/completions", chat()))).status == 200
             process.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(process.wait(), 10) == 0
-        text = "".join(lines)
+            assert await ended(process) == 0
+        text = "\n".join(lines)
         assert text.count(f"{engine.url} is not reachable yet") == 1
         assert "Traceback" not in text
         await engine.stop()
@@ -141,8 +154,8 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_connections() -> None:
                 raise AssertionError("still accepting")
             engine.hold.set()
             assert b"".join([chunk async for chunk in client.chunks()]).endswith(b"[DONE]\n\n")
-            assert await asyncio.wait_for(process.wait(), 10) == 0
-        assert "1 requests in flight" in "".join(lines)
+            assert await ended(process) == 0
+        assert "1 requests in flight" in "\n".join(lines)
         await engine.stop()
 
     run(body())
@@ -165,9 +178,9 @@ def test_a_stuck_stream_does_not_keep_it_alive(how: str) -> None:
             if how == "second signal":
                 await asyncio.sleep(0.2)
                 process.send_signal(signal.SIGINT)
-            assert await asyncio.wait_for(process.wait(), 10) == 0
-        assert how in "".join(lines) or "drain time is over" in "".join(lines)
-        assert "Traceback" not in "".join(lines)
+            assert await ended(process) == 0
+        assert how in "\n".join(lines) or "drain time is over" in "\n".join(lines)
+        assert "Traceback" not in "\n".join(lines)
         await engine.stop()
 
     run(body())

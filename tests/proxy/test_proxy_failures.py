@@ -1,4 +1,4 @@
-"""Engines that fail, really: before the first byte (retried), after it (ended honestly), silently, or repeatedly."""
+"""Engines that fail: before the first byte (retried), after it (ended honestly), silently, or repeatedly."""
 
 from __future__ import annotations
 
