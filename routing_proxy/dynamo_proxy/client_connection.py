@@ -33,6 +33,7 @@ class Running(Protocol):
     """A request that somebody else works on."""
 
     def abort(self) -> None: ...
+    def check(self) -> None: ...
 
 
 class FrontEnd(Protocol):
@@ -255,3 +256,5 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is not None:
             self.flow.check()
         assert self._busy or self._running is None, "a request runs on an idle connection"
+        if self._running is not None:
+            self._running.check()

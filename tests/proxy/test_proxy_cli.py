@@ -84,7 +84,7 @@ def spawn(*arguments: str, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
 async def started(*arguments: str) -> AsyncIterator[tuple[subprocess.Popen[bytes], int, list[str]]]:
     """A proxy process, its port, and its stderr lines (whole after the end).
 
-    Not the loop's own spawning: uvloop forks with its loop running, and a stuck child would stop this process.
+    Not the loop's own spawning: uvloop forks with its loop running, and a stuck child would stop us.
     """
     with tempfile.TemporaryFile() as stderr:
         process = spawn(*arguments, stderr=stderr)
