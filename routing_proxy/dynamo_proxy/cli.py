@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -19,67 +21,97 @@ from .config import (
 )
 from .errors import ProxyError
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 _DAY = 86_400.0
 
 
-@app.command()
-def run(
-    engine: Annotated[list[str] | None, typer.Option(help="An engine, http://HOST:PORT; repeat for each")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one")] = 8080,
-    admin_host: Annotated[str, typer.Option(help="Address of the admin listener")] = "127.0.0.1",
-    admin_port: Annotated[int, typer.Option(help="Port of the admin listener; 0 turns it off")] = 8081,
-    router_mode: Annotated[str, typer.Option(help="kv, round-robin, random or least-loaded")] = "kv",
-    kv_cache_block_size: Annotated[int, typer.Option(help="Tokens per KV block until an engine tells its own")] = 16,
-    kv_events: Annotated[bool, typer.Option(help="Subscribe to the engines' KV events")] = True,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request body")] = 32 * MIB,
-    connect_timeout: Annotated[float, typer.Option(help="Seconds to connect to an engine")] = 5.0,
-    request_timeout: Annotated[float, typer.Option(help="Seconds until the first byte of an answer")] = 300.0,
-    idle_timeout: Annotated[float, typer.Option(help="Seconds without a byte within an answer")] = 300.0,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that requests in flight get at shutdown")] = 30.0,
-    health_interval: Annotated[float, typer.Option(help="Seconds between health probes")] = 2.0,
-) -> None:
-    """Route requests to vLLM and SGLang engines by what their KV caches hold."""
-    for flag, value, low, high in (
-        ("--port", port, 0, 65535),
-        ("--admin-port", admin_port, 0, 65535),
-        ("--kv-cache-block-size", kv_cache_block_size, 1, 65536),
-        ("--max-body-bytes", max_body_bytes, 1024, 4096 * MIB),
-        ("--connect-timeout", connect_timeout, 0.01, 600),
-        ("--request-timeout", request_timeout, 0.01, _DAY),
-        ("--idle-timeout", idle_timeout, 0.01, _DAY),
-        ("--drain-timeout", drain_timeout, 0, _DAY),
-        ("--health-interval", health_interval, 0.05, 3600),
-    ):
-        require_range(flag, value, low, high)
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """One flag of the command: its default decides its type; numbers have a range."""
+
+    name: str
+    default: Any
+    text: str
+    low: float = 0
+    high: float = 0
+
+    @property
+    def spelling(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def parameter(self) -> inspect.Parameter:
+        kind = list[str] | None if self.default is None else type(self.default)
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=self.default,
+            annotation=Annotated[kind, typer.Option(help=self.text)],
+        )
+
+
+FLAGS = (
+    _Flag("engine", None, "An engine, http://HOST:PORT; repeat for each"),
+    _Flag("host", "127.0.0.1", "Address to listen on"),
+    _Flag("port", 8080, "Port to listen on; 0 takes a free one", 0, 65535),
+    _Flag("admin_host", "127.0.0.1", "Address of the admin listener"),
+    _Flag("admin_port", 8081, "Port of the admin listener; 0 turns it off", 0, 65535),
+    _Flag("router_mode", "kv", "kv, round-robin, random or least-loaded"),
+    _Flag("kv_cache_block_size", 16, "Tokens per KV block until an engine tells its own", 1, 65536),
+    _Flag("kv_events", True, "Subscribe to the engines' KV events"),
+    _Flag("max_body_bytes", 32 * MIB, "Largest request body", 1024, 4096 * MIB),
+    _Flag("connect_timeout", 5.0, "Seconds to connect to an engine", 0.01, 600),
+    _Flag("request_timeout", 300.0, "Seconds until the first byte of an answer", 0.01, _DAY),
+    _Flag("idle_timeout", 300.0, "Seconds without a byte within an answer", 0.01, _DAY),
+    _Flag("drain_timeout", 30.0, "Seconds that requests in flight get at shutdown", 0, _DAY),
+    _Flag("health_interval", 2.0, "Seconds between health probes", 0.05, 3600),
+)
+
+
+def read_config(values: dict[str, Any]) -> ProxyConfig:
+    """Flag values to the frozen configuration. Raises ConfigError."""
+    for flag in FLAGS:
+        if flag.high:
+            require_range(flag.spelling, values[flag.name], flag.low, flag.high)
     timeouts = Timeouts(
-        connect_seconds=connect_timeout,
-        first_byte_seconds=request_timeout,
-        idle_seconds=idle_timeout,
-        drain_seconds=drain_timeout,
-        probe_interval_seconds=health_interval,
+        connect_seconds=values["connect_timeout"],
+        first_byte_seconds=values["request_timeout"],
+        idle_seconds=values["idle_timeout"],
+        drain_seconds=values["drain_timeout"],
+        probe_interval_seconds=values["health_interval"],
     )
-    config = ProxyConfig(
-        engines=parse_engine_urls(engine or []),
-        host=host,
-        port=port,
-        admin_host=admin_host,
-        admin_port=admin_port or None,
-        router_mode=parse_router_mode(router_mode),
-        kv_block_tokens=kv_cache_block_size,
-        use_kv_events=kv_events,
-        limits=Limits(max_body_bytes=max_body_bytes),
+    return ProxyConfig(
+        engines=parse_engine_urls(values["engine"] or []),
+        host=values["host"],
+        port=values["port"],
+        admin_host=values["admin_host"],
+        admin_port=values["admin_port"] or None,
+        router_mode=parse_router_mode(values["router_mode"]),
+        kv_block_tokens=values["kv_cache_block_size"],
+        use_kv_events=values["kv_events"],
+        limits=Limits(max_body_bytes=values["max_body_bytes"]),
         timeouts=timeouts,
     )
-    _serve(config)
+
+
+def _run(**values: Any) -> None:
+    """Route requests to vLLM and SGLang engines by what their KV caches hold."""
+    _serve(read_config(values))
+
+
+def _application() -> typer.Typer:
+    """The command; its flags come from the table, not from a signature of fourteen parameters."""
+    parameters = [flag.parameter() for flag in FLAGS]
+    _run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    _run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(_run)
+    return app
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code: 0, or 2 for a mistake in the call."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="dynamo-proxy: %(message)s")
     try:
-        result: Any = app(arguments, prog_name="dynamo-proxy", standalone_mode=False)
+        result: Any = _application()(arguments, prog_name="dynamo-proxy", standalone_mode=False)
     except ProxyError as error:
         return _complain(str(error))
     except Exception as error:

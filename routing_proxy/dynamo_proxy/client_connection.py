@@ -33,6 +33,7 @@ class Running(Protocol):
     """A request that somebody else works on."""
 
     def abort(self) -> None: ...
+    def check(self) -> None: ...
 
 
 class FrontEnd(Protocol):
@@ -60,6 +61,7 @@ class ClientConnection(asyncio.Protocol):
         self._closing_soon = False
         self._discarding = False
         self._discarded_bytes = 0
+        self._unread_bytes = 0
         self._pumping = False
         self.flow: FlowControl
         # for the request under way
@@ -124,12 +126,19 @@ class ClientConnection(asyncio.Protocol):
         assert self._transport is not None
         if left > 0:
             self._timer = self._loop.call_later(left, self._on_timer)
-        elif self._discarding and self._transport.get_write_buffer_size():
-            self._timer = self._loop.call_later(limit, self._on_timer)  # a slow reader is still reading
+        elif self._is_being_read():
+            self._timer = self._loop.call_later(limit, self._on_timer)
         elif self._reader.mid_request and not self._discarding:
             self.refuse(408, "request_timeout", "the rest of the request did not come in time", close=True)
         else:
             self._transport.abort()
+
+    def _is_being_read(self) -> bool:
+        """True if a slow client took some of its answer since the timer looked last."""
+        before, self._unread_bytes = self._unread_bytes, 0
+        if self._transport is not None and (self._discarding or self._transport.is_closing()):
+            self._unread_bytes = self._transport.get_write_buffer_size()
+        return 0 < self._unread_bytes != before
 
     # --- requests
 
@@ -202,8 +211,10 @@ class ClientConnection(asyncio.Protocol):
                 self._loop.call_soon(self._pump)
             else:
                 self.flow.hold_client(False)
-        else:
+        elif self._reader.mid_request:
             self._linger()
+        else:
+            self._transport.close()
 
     def cut(self, reset: bool = False) -> None:
         """End in the middle of an answer. `reset` when only a reset tells the client that it is not whole."""
@@ -245,3 +256,5 @@ class ClientConnection(asyncio.Protocol):
         if self._transport is not None:
             self.flow.check()
         assert self._busy or self._running is None, "a request runs on an idle connection"
+        if self._running is not None:
+            self._running.check()

@@ -5,7 +5,7 @@ states.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from .config import EngineAddress
@@ -36,7 +36,6 @@ class Engine:
     event_feeds: int = 0
     events_complete: bool = False
     events_lost: bool = False
-    failures: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -7,8 +7,8 @@ yields the engine's bytes as they came and only finds where the message ends.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from .config import Limits
 from .errors import ProtocolError
@@ -26,16 +26,14 @@ _MAX_CHUNK_LINE_BYTES = 4096
 _MAX_TRAILER_BYTES = 16 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A whole request: its head and its decoded body."""
 
     head: RequestHead
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class EndOfMessage:
+class EndOfMessage(NamedTuple):
     """The response is complete; `reusable` says whether its connection may carry another request."""
 
     reusable: bool

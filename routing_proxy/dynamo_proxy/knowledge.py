@@ -41,12 +41,11 @@ class Knowledge:
 
     def matched_tokens(self, prompt: Prompt, mask: int, now: float) -> dict[int, int]:
         """Tokens of the prompt that each engine of `mask` holds (engines with none may be left out)."""
-        chain = self._approx_chain(prompt)
-        if not chain:
+        if not prompt.token_ids and not prompt.chain:
             return {}
+        chain = self._approx_chain(prompt)
         nodes = self.approx.matched(chain, mask)
-        scale = self.prompt_tokens(prompt) / (len(prompt.token_ids) or len(prompt.text))
-        unit = APPROX_BLOCK_TOKENS if prompt.token_ids else TEXT_BLOCK_BYTES * scale
+        unit = APPROX_BLOCK_TOKENS if prompt.token_ids else TEXT_BLOCK_BYTES * self.memo.tokens_per_byte
         sent = {slot: int(depth * unit) for slot, depth in nodes.items()}
         events = mask & self.event_mask
         if not events:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import NamedTuple
 
 CHARS_PER_TOKEN = 4.0
 
@@ -40,8 +41,7 @@ class CostModel:
     expected_output_tokens: float = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One engine as the rule sees it; `slot` is its number, the rest are its cached prefix and load in
     tokens.
     """
@@ -53,8 +53,7 @@ class Candidate:
     active_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """The engine chosen, why, and with which numbers."""
 
     slot: int
@@ -85,14 +84,13 @@ def choose_kv(candidates: Sequence[Candidate], prompt_tokens: int, model: CostMo
     least = min(costs)
     tied = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == least]
     winner = tied[0] if len(tied) == 1 else rng.choice(tied)
+    longest = max([candidate.matched_tokens for candidate in candidates])
     if len(candidates) == 1:
         reason = "only"
-    elif winner.matched_tokens and winner.matched_tokens == max(c.matched_tokens for c in candidates):
-        reason = "prefix"
-    elif any(candidate.matched_tokens > winner.matched_tokens for candidate in candidates):
+    elif winner.matched_tokens < longest:
         reason = "load_over_prefix"
     else:
-        reason = "load"
+        reason = "prefix" if longest else "load"
     return _decision(winner, prompt_tokens, reason, least)
 
 

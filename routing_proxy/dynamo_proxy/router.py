@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
+from typing import NamedTuple
 
 from . import policy
 from .engines import Engine, EngineRegistry
@@ -16,8 +17,7 @@ from .metrics import Metrics
 from .text_chain import Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """A charged decision. Whoever holds it releases the lease."""
 
     engine: Engine

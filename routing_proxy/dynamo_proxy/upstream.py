@@ -91,6 +91,11 @@ class UpstreamConnection(asyncio.Protocol):
         else:
             self._lost("connection_lost")
 
+    def check(self) -> None:
+        assert (self.sink is None) or (self.reader is not None), "a response without a reader"
+        if self.reader is not None and self.sink is not None:
+            self.reader.check()
+
     def _end(self, event: EndOfMessage) -> None:
         sink, self.sink, self.reader = self.sink, None, None
         assert sink is not None
@@ -177,6 +182,8 @@ class UpstreamPool:
 
     def check(self) -> None:
         assert len(set(map(id, self._idle))) == len(self._idle), "a connection is idle twice"
+        for connection in self._open:
+            connection.check()
         for connection in self._idle:
             assert connection.sink is None, "an idle connection has a response under way"
             assert connection in self._open, "an idle connection is not open"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -17,7 +18,14 @@ from dynamo_proxy.dialects import (
     vllm_sources,
 )
 from dynamo_proxy.errors import EventDecodeError
-from dynamo_proxy.kv_events import AllCleared, BlocksRemoved, BlocksStored, Order, SequenceTracker, decode_batch
+from dynamo_proxy.kv_events import (
+    AllCleared,
+    BlocksRemoved,
+    BlocksStored,
+    Order,
+    SequenceTracker,
+    decode_batch,
+)
 from dynamo_proxy.kv_index import KvIndex, Outcome
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,10 +115,8 @@ def test_what_cannot_be_read_is_named(payload: bytes, reason: str) -> None:
 
 @given(st.binary(max_size=100))
 def test_no_payload_fails_otherwise_than_by_decode_error(payload: bytes) -> None:
-    try:
+    with contextlib.suppress(EventDecodeError):
         decode_batch(payload)
-    except EventDecodeError:
-        pass
 
 
 def test_sequence_numbers() -> None:
@@ -178,11 +184,11 @@ def test_the_index_is_bounded() -> None:
     index.check()
 
 
-# Random prompts over a two-letter alphabet share many prefixes. An engine hash is the tuple's own position in a list.
-prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple), max_size=20)
+# Random prompts over a two-letter alphabet share many prefixes.
+paths = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple)
 media = st.sampled_from(["GPU", "CPU", "STORAGE"])
 steps = st.lists(
-    st.tuples(st.sampled_from(["store", "store", "remove", "clear"]), st.integers(0, 2), st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple), media),
+    st.tuples(st.sampled_from(["store", "store", "remove", "clear"]), st.integers(0, 2), paths, media),
     max_size=40,
 )  # fmt: skip
 
@@ -238,10 +244,13 @@ def test_chained_hashes_are_the_blocks_hashes() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 2), st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True)), max_size=30
+        st.tuples(st.integers(0, 2), st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True)),
+        max_size=30,
     )
 )
-def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(inserts: list[tuple[int, list[int]]]) -> None:
+def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(
+    inserts: list[tuple[int, list[int]]],
+) -> None:
     index = ApproxIndex(default_capacity_nodes=8)
     index.set_capacity(1, 3)
     for moment, (slot, chain) in enumerate(inserts):
@@ -261,8 +270,10 @@ def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(inserts: li
 
 def test_wildcards_become_the_engines_host() -> None:
     answer = {
-        "0": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558", "topic": "kv"},
-        "1": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://10.1.1.1:7", "replay_endpoint": None},
+        "0": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://*:5557",
+              "replay_endpoint": "tcp://*:5558", "topic": "kv"},
+        "1": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://10.1.1.1:7",
+              "replay_endpoint": None},
         "2": {"enable_kv_cache_events": False, "publisher": "null", "endpoint": "tcp://*:9"},
     }  # fmt: skip
     assert vllm_sources(answer, "::1") == (
@@ -270,9 +281,18 @@ def test_wildcards_become_the_engines_host() -> None:
         EventSource(1, "tcp://10.1.1.1:7", "", ""),
     )
     info = {
-        "kv_events": {"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": 60, "dp_size": 2, "topic": ""}
+        "kv_events": {
+            "publisher": "zmq",
+            "endpoint_host": "*",
+            "endpoint_port_base": 60,
+            "dp_size": 2,
+            "topic": "",
+        }
     }
-    assert sglang_sources(info, "h") == (EventSource(0, "tcp://h:60", "", ""), EventSource(1, "tcp://h:61", "", ""))
+    assert sglang_sources(info, "h") == (
+        EventSource(0, "tcp://h:60", "", ""),
+        EventSource(1, "tcp://h:61", "", ""),
+    )
     for nonsense in (None, [], {"kv_events": 3}, {"0": None}, "x"):
         assert vllm_sources(nonsense, "h") == sglang_sources(nonsense, "h") == ()
 

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 MODEL = CostModel()
 small = st.integers(0, 50_000)
 candidates = st.lists(
-    st.builds(Candidate, slot=small, matched_tokens=small, in_flight=st.integers(0, 300), pending_tokens=small, active_tokens=small),
+    st.builds(Candidate, slot=small, matched_tokens=small, in_flight=st.integers(0, 300),
+              pending_tokens=small, active_tokens=small),
     min_size=1,
     max_size=8,
     unique_by=lambda candidate: candidate.slot,
