@@ -1,6 +1,9 @@
-"""Orders background copies after the compute that produced, or still reads, the same HBM blocks."""
+"""Orders background copies against the engine's compute on the same HBM blocks."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 import torch
 
@@ -22,3 +25,27 @@ class ComputeFence:
         """Blocks the calling thread, not the GPU, until that work is done."""
         if self._event is not None:
             self._event.synchronize()
+
+
+class CopyLane:
+    """A stream of its own for the copies made inside the `with` block; all of them are complete when it ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._context: AbstractContextManager[object] | None = None
+
+    def __enter__(self) -> CopyLane:
+        if self._stream is not None:
+            self._context = torch.cuda.stream(self._stream)
+            self._context.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._stream is None or self._context is None:
+            return
+        try:
+            self._stream.synchronize()
+        finally:
+            self._context.__exit__(kind, error, trace)

@@ -1,0 +1,35 @@
+# Needs Python 3.11 and Debian's tools; everything else comes from locks/ into .envs/.
+PYTHON ?= python3
+ARGS ?=
+BIN := .envs/vllm/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean vllm-env sglang-env
+
+help: ## this list
+	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python3.11]'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+demo: vllm-env ## the main job on real engines
+	$(BIN)/python -m demo $(ARGS)
+
+test: vllm-env sglang-env ## builds the environments from locks/, runs every test once (ARGS: for pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: vllm-env ## ruff, and mypy --strict on our packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: vllm-env ## figures with a peer or a floor in the same run (ARGS: names of benches)
+	$(BIN)/python -m benchmarks $(or $(ARGS),all)
+
+clean: ## removes environments, build output and caches
+	rm -rf .envs .build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+vllm-env:
+	$(PYTHON) tools/bootstrap.py vllm
+
+sglang-env:
+	$(PYTHON) tools/bootstrap.py sglang

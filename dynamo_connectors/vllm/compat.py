@@ -1,0 +1,49 @@
+"""The one place that knows how vLLM versions differ. Every probe names what it looks for and since when it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dynamo_connectors.errors import PluginError
+
+#: vLLM puts this block where a request has none, for instance behind a sliding window (BlockPool.null_block).
+NULL_BLOCK_ID = 0
+
+
+def scheduled_block_ids(scheduler_output: Any, request_id: str) -> Sequence[int]:
+    """The HBM blocks of a request scheduled in this step, first KV cache group (0.32: kv_connector_block_state)."""
+    state = getattr(scheduler_output, "kv_connector_block_state", None)
+    if state is None:
+        raise PluginError(
+            "this vLLM does not tell a connector the blocks of a step (SchedulerOutput.kv_connector_block_state); "
+            "dynamo needs vLLM 0.32 or newer for now"
+        )
+    block_ids: Sequence[int] = state.get_block_ids(request_id)[0]
+    return block_ids
+
+
+def tokens_in_flight(request: Any) -> int:
+    """Tokens of a step that is still running (0.32: `Request.num_in_flight_tokens`, async scheduling)."""
+    return int(getattr(request, "num_in_flight_tokens", 0))
+
+
+class HbmHolds:
+    """Keeps HBM blocks from being re-used while a background copy reads them, by one more reference each."""
+
+    def __init__(self, block_pool: Any) -> None:
+        self._pool = block_pool
+        self._held = 0
+
+    def hold(self, block_ids: Sequence[int]) -> None:
+        self._pool.touch([self._pool.blocks[block_id] for block_id in block_ids])
+        self._held += len(block_ids)
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        # The tail of a chain is freed, and so evicted, before the head it hangs on.
+        self._pool.free_blocks([self._pool.blocks[block_id] for block_id in reversed(block_ids)])
+        self._held -= len(block_ids)
+
+    @property
+    def held_blocks(self) -> int:
+        return self._held

@@ -1,0 +1,181 @@
+"""`--kv-connector dynamo`: vLLM's connector interface, translated into calls on the two halves and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from dynamo_connectors.config import KvbmConfig, parse_config
+from dynamo_connectors.errors import DynamoConnectorsError
+from dynamo_connectors.host_limits import check_host
+from dynamo_connectors.vllm import setup
+from dynamo_connectors.vllm.compat import HbmHolds, scheduled_block_ids, tokens_in_flight
+from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
+from dynamo_connectors.vllm.metrics import KvbmPromMetrics, KvbmStats
+from dynamo_connectors.vllm.scheduler import SchedulerHalf, single_group
+from dynamo_connectors.vllm.worker import WorkerHalf
+
+log = logging.getLogger(__name__)
+
+
+class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
+    """One instance per process: in EngineCore it drives a `SchedulerHalf`, in each worker a `WorkerHalf`.
+
+    With `--kvbm-storage-tiers hbm` it has neither half, and vLLM runs as if it were not there.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        try:
+            self._config: KvbmConfig = parse_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+            check_host(self._config)
+            if not self._config.has_tiers:
+                return
+            setup.check_model(vllm_config, kv_cache_config)
+            if role == KVConnectorRole.SCHEDULER:
+                self._scheduler = setup.build_scheduler_half(self._config, vllm_config, kv_cache_config)
+        except DynamoConnectorsError as error:
+            log.error("dynamo: %s", error)
+            raise
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: a block that is not kept costs a recompute, never an answer."""
+        return False
+
+    # Scheduler half
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.bind_holds(HbmHolds(gpu_block_pool))
+
+    def on_new_request(self, request: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.after_alloc(request, single_group(blocks.get_block_ids()), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        if self._scheduler is None:
+            return StepPlan()
+        self._offer_computed_blocks(self._scheduler, scheduler_output)
+        return self._scheduler.plan(is_idle=scheduler_output.total_num_scheduled_tokens == 0)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        reports = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and isinstance(reports, WorkerReports):
+            self._scheduler.worker_reports(reports)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is not None:
+            computed = max(0, request.num_computed_tokens - tokens_in_flight(request))
+            self._scheduler.finished(request, single_group(block_ids), computed)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.has_work
+
+    def take_events(self) -> Iterable[Any]:
+        return self._scheduler.take_events() if self._scheduler is not None else ()
+
+    def reset_cache(self) -> bool | None:
+        return self._scheduler.reset() if self._scheduler is not None else True
+
+    # Worker half
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if not self._config.has_tiers:
+            return
+        try:
+            self._worker = setup.build_worker_half(self._config, self._vllm_config, self._kv_cache_config, kv_caches)
+        except DynamoConnectorsError as error:
+            log.error("dynamo: %s", error)
+            raise
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_loads(self._plan())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: a request is not scheduled before its blocks are complete."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Whole blocks are offloaded over all layers at once, after the step."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.start_offloads(self._plan())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._worker.take_loaded_requests() if self._worker is not None else None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.take_bad_blocks() if self._worker is not None else set()
+
+    def build_connector_worker_meta(self) -> WorkerReports | None:
+        return self._worker.take_reports() if self._worker is not None else None
+
+    # Both
+
+    def get_kv_connector_stats(self) -> KvbmStats | None:
+        if self._scheduler is not None:
+            stats = KvbmStats.of(self._scheduler.take_counts(), self._scheduler.tier_stats())
+        elif self._worker is not None:
+            stats = KvbmStats.of(self._worker.take_counts())
+        else:
+            return None
+        return None if stats.is_empty() else stats
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvbmStats | None:
+        return KvbmStats(data=data) if data is not None else KvbmStats()
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: Any
+    ) -> KvbmPromMetrics:
+        return KvbmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _plan(self) -> StepPlan:
+        plan = self._get_connector_metadata()
+        if not isinstance(plan, StepPlan):
+            raise TypeError(f"expected the dynamo scheduler's plan, got {type(plan).__name__}")
+        return plan
+
+    def _offer_computed_blocks(self, scheduler: SchedulerHalf, scheduler_output: Any) -> None:
+        """Offers what earlier steps have computed; blocks of this step are offered by the next one."""
+        cached = scheduler_output.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, tokens in computed.items():
+            scheduler.offer(request_id, tokens, partial(scheduled_block_ids, scheduler_output, request_id))

@@ -1,0 +1,49 @@
+"""What travels between the scheduler half and the worker halves, in vLLM's own envelopes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.jobs import JobReport, LoadJob, SpillJob, StoreJob
+
+
+@dataclass
+class StepPlan(KVConnectorMetadata):
+    """Scheduler to workers, once per step: the jobs to start."""
+
+    loads: list[LoadJob] = field(default_factory=list)
+    stores: list[StoreJob] = field(default_factory=list)
+    spills: list[SpillJob] = field(default_factory=list)
+    #: Nothing is computed in this step, so a worker may wait a moment for a job to end instead of spinning.
+    is_idle: bool = False
+
+
+@dataclass
+class WorkerReports(KVConnectorWorkerMetadata):
+    """Workers to scheduler: the jobs that ended. Summed over workers: a block counts only where all of them kept it."""
+
+    #: job id -> number of workers that ended it.
+    ended: dict[int, int] = field(default_factory=dict)
+    #: job id -> the keys that failed on at least one worker, with one reason each.
+    failed: dict[int, dict[BlockKey, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, reports: list[JobReport]) -> WorkerReports:
+        return cls(
+            ended={report.job_id: 1 for report in reports},
+            failed={report.job_id: dict(report.failed) for report in reports if report.failed},
+        )
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReports:
+        if not isinstance(other, WorkerReports):
+            raise TypeError(f"cannot add {type(other).__name__} to the reports of dynamo workers")
+        ended = dict(self.ended)
+        for job_id, count in other.ended.items():
+            ended[job_id] = ended.get(job_id, 0) + count
+        failed = {job_id: dict(keys) for job_id, keys in self.failed.items()}
+        for job_id, keys in other.failed.items():
+            failed.setdefault(job_id, {}).update(keys)
+        return WorkerReports(ended, failed)

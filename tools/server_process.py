@@ -1,0 +1,157 @@
+"""Runs a server as a child that can never outlive its parent, and stops it without a trace.
+
+Used by the demo and by the tests that drive real engines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class ServerError(RuntimeError):
+    """A server did not come up, or died; the text holds the end of its log."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@dataclass
+class ServerProcess:
+    """One server in a session of its own, so that everything it starts can be found and stopped."""
+
+    name: str
+    command: Sequence[str]
+    url: str
+    log: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> ServerProcess:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._shared_memory_before = shared_memory_names()
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                list(self.command),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.env},
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        return self
+
+    def is_healthy(self, path: str = "/health") -> bool:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def wait_ready(self, seconds: float = 240.0, tick: Callable[[float], None] | None = None) -> None:
+        """Returns when the server answers. `tick` is called about once a second with the seconds waited so far."""
+        started = time.monotonic()
+        while not self.is_healthy():
+            waited = time.monotonic() - started
+            if self.process is None or self.process.poll() is not None:
+                raise ServerError(f"{self.name} died while starting:\n{self.log_tail()}")
+            if waited > seconds:
+                raise ServerError(f"{self.name} did not answer within {seconds:.0f} s:\n{self.log_tail()}")
+            if tick is not None:
+                tick(waited)
+            time.sleep(0.5)
+
+    def log_tail(self, lines: int = 15) -> str:
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def stop(self, seconds: float = 30.0) -> None:
+        """Asks the server to end, then makes it. Afterwards nothing of it is left. Idempotent."""
+        if self.process is None:
+            return
+        session = self.process.pid
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.process.wait()
+        _end_session(session, seconds=10.0)
+        self.process = None
+        sweep_shared_memory(self._shared_memory_before)
+
+
+def members_of(session: int) -> list[int]:
+    """The processes of a session, found in /proc because orphans have other parents. Zombies do not count."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            after_name = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            continue
+        if int(after_name[3]) == session and after_name[0] != "Z":
+            members.append(int(entry.name))
+    return members
+
+
+def _end_session(session: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for process in members_of(session):
+        _signal(process, signal.SIGTERM)
+    while members_of(session) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in members_of(session):
+        _signal(process, signal.SIGKILL)
+    while members_of(session):
+        time.sleep(0.05)
+
+
+def _signal(process: int, number: signal.Signals) -> None:
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return
+
+
+def shared_memory_names() -> set[str]:
+    return {path.name for path in SHARED_MEMORY.iterdir()}
+
+
+def sweep_shared_memory(before: set[str]) -> None:
+    """Removes segments that appeared since `before` and that no living process maps (a killed engine leaves them)."""
+    new = shared_memory_names() - before
+    if not new:
+        return
+    in_use: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            text = maps.read_text()
+        except OSError:
+            continue
+        in_use.update(name for name in new if f"{SHARED_MEMORY}/{name}" in text)
+    for name in new - in_use:
+        (SHARED_MEMORY / name).unlink(missing_ok=True)
