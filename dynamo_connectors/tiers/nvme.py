@@ -6,6 +6,7 @@ is held by a file lock, so engines may share a directory, and a dead engine's sl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -88,7 +89,9 @@ class NvmeStore:
         self._fd = -1
         with self._lock:
             for staging in self._staging:
-                staging.close()
+                # A traceback that somebody keeps may still show a view of it; the mapping goes with its last view.
+                with contextlib.suppress(BufferError):
+                    staging.close()
             self._staging.clear()
         self._local = threading.local()
 
