@@ -142,10 +142,11 @@ class HiCacheBackend:
         counts = pages.counts()
         pages.close()
         logger.info(
-            "dynamo: nvme_ssd tier closed: %d pages written, %d read, dropped %s",
+            "dynamo: nvme_ssd tier closed: %d pages written, %d read, dropped %s, failed to load %s",
             counts.written_pages,
             counts.read_pages,
             counts.dropped or "none",
+            counts.load_failures or "none",
         )
 
     def check(self) -> None:

@@ -46,11 +46,15 @@ class Transfer(NamedTuple):
 
 @dataclass(frozen=True)
 class PageCounts:
-    """Totals since the start, and what the tier holds now. `dropped` is by reason."""
+    """Totals since the start, and what the tier holds now.
+
+    `dropped` (not kept, or no longer) and `load_failures` (gave no bytes) are by reason; a damaged page is in both.
+    """
 
     read_pages: int
     written_pages: int
     dropped: dict[str, int]
+    load_failures: dict[str, int]
     ready_pages: int
     capacity_pages: int
     evicted_pages: int
@@ -71,7 +75,7 @@ class PageStore:
         self._io = ThreadPoolExecutor(io_threads, thread_name_prefix="dynamo-kvbm-io")
         self._is_open = True
         self._is_suspended = False
-        self._read_failures: Counter[str] = Counter()
+        self._load_failures: Counter[str] = Counter()
         self._logged: set[str] = set()
         self._read_pages = 0
         self._written_pages = 0
@@ -151,13 +155,11 @@ class PageStore:
     def counts(self) -> PageCounts:
         with self._lock:
             (stats,) = self._manager.stats().values()
-            dropped = self._manager.dropped + self._read_failures
-            # Already in `_read_failures` under the store's own reason.
-            dropped.pop("damaged", None)
             return PageCounts(
                 read_pages=self._read_pages,
                 written_pages=self._written_pages,
-                dropped=dict(dropped),
+                dropped=dict(self._manager.dropped),
+                load_failures=dict(self._load_failures),
                 ready_pages=stats.ready_blocks,
                 capacity_pages=stats.capacity_blocks,
                 evicted_pages=stats.evicted_blocks_total,
@@ -249,7 +251,7 @@ class PageStore:
 
     def _note(self, failures: dict[BlockKey, str], transfer: Transfer) -> None:
         if transfer.is_read:
-            self._read_failures.update(failures.values())
+            self._load_failures.update(failures.values())
         if transfer.pages:
             self._transfers.append(transfer)
 
@@ -259,4 +261,4 @@ class PageStore:
             is_first = error.reason not in self._logged
             self._logged.add(error.reason)
         if is_first:
-            logger.warning("dynamo: a page is lost and will be computed again: %s", error)
+            logger.warning("dynamo: a page is lost and will be computed again: %s", str(error))

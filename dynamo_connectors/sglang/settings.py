@@ -74,10 +74,10 @@ def translate(launch: Launch) -> Translation | None:
 
 def parse_storage_settings(settings: Mapping[str, object]) -> KvbmConfig:
     """The nvme_ssd tier for the whole engine. Raises `ConfigError`."""
-    for key, value in settings.items():
+    for key in settings:
         if key.startswith("kvbm_") and key not in SGLANG_SETTINGS:
             hint = "; SGLang sizes host memory with --hicache-ratio or --hicache-size" if "dram" in key else ""
-            raise ConfigError(f"{key} {value!r} is no setting under SGLang{hint}; known: {', '.join(SGLANG_SETTINGS)}")
+            raise ConfigError(f"{key!r} is no setting under SGLang{hint}; known: {', '.join(SGLANG_SETTINGS)}")
     if settings.get("kvbm_nvme_path") is None:
         raise ConfigError(f"{BACKEND_FLAG} {BACKEND} needs --kvbm-nvme-path DIR")
     size_gb = settings.get("kvbm_nvme_gb")

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from host_pool import FakeHostPool
-from server import Server, environment_of_sglang, start_server
-from tiny_model import write_tiny_model
 
 from dynamo_connectors.sglang.backend import HiCacheBackend
+from tests.sglang.host_pool import FakeHostPool
+from tests.sglang.server import Server, make_server
+from tests.sglang.tiny_model import write_tiny_model
 
 MakeBackend = Callable[..., HiCacheBackend]
 
@@ -55,20 +55,15 @@ def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
 
 
 @pytest.fixture(scope="session")
-def sglang_python() -> Path:
-    return environment_of_sglang()
-
-
-@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture(scope="session")
-def server(sglang_python: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A real SGLang whose first two levels are so small that a handful of prompts flushes them."""
-    running = start_server(sglang_python, tiny_model, tmp_path_factory.mktemp("sglang_server"))
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = make_server(tiny_model, tmp_path_factory.mktemp("sglang_server"))
     try:
+        running.process.start().wait_ready()
         yield running
     finally:
-        running.stop()
+        running.process.stop()

@@ -1,4 +1,4 @@
-"""Modules that can be imported and do nothing: SGLang imports torchvision, torchaudio and CUDA kernels it never calls."""
+"""Modules that import and do nothing: SGLang imports torchvision, torchaudio and CUDA kernels that it never calls."""
 
 from __future__ import annotations
 
