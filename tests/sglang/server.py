@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 import requests
 
 from tests.house.repository import environment, import_path
@@ -59,9 +58,9 @@ class Server:
         return Answer(answer["output_ids"], details.get("storage", 0), meta["cached_tokens"])
 
     def post(self, path: str, body: object = None) -> Any:
-        response = requests.post(self.process.url + path, data=orjson.dumps(body or {}), timeout=120)
+        response = requests.post(self.process.url + path, json=body or {}, timeout=120)
         assert response.ok, f"{path} answered {response.status_code}: {response.text[:500]}"
-        return orjson.loads(response.content) if response.text.startswith(("{", "[")) else response.text
+        return response.json() if response.text.startswith(("{", "[")) else response.text
 
     def metric(self, name: str, *labels: str) -> float:
         """The sum of a metric's samples whose labels contain all of `labels`; 0 if there is none."""

@@ -59,7 +59,7 @@ def test_a_shared_beginning_is_reused_and_the_rest_computed(server: Server) -> N
     flood(server, seed=21)
     warm = server.generate(mixed)
     server.post("/flush_cache")
-    server.post("/clear_hicache_storage_backend")
+    server.post("/hicache/storage-backend/clear")
     assert server.generate(mixed).output == warm.output
 
 
