@@ -117,15 +117,18 @@ class HiCacheBackend:
     def clear(self) -> None:
         if self._pages is not None:
             self._pages.clear()
+            self._report()
 
     def suspend(self) -> None:
         logger.info("dynamo: weights are changing; no KV is stored or served until the cache is flushed")
         if self._pages is not None:
             self._pages.suspend()
+            self._report()
 
     def resume(self) -> None:
         if self._pages is not None:
             self._pages.resume()
+            self._report()
 
     def counts(self) -> PageCounts | None:
         return None if self._pages is None else self._pages.counts()
