@@ -69,6 +69,7 @@ class BlockManager:
         #: Blocks that may still sink: (tier, key), oldest first.
         self._sinking: deque[tuple[int, BlockKey]] = deque()
         self._leases: Counter[Source] = Counter()
+        self._targets: set[Target] = set()
         self._spills: set[Spill] = set()
         self._changes: list[Change] = []
         #: Blocks that were not kept, by reason.
@@ -117,7 +118,7 @@ class BlockManager:
         target goes back through `commit` or `abort`.
         """
         index = self.tiers[0].index
-        wanted = [key for key in keys if not index.is_known(key)]
+        wanted = [key for key in dict.fromkeys(keys) if not index.is_known(key)]
         targets: list[Target] = []
         for key in wanted:
             slot = index.reserve(key)
@@ -125,14 +126,17 @@ class BlockManager:
                 self.dropped["tier_busy"] += len(wanted) - len(targets)
                 break
             targets.append(Target(key, slot))
+        self._targets.update(targets)
         self._note_evictions(0)
         return targets
 
     def commit(self, target: Target) -> None:
         """The bytes of `target` are complete: the block can be read, and sinks one tier further."""
+        self._end_fill(target)
         self._committed(0, target.key, target.slot)
 
     def abort(self, target: Target, reason: str) -> None:
+        self._end_fill(target)
         self.tiers[0].index.abort(target.slot)
         self.dropped[reason] += 1
 
@@ -148,12 +152,15 @@ class BlockManager:
 
     def end_spill(self, spill: Spill, ok: bool) -> None:
         self._spills.remove(spill)
-        self.tiers[spill.tier].index.unpin(spill.source_slot)
-        if ok:
+        source = self.tiers[spill.tier].index
+        # The source leaves the index when it is found damaged, or reset: what was copied from it is in doubt too.
+        trusted = source.slot_of(spill.key) == spill.source_slot
+        source.unpin(spill.source_slot)
+        if ok and trusted:
             self._committed(spill.tier + 1, spill.key, spill.target_slot)
         else:
             self.tiers[spill.tier + 1].index.abort(spill.target_slot)
-            self.dropped["spill_failed"] += 1
+            self.dropped["spill_failed" if not ok else "source_gone"] += 1
 
     def clear(self) -> None:
         """Forgets every block (weights changed, cache reset). Transfers in flight end in peace and are not kept."""
@@ -194,6 +201,12 @@ class BlockManager:
             assert pinned == wanted, f"{tier.name}: pins {pinned} differ from leases and spills {wanted}"
         assert len(self._spills) <= MAX_SPILLS, "too many spills in flight"
 
+    def _end_fill(self, target: Target) -> None:
+        # A late second report would otherwise end the fill of whoever has the slot now.
+        if target not in self._targets:
+            raise AssertionError(f"{target} is not being filled")
+        self._targets.remove(target)
+
     def _lease_one(self, key: BlockKey) -> Source | None:
         for position, tier in enumerate(self.tiers):
             slot = tier.index.pin(key)
@@ -205,7 +218,10 @@ class BlockManager:
 
     def _start_spill(self, tier: int, key: BlockKey) -> Spill | None:
         below = self.tiers[tier + 1].index
-        if below.is_known(key) or key not in self.tiers[tier].index:
+        if below.is_known(key):
+            return None
+        if key not in self.tiers[tier].index:
+            self.dropped["source_gone"] += 1
             return None
         target_slot = below.reserve(key)
         self._note_evictions(tier + 1)

@@ -85,7 +85,7 @@ def _parse_tiers(value: object) -> tuple[str, ...]:
     for name in tiers:
         if name not in TIER_ORDER:
             raise ConfigError(f"--kvbm-storage-tiers names an unknown tier {name!r}; known: {', '.join(TIER_ORDER)}")
-    if tiers != TIER_ORDER[: len(tiers)]:
+    if not tiers or tiers != TIER_ORDER[: len(tiers)]:
         raise ConfigError(
             f"--kvbm-storage-tiers {','.join(tiers)} is not an order KV can take; "
             f"write {' or '.join(','.join(TIER_ORDER[:count]) for count in (1, 2, 3))}"
@@ -108,6 +108,7 @@ def _parse_number(ours: Mapping[str, object], key: str, default: float) -> float
         number = float(str(value))
     except ValueError:
         raise ConfigError(f"{flag_of(key)} {value!r} is not a number") from None
-    if not math.isfinite(number) or number <= 0:
-        raise ConfigError(f"{flag_of(key)} {value} must be above 0")
+    # In bytes too: 1e300 GB is a number, and 1e309 bytes are not.
+    if not math.isfinite(number * GIGABYTE) or number <= 0:
+        raise ConfigError(f"{flag_of(key)} {number:g} must be a finite number above 0")
     return number

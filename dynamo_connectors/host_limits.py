@@ -37,8 +37,15 @@ def _check_directory(directory: Path, wanted_bytes: int) -> None:
             f"--kvbm-nvme-path {directory} cannot be used ({error.strerror}); name a directory this user may write to"
         ) from error
     # Slabs of engines that have died are taken over, so their space counts as free.
-    reusable = sum(path.stat().st_blocks * 512 for path in directory.glob("kvbm-*.slab"))
+    reusable = sum(_disk_bytes(path) for path in directory.glob("kvbm-*.slab"))
     if wanted_bytes > free + reusable:
         raise ConfigError(
             f"--kvbm-nvme-gb {wanted_bytes / GIGABYTE:g} is more than the {free / GIGABYTE:.1f} GB free in {directory}"
         )
+
+
+def _disk_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:  # its engine has just closed it
+        return 0

@@ -22,6 +22,9 @@ class PageLayout:
     base_bytes: int
     stride_bytes: int
     page_bytes: int
+    #: (size, stride in elements) of every dimension inside a page, in the engine's order: two pages of equal size may
+    #: still be read in different orders (NHD, HND).
+    order: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class KVLayout:
     @property
     def fingerprint(self) -> str:
         """Changes when the bytes of a row would be read differently. Addresses and block counts do not matter."""
-        text = ";".join(f"{page.layer}:{page.page_bytes}" for page in self.pages)
+        # `repr` quotes the names: a separator would let one layer imitate two.
+        text = repr([(page.layer, page.page_bytes, page.order) for page in self.pages])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -58,9 +62,9 @@ def page_layout(
     `strides` are in elements, as torch gives them. Raises `UnsupportedLayoutError` when a page is not one dense range
     of bytes: copying it as opaque bytes would then copy somebody else's.
     """
-    if len(shape) < 2 or shape[0] < 1:
+    if len(shape) < 2 or 0 in shape:
         raise UnsupportedLayoutError(
-            f"layer {layer}: shape {shape} has no block dimension; this model cannot be tiered"
+            f"layer {layer}: shape {shape} has no block dimension, or blocks without bytes; this model cannot be tiered"
         )
     page_elements = 1
     for size in shape[1:]:
@@ -83,4 +87,5 @@ def page_layout(
         base_bytes=base_bytes,
         stride_bytes=strides[0] * item_bytes,
         page_bytes=page_elements * item_bytes,
+        order=tuple((size, stride) for size, stride in zip(shape[1:], strides[1:], strict=True) if size != 1),
     )

@@ -49,6 +49,7 @@ class ServerProcess:
 
     def start(self) -> ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._asked = False
         self._shared_memory_before = shared_memory_names()
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -86,13 +87,20 @@ class ServerProcess:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 
+    def ask_to_stop(self) -> None:
+        """Lets several servers end at the same time; `stop` still has to follow."""
+        if self.process is not None and self.process.poll() is None and not self._asked:
+            # A second signal means "at once" to most servers.
+            self._asked = True
+            self.process.terminate()
+
     def stop(self, seconds: float = 30.0) -> None:
         """Asks the server to end, then makes it. Afterwards nothing of it is left. Idempotent."""
         if self.process is None:
             return
         session = self.process.pid
         if self.process.poll() is None:
-            self.process.terminate()
+            self.ask_to_stop()
             try:
                 self.process.wait(seconds)
             except subprocess.TimeoutExpired:

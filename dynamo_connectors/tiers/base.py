@@ -50,6 +50,7 @@ class Tier:
     def write(self, key: BlockKey, row: Buffer) -> bool:
         """Keeps one block. False when it was already here, or when there is no room."""
         slot = self.index.reserve(key)
+        self.index.take_evicted()  # nobody here reports them; kept, they would pile up
         if slot is None:
             return False
         try:
@@ -76,7 +77,9 @@ class Tier:
     def evict(self, num_bytes: int) -> int:
         """Frees at least `num_bytes` if that many are unpinned; returns the bytes freed."""
         blocks = -(-num_bytes // self.store.row_bytes)
-        return self.index.evict(blocks) * self.store.row_bytes
+        freed = self.index.evict(blocks)
+        self.index.take_evicted()
+        return freed * self.store.row_bytes
 
     def stats(self) -> IndexStats:
         return self.index.stats()

@@ -25,18 +25,18 @@ class DramStore:
     def __init__(self, capacity_blocks: int, row_bytes: int, pin: Pinner | None = None) -> None:
         self.capacity_blocks = capacity_blocks
         self.row_bytes = row_bytes
-        self._keys: list[BlockKey | None] = [None] * capacity_blocks
         self._unpin: Callable[[], None] | None = None
         try:
-            self._slab = mmap.mmap(-1, capacity_blocks * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            slab = mmap.mmap(-1, capacity_blocks * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             gigabytes = capacity_blocks * row_bytes / 1e9
             raise ConfigError(
                 f"the host refuses {gigabytes:.2f} GB of memory for the host_dram tier ({error}); "
                 "lower --kvbm-host-dram-gb"
             ) from error
+        self._keys: list[BlockKey | None] = [None] * capacity_blocks
         #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
-        self.rows: npt.NDArray[np.uint8] = np.frombuffer(self._slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
+        self.rows: npt.NDArray[np.uint8] = np.frombuffer(slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
         if pin is not None:
             self._unpin = pin(self.rows.ctypes.data, self.rows.nbytes)
 
@@ -48,23 +48,27 @@ class DramStore:
         return self._keys[slot] == key
 
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
+        self._refuse_outside(slot)
         self._keys[slot] = None
-        self.rows[slot] = np.frombuffer(row, dtype=np.uint8)
+        # Assigned as memory, not as an array: numpy would spread a single byte over the row.
+        memoryview(self.rows[slot])[:] = row
         self._keys[slot] = key
 
     def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
+        self._refuse_outside(slot)
         if self._keys[slot] != key:
             raise StoreError("wrong_key", f"DRAM slot {slot} holds another block")
-        np.frombuffer(into, dtype=np.uint8)[:] = self.rows[slot]
+        into[:] = memoryview(self.rows[slot])
+
+    def _refuse_outside(self, slot: int) -> None:
+        # Closed, there are no rows at all. A negative slot would count from the end.
+        if not 0 <= slot < len(self.rows):
+            raise StoreError("no_slot", f"DRAM slot {slot} is outside the {len(self.rows)} open ones")
 
     def close(self) -> None:
         if self._unpin is not None:
             self._unpin()
             self._unpin = None
         self._keys = [None] * self.capacity_blocks
+        # The mapping goes with its last view: here, unless one is alive somewhere, which must not dangle.
         self.rows = np.empty((0, self.row_bytes), dtype=np.uint8)
-        try:
-            self._slab.close()
-        except BufferError:
-            # A view of a row is still alive somewhere; the mapping goes with its last view.
-            return

@@ -6,7 +6,6 @@ is held by a file lock, so engines may share a directory, and a dead engine's sl
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import itertools
@@ -40,12 +39,11 @@ class NvmeStore:
         self._namespace = namespace.digest
         self._sequence = itertools.count(1)
         self._local = threading.local()
-        self._lock = threading.Lock()
-        self._staging: list[mmap.mmap] = []
         self._fd, self.path = _claim_slab(directory)
         try:
             os.ftruncate(self._fd, 0)
             os.posix_fallocate(self._fd, 0, capacity_blocks * self._slot_bytes)
+            self.direct = _enable_direct_io(self._fd, self._staging_buffer())
         except OSError as error:
             self.close()
             gigabytes = capacity_blocks * self._slot_bytes / 1e9
@@ -53,9 +51,9 @@ class NvmeStore:
                 f"{directory} cannot hold {gigabytes:.2f} GB for the nvme_ssd tier ({error.strerror}); "
                 "lower --kvbm-nvme-gb or free space there"
             ) from error
-        self.direct = _enable_direct_io(self._fd, self._staging_buffer())
 
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
+        self._refuse_outside(slot)
         staging = self._staging_buffer()
         payload = memoryview(staging)[HEADER_BYTES : HEADER_BYTES + self.row_bytes]
         payload[:] = row
@@ -68,6 +66,7 @@ class NvmeStore:
             raise StoreError("short_write", f"{self.path}: {written} of {self._slot_bytes} bytes")
 
     def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
+        self._refuse_outside(slot)
         staging = self._staging_buffer()
         try:
             count = os.preadv(self._fd, [staging], slot * self._slot_bytes)
@@ -84,16 +83,20 @@ class NvmeStore:
         if self._fd < 0:
             return
         # The name goes first: whoever opens it after the lock is gone would otherwise share a deleted file.
-        self.path.unlink(missing_ok=True)
-        os.close(self._fd)
-        self._fd = -1
-        with self._lock:
-            for staging in self._staging:
-                # A traceback that somebody keeps may still show a view of it; the mapping goes with its last view.
-                with contextlib.suppress(BufferError):
-                    staging.close()
-            self._staging.clear()
-        self._local = threading.local()
+        try:
+            self.path.unlink(missing_ok=True)
+        finally:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            # The buffers go with their last user, be it a read in flight or the traceback of an error.
+            self._local = threading.local()
+
+    def _refuse_outside(self, slot: int) -> None:
+        # A write behind the end would grow the file past what the user allowed.
+        if self._fd < 0 or not 0 <= slot < self.capacity_blocks:
+            raise StoreError(
+                "no_slot", f"{self.path}: slot {slot} is outside the {self.capacity_blocks}, or it is closed"
+            )
 
     def _staging_buffer(self) -> mmap.mmap:
         """One page-aligned slot per thread, as O_DIRECT asks for."""
@@ -101,8 +104,6 @@ class NvmeStore:
         if staging is None:
             staging = mmap.mmap(-1, self._slot_bytes)
             self._local.staging = staging
-            with self._lock:
-                self._staging.append(staging)
         return staging
 
 
@@ -113,9 +114,14 @@ def _claim_slab(directory: Path) -> tuple[int, Path]:
         for number in range(_MAX_SLABS):
             path = directory / f"kvbm-{number}.slab"
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if _lock_if_current(fd, path):
+            ours = False
+            try:
+                ours = _lock_if_current(fd, path)
+            finally:
+                if not ours:
+                    os.close(fd)
+            if ours:
                 return fd, path
-            os.close(fd)
     except OSError as error:
         raise ConfigError(
             f"--kvbm-nvme-path {directory} cannot be used ({error.strerror}); name a directory this user may write to"

@@ -58,7 +58,9 @@ class BlockView:
 def _as_bytes(tensor: torch.Tensor, page_bytes: int) -> torch.Tensor:
     item = tensor.element_size()
     storage = tensor.untyped_storage()
+    start, stride = tensor.storage_offset() * item, tensor.stride(0) * item
+    # `set_` would quietly grow the storage, and so move the engine's KV cache away from under it.
+    if start + (tensor.shape[0] - 1) * stride + page_bytes > storage.nbytes():
+        raise CopyError(f"pages of {page_bytes} bytes reach beyond the storage of a tensor {tuple(tensor.shape)}")
     raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return raw.set_(
-        storage, tensor.storage_offset() * item, (tensor.shape[0], page_bytes), (tensor.stride(0) * item, 1)
-    )
+    return raw.set_(storage, start, (tensor.shape[0], page_bytes), (stride, 1))

@@ -132,8 +132,8 @@ def test_routers_hear_of_blocks_below_hbm(client: VllmClient, events_port: int) 
             for event in msgspec.msgpack.decode(payload)[1]:
                 if event["type"] == "BlockStored" and event["medium"] in stored:
                     stored[event["medium"]].append(event)
-    tokens = [event["token_ids"] for event in stored["CPU"][:BLOCKS_PER_PROMPT]]
-    assert sum(tokens, []) == wanted[: BLOCKS_PER_PROMPT * BLOCK_TOKENS]
+    tokens = [token for event in stored["CPU"][:BLOCKS_PER_PROMPT] for token in event["token_ids"]]
+    assert tokens == wanted[: BLOCKS_PER_PROMPT * BLOCK_TOKENS]
     on_gpu = {hash_ for event in stored["GPU"] for hash_ in event["block_hashes"]}
     assert {event["block_hashes"][0] for event in stored["CPU"]} <= on_gpu
 

@@ -12,13 +12,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+DYNAMO = ["--kv-connector", "dynamo"]
 NATIVE = {"kv_connector": "dynamo", "kv_role": "kv_both"}
 
 
 @pytest.fixture(scope="module")
 def parse() -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     def run(arguments: Sequence[str]) -> Any:
@@ -59,7 +60,9 @@ def test_yaml_gives_the_same_configuration(parse: Any, tmp_path: Path) -> None:
 
 def test_other_settings_of_an_explicit_config_survive(parse: Any) -> None:
     explicit = {"kv_role": "kv_consumer", "engine_id": "e7", "kv_connector_extra_config": {"theirs": 1}}
-    config = parse(["--kv-connector", "dynamo", "--kvbm-offload-ratio", "0.5", "--kv-transfer-config", json.dumps(explicit)])
+    config = parse(
+        ["--kv-connector", "dynamo", "--kvbm-offload-ratio", "0.5", "--kv-transfer-config", json.dumps(explicit)]
+    )
     assert (config.kv_role, config.engine_id) == ("kv_consumer", "e7")
     assert config.kv_connector_extra_config == {"theirs": 1, "kvbm_offload_ratio": "0.5"}
 
@@ -74,7 +77,7 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
     ("arguments", "words"),
     [
         (["--kvbm-host-dram-gb", "1"], ["--kvbm-host-dram-gb", "needs --kv-connector dynamo"]),
-        (["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,ram"], ["--kvbm-storage-tiers", "'ram'", "host_dram"]),
+        ([*DYNAMO, "--kvbm-storage-tiers", "hbm,ram"], ["--kvbm-storage-tiers", "'ram'", "host_dram"]),
         (["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,nvme_ssd"], ["--kvbm-storage-tiers"]),
         (["--kv-connector", "dynamo", "--kvbm-host-dram-gb", "0"], ["--kvbm-host-dram-gb", "above 0"]),
         (["--kv-connector", "dynamo", "--kvbm-host-dram-gb", "lots"], ["--kvbm-host-dram-gb", "not a number"]),
@@ -87,7 +90,7 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
             ["--kvbm-nvme-path /proc/nothing", "cannot be used"],
         ),
         (
-            ["--kv-connector", "dynamo", "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'],
+            [*DYNAMO, "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'],
             ["--kv-connector dynamo", "NixlConnector"],
         ),
         (

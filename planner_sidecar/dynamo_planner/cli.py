@@ -1,0 +1,137 @@
+"""The command line of `dynamo-planner`: flags in, one configuration out, every mistake one line and exit
+code 2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ConfigError, PlannerError
+
+# Name, type and help of every flag. Defaults live in PlannerConfig alone, so that flags can win over the
+# file.
+_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("--config", Path, "YAML file; its keys are the flags' names."),
+    ("--engine", list[str], "URL of an engine to watch; repeat for more."),
+    ("--proxy-admin", str, "Admin URL of dynamo-proxy: arrivals, drains and registrations."),
+    ("--advisory/--no-advisory", bool, "Only say what to do (default), or start and stop replicas."),
+    ("--optimization-target", Literal["load", "sla"], "load (default): KV use and queue. sla: TTFT and ITL."),
+    ("--target-ttft-ms", float, "Time to first token to hold, for sla."),
+    ("--target-itl-ms", float, "Inter-token latency to hold, for sla."),
+    ("--min-replicas", int, "Never fewer (default 1)."),
+    ("--max-replicas", int, "Never more (default 8)."),
+    ("--max-kv-usage", float, "KV use per replica that asks for another one, 0..1 (default 0.8)."),
+    ("--max-waiting-per-replica", float, "Queued requests per replica that ask for more (default 4)."),
+    (
+        "--max-running-per-replica",
+        float,
+        "Running requests per replica that ask for more (default: no limit).",
+    ),
+    ("--interval-seconds", float, "Time between two looks (default 10)."),
+    ("--stabilisation-seconds", float, "How long fewer must suffice before one is stopped (default 300)."),
+    ("--decision-log", Path, "Append every decision with its inputs to this file, as JSON lines."),
+    ("--host", str, "Address of the planner's own port (default 127.0.0.1)."),
+    ("--port", int, "Own port: /metrics, /health, /decisions, /scale (default 8790; 0 takes a free one)."),
+    ("--engine-command", str, "How to start a replica: 'vllm serve MODEL --port {port}'."),
+    ("--engine-port-range", str, "Ports for started replicas (default 8100-8199)."),
+    ("--engine-log-dir", Path, "Where started replicas write their output."),
+    (
+        "--keep-replicas/--stop-replicas",
+        bool,
+        "On exit leave started replicas running, or stop them (default).",
+    ),
+    ("--start-seconds", float, "How long a replica may take to become healthy (default 600)."),
+    ("--drain-seconds", float, "How long a drain may take before it is undone (default 300)."),
+    ("--exit-drain-seconds", float, "How long drains may take when the planner exits (default 30)."),
+    ("--terminate-seconds", float, "Time between SIGTERM and SIGKILL (default 60)."),
+    ("--replay", Path, "Make the decisions of this log again, compare, and exit."),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=_HELP)(_command())
+    # typer carries its own copy of click since 0.29 and imports click before; the class is the same by name.
+    mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    try:
+        code = app(args=arguments, prog_name="dynamo-planner", standalone_mode=False)
+    except (PlannerError, mistake) as error:
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        sys.stderr.write(f"dynamo-planner: {' '.join(text.split())}\n")
+        return 2
+    except KeyboardInterrupt:  # before the planner's own signal handlers stand
+        return 130
+    return int(code or 0)
+
+
+_HELP = "Size a fleet of vLLM or SGLang replicas from what they publish; advise, or start and drain-stop them."
+
+
+def _command() -> Any:
+    """A function whose signature is the table of flags; typer reads nothing else."""
+    import typer
+
+    def command(**flags: Any) -> int:
+        return _run(flags)
+
+    parameters = []
+    for names, kind, text in _FLAGS:
+        option = typer.Option(None, names, help=text, show_default=False)
+        name = names.partition("/")[0].lstrip("-").replace("-", "_")
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=_maybe(kind))
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _maybe(kind: Any) -> Any:
+    return kind | None
+
+
+def _run(flags: dict[str, Any]) -> int:
+    path, log_path = flags.pop("config"), flags.pop("replay")
+    if log_path is not None:
+        return _replay(log_path)
+    from .config import load_config
+
+    config = load_config(path, flags)
+    import asyncio
+
+    from .service import serve
+
+    asyncio.run(serve(config, _say))
+    return 0
+
+
+def _replay(path: Path) -> int:
+    from .decision_log import replay
+
+    try:
+        with path.open(encoding="utf-8") as lines:
+            report = replay(lines)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; check the path given to --replay") from error
+    for difference in report.differences:
+        sys.stdout.write(difference + "\n")
+    sys.stdout.write(f"{report.decisions} decisions made again, {len(report.differences)} differ\n")
+    return 1 if report.differences else 0
+
+
+def _say(text: str) -> None:
+    """One console line; a console that is gone must not stop the planner."""
+    from datetime import datetime
+
+    try:
+        sys.stdout.write(f"{datetime.now():%H:%M:%S}  {text}\n")
+        sys.stdout.flush()
+    except OSError:
+        return

@@ -1,0 +1,218 @@
+"""The operator's settings: one frozen object, parsed once from YAML and flags; flags win.
+
+Every mistake becomes one ConfigError line that names the key and says what to do.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import ConfigError
+from .local_actuator import LaunchPlan
+from .records import SizingPolicy
+from .replica import Limits
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10_000)]
+Milliseconds = Annotated[float, Field(gt=0, le=3_600_000, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class PlannerConfig(BaseModel):
+    """All settings with their defaults; the command line's flags bear the same names with dashes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: tuple[str, ...] = ()
+    proxy_admin: str | None = None
+    advisory: bool = True
+    optimization_target: Literal["load", "sla"] = "load"
+    target_ttft_ms: Milliseconds | None = None
+    target_itl_ms: Milliseconds | None = None
+    target_attainment: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.95
+    min_replicas: Count = 1
+    max_replicas: Count = 8
+    interval_seconds: Annotated[float, Field(ge=0.05, le=3600, allow_inf_nan=False)] = 10.0
+    stabilisation_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 300.0
+    warmup_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 30.0
+    max_kv_usage: Share = 0.8
+    max_waiting_per_replica: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 4.0
+    max_running_per_replica: Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None = None
+    decision_log: Path | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8790
+    engine_command: str | None = None
+    engine_port_range: str = "8100-8199"
+    engine_log_dir: Path = Path(tempfile.gettempdir(), "dynamo-planner")
+    keep_replicas: bool = False
+    start_seconds: Seconds = 600.0
+    drain_seconds: Seconds = 300.0
+    exit_drain_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 30.0
+    terminate_seconds: Seconds = 60.0
+    poll_seconds: Seconds = 0.5
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        urls = tuple(_url(entry) for entry in value)
+        twice = next((url for url in urls if urls.count(url) > 1), None)
+        if twice:
+            raise ValueError(f"{twice} is named twice; name each engine once")
+        return urls
+
+    @field_validator("proxy_admin")
+    @classmethod
+    def _proxy_url(cls, value: str | None) -> str | None:
+        return None if value is None else _url(value)
+
+    @field_validator("engine_port_range")
+    @classmethod
+    def _range(cls, value: str) -> str:
+        first, last = _ports(value)
+        if not 1 <= first <= last <= 65_535:
+            raise ValueError(f"{value!r} is not a range of ports; write it as 8100-8199")
+        return value
+
+    @field_validator("engine_command")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            words = shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"cannot be split into words ({error}); check its quotes") from error
+        if not words or "{port}" not in value:
+            raise ValueError("must contain {port}, as in 'vllm serve MODEL --port {port}'")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlannerConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}; lower it")
+        targets = self.target_ttft_ms, self.target_itl_ms
+        if self.optimization_target == "sla" and targets == (None, None):
+            raise ValueError("optimization_target sla needs target_ttft_ms or target_itl_ms; give at least one")
+        if self.optimization_target == "load" and targets != (None, None):
+            raise ValueError("target_ttft_ms and target_itl_ms work only with optimization_target sla; set it too")
+        if not self.advisory and self.engine_command is None:
+            raise ValueError("no-advisory needs engine_command, as in 'vllm serve MODEL --port {port}'; give one")
+        if not self.engine and self.proxy_admin is None and self.advisory:
+            raise ValueError("nothing to observe; give at least one --engine URL or a --proxy-admin URL")
+        if not self.advisory and self.port and self.ports[0] <= self.port <= self.ports[1]:
+            raise ValueError(f"port {self.port} lies in engine_port_range {self.engine_port_range}; move one of them")
+        return self
+
+    @property
+    def ports(self) -> tuple[int, int]:
+        return _ports(self.engine_port_range)
+
+    def policy(self) -> SizingPolicy:
+        """What the pure rules need."""
+        return SizingPolicy(
+            target=self.optimization_target,
+            min_replicas=self.min_replicas,
+            max_replicas=self.max_replicas,
+            ttft_seconds=None if self.target_ttft_ms is None else self.target_ttft_ms / 1e3,
+            itl_seconds=None if self.target_itl_ms is None else self.target_itl_ms / 1e3,
+            attainment=self.target_attainment,
+            stabilisation_seconds=self.stabilisation_seconds,
+            warmup_seconds=self.warmup_seconds,
+            max_kv_usage=self.max_kv_usage,
+            max_waiting_per_replica=self.max_waiting_per_replica,
+            max_running_per_replica=self.max_running_per_replica,
+        )
+
+    def limits(self) -> Limits:
+        """The deadlines of a replica's life."""
+        return Limits(
+            start_seconds=self.start_seconds,
+            drain_seconds=self.drain_seconds,
+            terminate_seconds=self.terminate_seconds,
+            poll_seconds=self.poll_seconds,
+        )
+
+    def launch_plan(self) -> LaunchPlan | None:
+        """How to start replicas, or None in advisory mode."""
+        if self.advisory or self.engine_command is None:
+            return None
+        return LaunchPlan(
+            command=self.engine_command,
+            ports=self.ports,
+            log_dir=self.engine_log_dir,
+            keep_on_exit=self.keep_replicas,
+            exit_seconds=self.exit_drain_seconds,
+        )
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any]) -> PlannerConfig:
+    """Merge the YAML file and the flags that were given (None = not given). Raises ConfigError."""
+    settings = {} if path is None else _read_yaml(path)
+    settings |= {key: value for key, value in flags.items() if value is not None and value != []}
+    try:
+        return PlannerConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; check the path given to --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path} is not YAML{where}; write it as 'key: value' lines") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no settings; write it as 'key: value' lines")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _one_line(error: ValidationError) -> str:
+    first, more = error.errors()[0], error.error_count() - 1
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        said = f"unknown key {key!r}; the known ones are {', '.join(PlannerConfig.model_fields)}"
+    else:
+        text = first["msg"].removeprefix("Value error, ")
+        got = f" (got {first['input']!r:.80})" if key and first["type"] != "value_error" else ""
+        said = f"{key}: {text}{got}; change it" if got else f"{key}: {text}" if key else text
+    return said.replace("\n", " ") + (f" (and {more} more mistakes)" if more else "")
+
+
+def _url(text: str) -> str:
+    remedy = f"{text!r} is not an http URL; write it as http://host:port"
+    try:
+        parts = urlsplit(text.strip())
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(remedy) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or any(c.isspace() for c in text):
+        raise ValueError(remedy)
+    if parts.query or parts.fragment:
+        raise ValueError(remedy)
+    return text.strip().rstrip("/")
+
+
+def _ports(text: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    if not dash or not first.strip().isdecimal() or not last.strip().isdecimal():
+        raise ValueError(f"{text!r} is not a range of ports; write it as 8100-8199")
+    return int(first), int(last)

@@ -1,0 +1,91 @@
+"""The decision: one frozen record of inputs in, one frozen decision out. Pure, so a log of inputs can be
+replayed.
+
+Up at once and by as many as needed. Down by one, and only after the need has stayed below the current
+count for the
+whole stabilisation window. Numbers that are stale can never cause a scale-down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .records import READY, Decision, DecisionInputs, FleetObservation, Memory, SizingPolicy
+from .sizing import Need, cleaned, learn, load_needs, sla_needs
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    desired: int
+    reason: str
+    explanation: str
+
+
+def decide(inputs: DecisionInputs) -> Decision:
+    """Decide once. A manual order wins over the rules, stays inside the bounds and restarts the window."""
+    fleet, policy = cleaned(inputs.observation), inputs.policy
+    now, current = fleet.time_seconds, fleet.current
+    memory = learn(inputs.memory, fleet, policy)
+    if inputs.order is not None:
+        desired = min(max(inputs.order, policy.min_replicas), policy.max_replicas)
+        memory = replace(memory, since_seconds=now, needs=((now, desired),))
+        said = f"{current} -> {desired} by hand (bounds {policy.min_replicas}..{policy.max_replicas})"
+        return Decision(current, desired, "manual", said, desired, desired, inputs, memory)
+    stale = sum(engine.state == READY and engine.stale for engine in fleet.engines)
+    ready = sum(engine.usable for engine in fleet.engines)
+    need = _combined(fleet, policy, memory, stale) if ready else None
+    down = current if need is None or stale else need.down
+    memory = _remembered(memory, now, down, policy.stabilisation_seconds)
+    verdict = _verdict(fleet, policy, memory, need, stale)
+    up = current if need is None else need.up
+    return Decision(current, verdict.desired, verdict.reason, verdict.explanation, up, down, inputs, memory)
+
+
+def _combined(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, stale: int) -> Need:
+    """The most demanding signal. An engine that cannot be read is presumed to be busy and needed."""
+    needs = load_needs(fleet, policy) if policy.target == "load" else sla_needs(fleet, policy, memory)
+    first = max(needs, key=lambda need: (need.up, need.down))
+    down = max(need.down for need in needs)
+    return Need(first.up + stale, max(down, first.up) + stale, first.reason, first.why)
+
+
+def _remembered(memory: Memory, now: float, down: int, window_seconds: float) -> Memory:
+    kept = tuple(entry for entry in memory.needs if now - window_seconds <= entry[0] <= now)
+    since = memory.since_seconds
+    if since is None or since > now:
+        since = now
+    return replace(memory, since_seconds=since, needs=(*kept, (now, down)))
+
+
+def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need | None, stale: int) -> _Verdict:
+    current, low, high = fleet.current, policy.min_replicas, policy.max_replicas
+    if current < low:
+        return _Verdict(low, "below_min", f"{current} replicas are fewer than the minimum of {low}")
+    if need is None:
+        word = "stale" if stale else "no_ready_engine"
+        return _Verdict(current, word, f"none of {len(fleet.engines)} engines gives fresh numbers; holding {current}")
+    if need.up > current:
+        if current >= high:
+            said = f"{need.why}; {need.up} replicas are needed but the maximum is {high}"
+            return _Verdict(current if stale else high, "at_max" if current == high else "above_max", said)
+        wanted = min(need.up, high)
+        capped = f", capped at the maximum of {high}" if need.up > high else ""
+        return _Verdict(wanted, need.reason, f"{need.why}; {need.up} replicas are needed, {current} are there{capped}")
+    if stale:
+        return _Verdict(current, "stale", f"{stale} of {len(fleet.engines)} engines cannot be read; holding {current}")
+    if current > high:
+        return _Verdict(high, "above_max", f"{current} replicas are more than the maximum of {high}")
+    return _downwards(fleet, policy, memory, need)
+
+
+def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need) -> _Verdict:
+    current, now, window = fleet.current, fleet.time_seconds, policy.stabilisation_seconds
+    floor = max(max(entry[1] for entry in memory.needs), policy.min_replicas)
+    if max(need.down, policy.min_replicas) >= current:
+        return _Verdict(current, "steady", f"{need.why}; {current} replicas are right")
+    filled = now - (memory.since_seconds if memory.since_seconds is not None else now)
+    if floor >= current or filled < window:
+        said = f"{need.why}; fewer than {current} would do, but not yet for all of {window:g} s"
+        return _Verdict(current, "stabilising", said)
+    said = f"{need.why}; at most {floor} of {current} replicas were needed in the last {window:g} s"
+    return _Verdict(current - 1, "idle_window", said)

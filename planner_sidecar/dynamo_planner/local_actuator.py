@@ -1,0 +1,229 @@
+"""Starts and stops engine replicas as processes of this machine; only replicas it started are ever
+stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .actuator import Happening, Outcome
+from .child_process import ChildProcess
+from .drain import ENDED, State, choose_victim
+from .errors import ActuationError, ObservationError
+from .records import DRAINING
+from .replica import Replica, Surroundings
+
+_FIRST_BACKOFF_SECONDS = 15.0
+_MAX_BACKOFF_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How to start one replica: a command with `{port}`, the inclusive port range, where its output goes."""
+
+    command: str
+    ports: tuple[int, int]
+    log_dir: Path
+    host: str = "127.0.0.1"
+    keep_on_exit: bool = False
+    exit_seconds: float = 30.0
+
+
+class LocalProcessActuator:
+    """One task per replica that is on its way in or out; ready replicas need none."""
+
+    mode = "actuate"
+
+    def __init__(self, plan: LaunchPlan, around: Surroundings) -> None:
+        self._plan = plan
+        self._around = around
+        self._replicas: dict[str, Replica] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._happenings: list[Happening] = []
+        self._failed_starts = 0
+        self._not_before = 0.0
+
+    def states(self) -> Mapping[str, str]:
+        return {url: replica.state for url, replica in self._replicas.items() if not replica.ended}
+
+    async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
+        """Start or drain as many as asked. An order by hand does not wait for the back-off."""
+        self.notice()
+        if desired > current:
+            return self._start_some(desired - current, by_hand)
+        return await self._stop_some(current - desired)
+
+    def happenings(self) -> list[Happening]:
+        self.notice()
+        taken, self._happenings = self._happenings, []
+        return taken
+
+    def notice(self) -> None:
+        """Book what ended since the last look: finished tasks and ready replicas that died."""
+        for url, replica in list(self._replicas.items()):
+            task = self._tasks.get(url)
+            if task is not None and task.done():
+                del self._tasks[url]
+                self._book(replica, task)
+            elif task is None and replica.note_exit():
+                self._drive(replica)
+
+    async def close(self) -> None:
+        """Drain and stop all replicas at once; none is left when this returns, unless they are to be kept."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._tasks.clear()
+        if self._plan.keep_on_exit:
+            return
+        leave_by = self._around.clock() + self._plan.exit_seconds
+        remaining = [replica for replica in self._replicas.values() if not replica.ended]
+        for replica in remaining:
+            replica.leave_by = leave_by
+            replica.note_exit()
+            replica.order_stop()
+        ends = await asyncio.gather(*(replica.drive() for replica in remaining), return_exceptions=True)
+        for replica, end in zip(remaining, ends, strict=True):
+            well = end is None and replica.life.state is State.GONE
+            self._tell(replica, "stopped" if well else "failed", repr(end) if end else replica.child.exit_text)
+        self.kill_now()
+
+    def kill_now(self) -> None:
+        if self._plan.keep_on_exit:
+            return
+        for replica in self._replicas.values():
+            if not replica.child.gone():
+                replica.child.kill()
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant is broken."""
+        assert set(self._tasks) <= set(self._replicas), "a task without its replica"
+        for url, replica in self._replicas.items():
+            assert replica.url == url, f"{replica.url} is booked under {url}"
+            replica.check()
+
+    def _start_some(self, count: int, by_hand: bool) -> Outcome:
+        wait = self._not_before - self._around.clock()
+        if wait > 0 and not by_hand:
+            text = f"not starting for another {wait:.0f} s: {self._failed_starts} start(s) in a row failed"
+            return Outcome(False, "backing_off", (text,))
+        actions = []
+        try:
+            for _ in range(count):
+                actions.append(self._start_one())
+        except ActuationError as error:
+            self._count_failed_start()
+            self._happenings.append(Happening("", "failed", error.reason, str(error)))
+            return Outcome(bool(actions), error.reason, (*actions, str(error)))
+        return Outcome(True, "started", tuple(actions))
+
+    def _start_one(self) -> str:
+        used = {int(url.rpartition(":")[2]) for url, replica in self._replicas.items() if not replica.ended}
+        port = free_port(self._plan.ports, used)
+        log_path = self._plan.log_dir / f"engine-{port}.log"
+        child = ChildProcess(self._plan.command, port, log_path)
+        replica = Replica(f"http://{self._plan.host}:{port}", child, self._around)
+        self._replicas[replica.url] = replica
+        self._drive(replica)
+        return f"starting {replica.url} (process {child.pid}, output in {log_path})"
+
+    async def _stop_some(self, count: int) -> Outcome:
+        in_flight = await self._in_flight()
+        actions = []
+        for _ in range(count):
+            now = self._around.clock()
+            url = choose_victim(
+                (url, in_flight.get(url, 0), now - replica.born)
+                for url, replica in self._replicas.items()
+                if not replica.ended and replica.state != DRAINING and not replica.stopping
+            )
+            if url is None:
+                break
+            actions.append(self._stop_one(self._replicas[url], in_flight.get(url)))
+        if not actions:
+            return Outcome(False, "no_victim", ("none of the replicas was started by this planner",))
+        return Outcome(True, "draining", tuple(actions))
+
+    def _stop_one(self, replica: Replica, in_flight: int | None) -> str:
+        running = self._tasks.pop(replica.url, None)
+        if running is not None:
+            running.cancel()
+        replica.order_stop()
+        self._drive(replica)
+        known = "" if in_flight is None else f" with {in_flight} requests in flight"
+        return f"draining {replica.url}{known}, then stopping it"
+
+    async def _in_flight(self) -> dict[str, int]:
+        """Requests in flight per replica: the proxy's count, else the engine's gauges; unreadable ones
+        come last.
+        """
+        if self._around.proxy is not None:
+            try:
+                listing = await self._around.proxy.engines()
+            except ObservationError:
+                return {}
+            return {engine.url: engine.in_flight for engine in listing.engines}
+        counts = {}
+        for url in [url for url, replica in self._replicas.items() if replica.life.state is State.READY]:
+            try:
+                reading = await self._around.peers.scrape(url)
+            except ObservationError:
+                continue
+            counts[url] = int(reading.running + reading.waiting)
+        return counts
+
+    def _drive(self, replica: Replica) -> None:
+        self._tasks[replica.url] = asyncio.get_running_loop().create_task(replica.drive())
+
+    def _book(self, replica: Replica, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        state = replica.life.state
+        if error is not None:
+            replica.child.kill()
+            self._tell(replica, "failed", f"{error!r}; its process group was killed")
+        elif state in ENDED:
+            stopped = replica.stopping and state is State.GONE
+            if not stopped:
+                self._count_failed_start()
+            self._tell(replica, "stopped" if stopped else "failed", replica.child.exit_text)
+        elif replica.stopping:
+            replica.stopping = False
+            self._tell(replica, "kept", "the stop was undone and the replica serves on")
+        else:
+            self._failed_starts, self._not_before = 0, 0.0
+            seconds = self._around.clock() - replica.born
+            self._tell(replica, "ready", f"healthy and registered after {seconds:.1f} s")
+        if error is not None or state is State.GONE:
+            self._replicas.pop(replica.url, None)
+
+    def _tell(self, replica: Replica, what: str, text: str) -> None:
+        reasons, replica.life.reasons = replica.life.reasons, []
+        note = f"{text}; output in {replica.child.log_path}" if what == "failed" else text
+        self._happenings.append(Happening(replica.url, what, ",".join(reasons), note))
+
+    def _count_failed_start(self) -> None:
+        pause = min(_MAX_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2.0**self._failed_starts)
+        self._failed_starts += 1
+        self._not_before = self._around.clock() + pause
+
+
+def free_port(ports: tuple[int, int], used: Iterable[int]) -> int:
+    """A port of the inclusive range that nobody listens on. Raises ActuationError when there is none."""
+    taken = set(used)
+    for port in itertools.takewhile(lambda number: number <= ports[1], itertools.count(ports[0])):
+        if port in taken:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    text = f"no free port in {ports[0]}-{ports[1]}; widen --engine-port-range"
+    raise ActuationError("no_free_port", text)

@@ -1,0 +1,84 @@
+"""Looks at every known engine and at the proxy once per tick and reports one FleetObservation, failures
+included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .errors import ObservationError
+from .peers import Peers, ProxyAdmin, ProxyListing
+from .records import DOWN, DRAINING, READY, STARTING, EngineObservation, FleetObservation, ProxyObservation
+from .tracking import EngineTracker, ProxyTracker
+
+
+@dataclass(frozen=True)
+class ObservationFailure:
+    """One peer that could not be read at one tick."""
+
+    url: str
+    reason: str
+    text: str
+
+
+class Observer:
+    """Keeps one tracker per engine and forgets engines that nobody names any more."""
+
+    def __init__(self, engines: tuple[str, ...], peers: Peers, proxy: ProxyAdmin | None) -> None:
+        self._named = engines
+        self._peers = peers
+        self._proxy = proxy
+        self._trackers: dict[str, EngineTracker] = {}
+        self._proxy_tracker = ProxyTracker()
+        self._listed: dict[str, str] = {}
+
+    async def observe(self, now: float, own: Mapping[str, str]) -> tuple[FleetObservation, list[ObservationFailure]]:
+        """Look once. `own` maps the URLs of replicas that the planner started to their states."""
+        failures: list[ObservationFailure] = []
+        seen_proxy = await self._observe_proxy(now, failures)
+        # A replica of ours that is on its way in or out is the planner's to judge; else the proxy knows best.
+        moving = {url: state for url, state in own.items() if state != READY}
+        states = dict.fromkeys((*self._named, *own), READY) | self._listed | moving
+        self._trackers = {url: tracker for url, tracker in self._trackers.items() if url in states}
+        order = sorted(states)
+        engines = await asyncio.gather(*(self._observe_engine(url, states[url], now, failures) for url in order))
+        return FleetObservation(now, tuple(engines), seen_proxy), failures
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant is broken."""
+        for url, tracker in self._trackers.items():
+            assert tracker.url == url, f"the tracker of {url} watches {tracker.url}"
+            tracker.check()
+        self._proxy_tracker.check()
+
+    async def _observe_proxy(self, now: float, failures: list[ObservationFailure]) -> ProxyObservation | None:
+        if self._proxy is None:
+            return None
+        try:
+            listing = await self._proxy.engines()
+        except ObservationError as error:
+            failures.append(ObservationFailure("proxy", error.reason, str(error)))
+            return self._proxy_tracker.failed(error)
+        self._listed = _states(listing)
+        in_flight = sum(engine.in_flight for engine in listing.engines)
+        return self._proxy_tracker.read(listing.arrivals_total, listing.prompt_tokens_total, in_flight, now)
+
+    async def _observe_engine(
+        self, url: str, state: str, now: float, failures: list[ObservationFailure]
+    ) -> EngineObservation:
+        if state in (STARTING, DOWN):
+            return EngineObservation(url, state)
+        tracker = self._trackers.setdefault(url, EngineTracker(url, now))
+        try:
+            seen = tracker.read(await self._peers.scrape(url), now)
+        except ObservationError as error:
+            failures.append(ObservationFailure(url, error.reason, str(error)))
+            seen = tracker.failed(error, now)
+        return replace(seen, state=DRAINING) if state == DRAINING else seen
+
+
+def _states(listing: ProxyListing) -> dict[str, str]:
+    known = {STARTING, READY, DRAINING, DOWN}
+    return {engine.url: engine.state if engine.state in known else READY for engine in listing.engines}

@@ -1,0 +1,113 @@
+"""Which engine was sent which prompt text: one bounded LRU of text-chain nodes per engine, one walk for all
+engines.
+
+With the engine's true capacity this routes as well as exact knowledge (one router); an unbounded one does
+not.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+DEFAULT_CAPACITY_NODES = 8192  # about 500k tokens at four bytes a token
+
+
+class ApproxIndex:
+    """node -> bitmask of the engines that were sent it, and per engine the order in which to forget."""
+
+    def __init__(self, default_capacity_nodes: int = DEFAULT_CAPACITY_NODES) -> None:
+        self._default = default_capacity_nodes
+        self._masks: dict[int, int] = {}
+        self._orders: dict[int, OrderedDict[int, float]] = {}
+        self._capacity: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def set_capacity(self, slot: int, nodes: int) -> None:
+        self._capacity[slot] = max(1, nodes)
+        self._trim(slot)
+
+    def insert(self, slot: int, chain: Sequence[int], now: float) -> None:
+        """Engine `slot` was sent this chain. The deepest node is touched first, so that it is forgotten
+        first.
+        """
+        order = self._orders.setdefault(slot, OrderedDict())
+        bit = 1 << slot
+        masks = self._masks
+        for node in reversed(chain):
+            if node in order:
+                order.move_to_end(node)
+            else:
+                masks[node] = masks.get(node, 0) | bit
+            order[node] = now
+        self._trim(slot)
+
+    def matched(self, chain: Sequence[int], mask: int) -> dict[int, int]:
+        """How many leading nodes each engine of `mask` holds (engines with none are left out)."""
+        found: dict[int, int] = {}
+        masks = self._masks
+        live = mask
+        for depth, node in enumerate(chain):
+            holders = masks.get(node, 0) & live
+            if holders != live:
+                if depth:
+                    _note(found, live & ~holders, depth)
+                live = holders
+                if not live:
+                    return found
+        _note(found, live, len(chain))
+        return found
+
+    def fresh(self, slot: int, chain: Sequence[int], depth: int, since: float) -> int:
+        """How many of the first `depth` nodes were sent to the engine at or after `since`."""
+        order = self._orders.get(slot)
+        if order is None:
+            return 0
+        while depth and order.get(chain[depth - 1], -1.0) < since:
+            depth -= 1
+        return depth
+
+    def clear(self, slot: int) -> None:
+        """Forget everything about one engine."""
+        for node in self._orders.pop(slot, ()):
+            self._drop(node, 1 << slot)
+        self._capacity.pop(slot, None)
+
+    def forget_nodes(self, slot: int) -> None:
+        """The engine lost its cache: forget the nodes, keep the capacity."""
+        capacity = self._capacity.get(slot)
+        self.clear(slot)
+        if capacity is not None:
+            self._capacity[slot] = capacity
+
+    def _trim(self, slot: int) -> None:
+        order = self._orders.get(slot)
+        limit = self._capacity.get(slot, self._default)
+        while order and len(order) > limit:
+            node, _ = order.popitem(last=False)
+            self._drop(node, 1 << slot)
+
+    def _drop(self, node: int, bit: int) -> None:
+        left = self._masks[node] & ~bit
+        if left:
+            self._masks[node] = left
+        else:
+            del self._masks[node]
+
+    def check(self) -> None:
+        expected: dict[int, int] = {}
+        for slot, order in self._orders.items():
+            limit = self._capacity.get(slot, self._default)
+            assert len(order) <= limit, f"slot {slot} holds {len(order)} nodes of {limit}"
+            for node in order:
+                expected[node] = expected.get(node, 0) | 1 << slot
+        assert expected == self._masks, "the mask index and the per-engine orders differ"
+
+
+def _note(found: dict[int, int], mask: int, depth: int) -> None:
+    while mask and depth:
+        low = mask & -mask
+        found[low.bit_length() - 1] = depth
+        mask ^= low

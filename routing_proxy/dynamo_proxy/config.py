@@ -1,0 +1,124 @@
+"""The proxy's configuration: parsed once, at the edge, into frozen records. A bad value stops the start."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from .errors import ConfigError
+
+ROUTER_MODES = ("kv", "round-robin", "random", "least-loaded")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """Where one engine listens. `url` is the canonical form that admin calls and metrics use."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.authority}"
+
+    @property
+    def authority(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may make the proxy hold."""
+
+    max_head_bytes: int = 64 * 1024
+    max_body_bytes: int = 32 * MIB
+    high_water_bytes: int = 256 * 1024
+    pipeline_bytes: int = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Deadlines in seconds."""
+
+    connect_seconds: float = 5.0
+    first_byte_seconds: float = 300.0
+    idle_seconds: float = 300.0
+    client_idle_seconds: float = 75.0
+    upstream_keep_alive_seconds: float = 4.0
+    drain_seconds: float = 30.0
+    probe_interval_seconds: float = 2.0
+    probe_timeout_seconds: float = 5.0
+    replay_seconds: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyConfig:
+    """Everything `dynamo-proxy` was told. `admin_port` None means no admin listener; port 0 means any free
+    one.
+    """
+
+    engines: tuple[EngineAddress, ...]
+    host: str = "127.0.0.1"
+    port: int = 8080
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = 8081
+    router_mode: str = "kv"
+    kv_block_tokens: int = 16
+    use_kv_events: bool = True
+    limits: Limits = field(default_factory=Limits)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+def parse_engine_url(text: str) -> EngineAddress:
+    """Return the address in an engine URL such as http://10.0.0.5:8000; raise ConfigError with the remedy."""
+    example = "give it as http://HOST:PORT, for example http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(text.strip())
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"engine URL {text!r} is not valid ({error}); {example}") from None
+    if parts.scheme == "https":
+        raise ConfigError(f"engine URL {text!r}: TLS to engines is not supported; {example}")
+    if parts.scheme != "http" or not parts.hostname:
+        raise ConfigError(f"engine URL {text!r} is not valid; {example}")
+    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError(f"engine URL {text!r} has more than a host and a port; {example}")
+    if port == 0 or not _is_host(parts.hostname):
+        raise ConfigError(f"engine URL {text!r} has no usable host and port; {example}")
+    return EngineAddress(parts.hostname, port or 80)
+
+
+def _is_host(host: str) -> bool:
+    if ":" in host:
+        try:
+            return bool(ipaddress.ip_address(host))
+        except ValueError:
+            return False
+    return _HOST_NAME.fullmatch(host) is not None
+
+
+def parse_engine_urls(texts: list[str]) -> tuple[EngineAddress, ...]:
+    """Parse all engine URLs; at least one, none twice."""
+    if not texts:
+        raise ConfigError("no engine given; name at least one, for example --engine http://127.0.0.1:8000")
+    engines = tuple(parse_engine_url(text) for text in texts)
+    for address in engines:
+        if engines.count(address) > 1:
+            raise ConfigError(f"engine {address.url} is given twice; name each engine once")
+    return engines
+
+
+def parse_router_mode(text: str) -> str:
+    if text not in ROUTER_MODES:
+        raise ConfigError(f"router mode {text!r} is unknown; choose one of {', '.join(ROUTER_MODES)}")
+    return text
+
+
+def require_range(flag: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{flag} {value:.12g} is out of range; give a value from {low:.12g} to {high:.12g}")

@@ -1,0 +1,133 @@
+"""The engines the proxy may send to: their states, models and numbers. A plain registry; health.py moves the
+states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .config import EngineAddress
+from .dialects import ServedModels
+from .errors import EngineBusyError, UnknownEngineError
+from .ledger import Ledger
+from .upstream import UpstreamPool
+
+
+class Health(Enum):
+    """What the last probes and requests say."""
+
+    STARTING = "starting"  # never seen ready
+    READY = "ready"
+    DOWN = "down"
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One engine. `slot` is its small number: its bit in every mask, and its name towards clients."""
+
+    slot: int
+    address: EngineAddress
+    pool: UpstreamPool
+    health: Health = Health.STARTING
+    draining: bool = False
+    models: ServedModels | None = None  # None: not known, so any model may be served
+    event_feeds: int = 0
+    events_complete: bool = False
+    events_lost: bool = False
+    failures: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name clients and metrics see; it tells no address."""
+        return f"engine-{self.slot}"
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.health is Health.READY and not self.draining
+
+    @property
+    def state(self) -> str:
+        return "draining" if self.draining else self.health.value
+
+    @property
+    def knowledge(self) -> str:
+        if self.events_lost:
+            return "degraded"
+        return "exact" if self.event_feeds and self.events_complete else "approximate"
+
+    def serves(self, model: str) -> bool:
+        return not model or self.models is None or model in self.models.ids
+
+
+class EngineRegistry:
+    """Engines by slot. A slot is reused only after its engine was removed."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._engines: dict[int, Engine] = {}
+        self.loras: frozenset[str] = frozenset()
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(list(self._engines.values()))
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def at(self, slot: int) -> Engine:
+        return self._engines[slot]
+
+    def find(self, address: EngineAddress) -> Engine:
+        """The engine at an address. Raises UnknownEngineError."""
+        for engine in self._engines.values():
+            if engine.address == address:
+                return engine
+        raise UnknownEngineError(f"no engine {address.url} here; GET /engines lists them")
+
+    def free_slot(self) -> int:
+        slot = 0
+        while slot in self._engines:
+            slot += 1
+        return slot
+
+    def add(self, engine: Engine) -> None:
+        assert engine.slot not in self._engines, f"slot {engine.slot} is taken"
+        self._engines[engine.slot] = engine
+
+    def remove(self, engine: Engine) -> None:
+        """Take an engine out. Raises EngineBusyError while requests are in flight on it."""
+        in_flight = self._ledger.load(engine.slot).in_flight
+        if in_flight:
+            raise EngineBusyError(
+                f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait"
+            )
+        del self._engines[engine.slot]
+        self.models_changed()
+
+    def models_changed(self) -> None:
+        """Recompute which served models are LoRA adapters."""
+        self.loras = frozenset().union(
+            *(e.models.loras for e in self._engines.values() if e.models is not None)
+        )
+
+    def candidates(self, model: str, tried: int) -> list[Engine]:
+        """Engines that may take a request for `model`, without the slots of the bitmask `tried`."""
+        return [
+            engine
+            for engine in self._engines.values()
+            if engine.takes_requests and not tried >> engine.slot & 1 and engine.serves(model)
+        ]
+
+    def any_ready(self) -> bool:
+        return any(engine.takes_requests for engine in self._engines.values())
+
+    def check(self) -> None:
+        addresses = [engine.address for engine in self._engines.values()]
+        assert len(set(addresses)) == len(addresses), "an address is listed twice"
+        for slot, engine in self._engines.items():
+            assert engine.slot == slot, f"engine {engine.slot} is filed under {slot}"
+            assert not (engine.events_complete and engine.events_lost), (
+                f"{engine.name}: events complete and lost"
+            )
+            engine.pool.check()

@@ -1,0 +1,333 @@
+"""One request on its way: placed, sent, retried while nothing was relayed, then relayed byte by byte.
+
+States: waiting (no body byte relayed: every failure moves on to the next engine) -> relaying (the answer has
+begun: a failure can only end it) -> over. The response head is held back until the first body byte, because
+engines send "200 OK" before they prefill; so an engine that dies during prefill still costs the client
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+import orjson
+
+from .config import Limits, Timeouts
+from .flow_control import FlowControl
+from .http1 import Request, ResponseReader
+from .http_heads import RequestHead, ResponseHead, end_to_end
+from .metrics import Metrics
+from .router import Placement, Router
+from .text_chain import Prompt
+from .tokens import TokenLearner
+from .upstream import UpstreamConnection
+
+_STALE_RETRIES = 3
+_RETRY_STATUSES = frozenset((502, 503))
+_GATEWAY_TIMEOUT_REASONS = frozenset(("first_byte_timeout", "connect_timeout"))
+
+
+class ClientSide(Protocol):
+    """The client connection as an exchange sees it."""
+
+    flow: FlowControl
+
+    def write(self, data: bytes) -> None: ...
+    def finish(self, keep_alive: bool) -> None: ...
+    def cut(self, reset: bool = False) -> None: ...
+    def refuse(self, status: int, code: str, message: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every exchange needs."""
+
+    router: Router
+    metrics: Metrics
+    tokens: TokenLearner
+    limits: Limits
+    timeouts: Timeouts
+
+
+class Exchange:
+    """Carries one request to an engine and its answer back. It owns at most one placement at any time."""
+
+    __slots__ = (
+        "_arrived", "_attempt_started", "_client", "_dial", "_endpoint", "_failure", "_head", "_heard",
+        "_last_tail", "_loop", "_placement", "_prompt", "_relaying", "_request", "_reused", "_services",
+        "_stale", "_timer", "_tried", "_up", "over",
+    )  # fmt: skip
+
+    def __init__(
+        self, client: ClientSide, request: Request, prompt: Prompt, endpoint: str, services: Services
+    ) -> None:
+        self._client = client
+        self._request = request
+        self._prompt = prompt
+        self._endpoint = endpoint
+        self._services = services
+        self._loop = asyncio.get_running_loop()
+        self._arrived = self._loop.time()
+        self._tried = 0
+        self._failure = ""
+        self._relaying = False
+        self.over = False
+        # per attempt
+        self._attempt_started = self._heard = 0.0
+        self._placement: Placement | None = None
+        self._up: UpstreamConnection | None = None
+        self._dial: asyncio.Task[None] | None = None
+        self._head: ResponseHead | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._reused = False
+        self._stale = 0
+        self._last_tail = b""
+
+    def start(self) -> None:
+        self._services.metrics.arrived(len(self._request.body))
+        self._attempt()
+
+    def abort(self) -> None:
+        """The client is gone: the engine must stop working for it."""
+        if not self.over:
+            self._leave_engine()
+            self._close(499, "client_gone")
+
+    # --- towards the engine
+
+    def _attempt(self) -> None:
+        now = self._loop.time()
+        placement = self._services.router.place(self._prompt, self._tried, now)
+        if placement is None:
+            self._give_up()
+            return
+        self._placement = placement
+        self._tried |= 1 << placement.engine.slot
+        self._attempt_started = now
+        self._stale = 0
+        self._connect(placement)
+
+    def _connect(self, placement: Placement) -> None:
+        self._heard = self._loop.time()
+        connection = placement.engine.pool.take() if self._stale < _STALE_RETRIES else None
+        if connection is not None:
+            self._reused = True
+            self._send(placement, connection)
+        else:
+            self._reused = False
+            self._dial = placement.engine.pool.dial(self._dialled)
+
+    def _dialled(self, connection: UpstreamConnection | None, reason: str) -> None:
+        self._dial = None
+        placement = self._placement
+        if self.over or placement is None:
+            if connection is not None:
+                connection.abandon()
+        elif connection is None:
+            self._next_engine(reason)
+        elif not connection.is_open:
+            self._next_engine("connection_lost")
+        else:
+            self._send(placement, connection)
+
+    def _send(self, placement: Placement, connection: UpstreamConnection) -> None:
+        head = self._request.head
+        self._up = connection
+        self._head = None
+        reader = ResponseReader(
+            head.method, self._services.limits.max_head_bytes, decode=head.minor_version == 0
+        )
+        payload = request_bytes(head, self._request.body, placement.engine.address.authority)
+        connection.begin(self, reader, payload)
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._services.timeouts.first_byte_seconds, self._on_timer)
+        if connection.transport is not None:
+            self._client.flow.attach(connection.transport)
+
+    def _on_timer(self) -> None:
+        """One timer per attempt, re-armed lazily: no timer work per token."""
+        self._timer = None
+        limits = self._services.timeouts
+        limit = limits.idle_seconds if self._relaying else limits.first_byte_seconds
+        # While the client is too slow to take what came, the engine is not at fault.
+        since = self._loop.time() if self._client.flow.writing_paused else self._heard
+        left = since + limit - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._on_timer)
+        elif self._relaying:
+            self._broken("idle_timeout")
+        else:
+            self._next_engine("first_byte_timeout")
+
+    # --- from the engine (ResponseSink)
+
+    def on_head(self, head: ResponseHead) -> None:
+        if head.status in _RETRY_STATUSES and self._services.router.another(self._prompt, self._tried):
+            self._next_engine(f"status_{head.status}")
+            return
+        self._head = head
+
+    def on_body(self, data: bytes) -> None:
+        self._heard = self._loop.time()
+        if not self._relaying:
+            self._begin_relay(data)
+        else:
+            self._client.write(data)
+        self._last_tail = data[-8:]
+
+    def on_end(self) -> None:
+        self._up = None
+        if not self._relaying:
+            self._begin_relay(b"")
+        head = self._head
+        assert head is not None
+        self._leave_engine()
+        self._close(head.status, "ok" if head.status < 400 else "engine_answer")
+        self._client.finish(self._answer_keeps_alive(head))
+
+    def on_lost(self, reason: str) -> None:
+        if self._relaying:
+            self._broken(reason)
+        elif self._reused and reason == "connection_lost" and self._head is None:
+            # The engine closed an idle connection just as we used it: not its fault, and not a try.
+            self._services.metrics.retries.labels("stale_connection").inc()
+            self._client.flow.detach()
+            self._up = None
+            self._stale += 1
+            assert self._placement is not None
+            self._connect(self._placement)
+        else:
+            self._next_engine(reason)
+
+    # --- towards the client
+
+    def _begin_relay(self, first: bytes) -> None:
+        head, placement = self._head, self._placement
+        assert head is not None
+        assert placement is not None
+        self._relaying = True
+        now = self._loop.time()
+        self._services.router.first_byte(placement, now - self._attempt_started)
+        self._services.metrics.ttft.observe(now - self._arrived)
+        if head.status == 200:
+            self._services.tokens.offer(self._prompt, placement.engine)
+        self._client.write(response_bytes(head, self._request.head, placement) + first)
+
+    def _answer_keeps_alive(self, head: ResponseHead) -> bool:
+        framed = head.content_length is not None or (head.chunked and self._request.head.minor_version == 1)
+        return framed and self._request.head.keep_alive
+
+    def _next_engine(self, reason: str) -> None:
+        """This engine failed before anything was relayed: count it, leave it, try another one."""
+        placement = self._placement
+        assert placement is not None
+        self._services.metrics.retries.labels(reason).inc()
+        self._failure = reason
+        self._leave_engine()
+        self._services.router.failed(placement.engine, reason)
+        self._attempt()
+
+    def _give_up(self) -> None:
+        """No engine is left to try."""
+        if self._failure:
+            late = self._failure in _GATEWAY_TIMEOUT_REASONS
+            status, code = (504, "engine_timeout") if late else (502, "engine_failed")
+            message = f"every engine that could serve this request failed ({self._failure}); try again"
+        elif self._services.router.model_is_unknown(self._prompt.model):
+            status, code = 404, "model_not_found"
+            message = (
+                f"The model `{self._prompt.model}` does not exist here; GET /v1/models lists what is served."
+            )
+        else:
+            status, code = 503, "no_engine_ready"
+            message = "no engine is ready to take this request; try again in a few seconds"
+        self._close(status, self._failure or code)
+        self._client.refuse(status, code, message)
+
+    def _broken(self, reason: str) -> None:
+        """The engine was lost in the middle of its answer."""
+        head, up = self._head, self._up
+        assert head is not None
+        assert self._placement is not None
+        at_boundary = up is not None and up.reader is not None and up.reader.at_boundary
+        self._services.router.failed(self._placement.engine, reason)
+        self._leave_engine()
+        self._close(head.status, reason)
+        if self._may_speak(head, at_boundary):
+            self._client.write(
+                stream_error_bytes("the engine was lost in the middle of this answer; try again")
+            )
+            self._client.finish(False)
+        else:
+            self._client.cut(reset=not (head.chunked or head.content_length is not None))
+
+    def _may_speak(self, head: ResponseHead, at_boundary: bool) -> bool:
+        """True if an in-band error event fits here: an event stream, between two events and two chunks."""
+        is_events = head.header(b"content-type").lower().startswith(b"text/event-stream")
+        framed = head.chunked and self._request.head.minor_version == 1
+        return is_events and framed and at_boundary and self._last_tail.endswith(b"\n\n\r\n")
+
+    # --- endings
+
+    def _leave_engine(self) -> None:
+        """The one place where an exchange lets go of its engine."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._dial is not None:
+            self._dial.cancel()
+            self._dial = None
+        self._client.flow.detach()
+        up, self._up = self._up, None
+        if up is not None:
+            up.abandon()
+        placement, self._placement = self._placement, None
+        if placement is not None:
+            self._services.router.release(placement)
+
+    def _close(self, status: int, reason: str) -> None:
+        self.over = True
+        self._services.metrics.finished(self._endpoint, status, reason, self._loop.time() - self._arrived)
+
+    def check(self) -> None:
+        assert not (self.over and self._placement is not None), "a finished exchange still holds its engine"
+        assert not (self.over and self._timer is not None), "a finished exchange still has a timer"
+        assert not self._relaying or self._head is not None, "relaying without a head"
+
+
+def request_bytes(head: RequestHead, body: bytes, authority: str) -> bytes:
+    """The request as an engine gets it: one length, our Host, no hop-by-hop headers."""
+    parts = [head.method, b" ", head.target, b" HTTP/1.1\r\nhost: ", authority.encode("latin-1"), b"\r\n"]
+    for name, value in end_to_end(head.headers):
+        if name not in (b"host", b"content-length", b"transfer-encoding"):
+            parts += (name, b": ", value, b"\r\n")
+    if body or head.chunked or head.content_length or head.method in (b"POST", b"PUT", b"PATCH"):
+        parts += (b"content-length: ", str(len(body)).encode(), b"\r\n")
+    parts += (b"\r\n", body)
+    return b"".join(parts)
+
+
+def response_bytes(head: ResponseHead, request: RequestHead, placement: Placement) -> bytes:
+    """The response head as the client gets it."""
+    parts = [b"HTTP/1.1 ", str(head.status).encode(), b" ", head.reason, b"\r\n"]
+    decoded = head.chunked and request.minor_version == 0
+    for name, value in end_to_end(head.headers):
+        if not (decoded and name == b"transfer-encoding"):
+            parts += (name, b": ", value, b"\r\n")
+    framed = head.content_length is not None or (head.chunked and not decoded)
+    if not (framed and request.keep_alive):
+        parts.append(b"connection: close\r\n")
+    elif request.minor_version == 0:
+        parts.append(b"connection: keep-alive\r\n")
+    parts += (b"x-dynamo-engine: ", placement.engine.name.encode(), b"\r\n")
+    parts += (b"x-dynamo-matched-tokens: ", str(placement.decision.matched_tokens).encode(), b"\r\n\r\n")
+    return b"".join(parts)
+
+
+def stream_error_bytes(message: str) -> bytes:
+    """An error event and the end of the stream, in chunks."""
+    error = {"error": {"message": message, "type": "engine_error", "code": "engine_lost"}}
+    event = b"data: " + orjson.dumps(error) + b"\n\n"
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)

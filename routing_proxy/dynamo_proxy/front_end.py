@@ -1,0 +1,145 @@
+"""Answers requests: the proxy's own routes at once, everything else through an Exchange to an engine."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+
+from . import metrics as metric_names
+from .client_connection import ClientConnection
+from .engines import EngineRegistry
+from .errors import ProtocolError, RequestError
+from .exchange import Exchange, Services
+from .http1 import Request
+from .knowledge import Knowledge
+from .ledger import Ledger
+from .openapi import JSON_ROUTES, document
+from .text_chain import Prompt, read_prompt
+
+_OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
+
+
+class FrontEnd:
+    """The requests of all client connections."""
+
+    def __init__(
+        self, registry: EngineRegistry, ledger: Ledger, knowledge: Knowledge, services: Services
+    ) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._knowledge = knowledge
+        self._services = services
+        self._openapi = orjson.dumps(document())
+        self.clients: set[ClientConnection] = set()
+        self.draining = False
+        self.empty = asyncio.Event()  # no client is connected
+        self.empty.set()
+
+    def opened(self, client: ClientConnection) -> None:
+        self.clients.add(client)
+        self.empty.clear()
+
+    def closed(self, client: ClientConnection) -> None:
+        self.clients.discard(client)
+        if not self.clients:
+            self.empty.set()
+
+    def rejected(self, error: ProtocolError) -> None:
+        self._services.metrics.finished("none", error.status, error.code, 0.0)
+
+    def handle(self, client: ClientConnection, request: Request) -> Exchange | None:
+        """Start answering one request."""
+        path = request.head.path
+        method = request.head.method
+        if path in _OWN_ROUTES and not (path == "/v1/models" and self._models_are_the_engines()):
+            self._own(client, path, method)
+            return None
+        try:
+            prompt = self._prompt(path, method, request)
+        except RequestError as error:
+            self._services.metrics.finished(_endpoint(path), error.status, error.code, 0.0)
+            client.refuse(error.status, error.code, str(error))
+            return None
+        exchange = Exchange(client, request, prompt, _endpoint(path), self._services)
+        exchange.start()
+        return None if exchange.over else exchange
+
+    def _prompt(self, path: str, method: bytes, request: Request) -> Prompt:
+        if method != b"POST" or path not in JSON_ROUTES:
+            return Prompt()
+        try:
+            body = orjson.loads(request.body)
+        except orjson.JSONDecodeError as error:
+            raise RequestError(400, "invalid_json", f"the request body is not valid JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise RequestError(400, "invalid_json", "the request body must be a JSON object")
+        if "model" in body and not isinstance(body["model"], str):
+            raise RequestError(400, "invalid_model", "`model` must be a string")
+        try:
+            return read_prompt(body, self._registry.loras)
+        except (TypeError, RecursionError):
+            return Prompt(body.get("model") or "")  # deeper than we render: placed by load alone
+
+    # --- own routes
+
+    def _own(self, client: ClientConnection, path: str, method: bytes) -> None:
+        status, content_type = 200, b"application/json"
+        if method not in (b"GET", b"HEAD"):
+            self._services.metrics.finished(path, 405, "method_not_allowed", 0.0)
+            client.refuse(405, "method_not_allowed", f"{path} answers GET only")
+            return
+        if path == "/health":
+            status, body = self._health()
+        elif path == "/v1/models":
+            body = orjson.dumps({"object": "list", "data": self.models()})
+        elif path == "/openapi.json":
+            body = self._openapi
+        else:
+            body, content_type = self.metrics(), metric_names.CONTENT_TYPE.encode()
+        self._services.metrics.finished(path, status, "ok" if status == 200 else "no_engine_ready", 0.0)
+        client.reply(status, body, content_type, b"retry-after: 2\r\n" if status == 503 else b"")
+
+    def _health(self) -> tuple[int, bytes]:
+        engines = [
+            {"engine": engine.name, "state": engine.state, "knowledge": engine.knowledge}
+            for engine in self._registry
+        ]  # fmt: skip
+        ready = self._registry.any_ready() and not self.draining
+        state = "draining" if self.draining else "ready" if ready else "no engine ready"
+        return 200 if ready else 503, orjson.dumps({"status": state, "engines": engines})
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models of all ready engines, each id once."""
+        merged: dict[str, dict[str, Any]] = {}
+        for engine in self._registry:
+            if engine.takes_requests and engine.models is not None:
+                for entry in engine.models.entries:
+                    merged.setdefault(entry["id"], entry)
+        return list(merged.values())
+
+    def metrics(self) -> bytes:
+        rows = []
+        for engine in self._registry:
+            load = self._ledger.load(engine.slot)
+            blocks = self._knowledge.exact.held_blocks(engine.slot)
+            rows.append((engine.name, load.in_flight, load.pending_tokens, engine.takes_requests, blocks))
+        return self._services.metrics.render(rows)
+
+    def _models_are_the_engines(self) -> bool:
+        """True if ready engines would not tell us their models (an API key guards them): let the client
+        ask.
+        """
+        ready = [engine for engine in self._registry if engine.takes_requests]
+        return bool(ready) and all(engine.models is None for engine in ready)
+
+    def check(self) -> None:
+        assert self.empty.is_set() == (not self.clients), "the empty flag and the clients differ"
+        for client in self.clients:
+            client.check()
+
+
+def _endpoint(path: str) -> str:
+    """A metric label of bounded variety."""
+    return path if path in JSON_ROUTES or path in _OWN_ROUTES else "other"

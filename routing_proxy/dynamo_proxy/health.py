@@ -1,0 +1,261 @@
+"""Watches engines: probes their health, learns their models, finds their KV events, and moves their
+states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import aiohttp
+import zmq
+
+from . import dialects
+from .config import Timeouts
+from .engines import Engine, EngineRegistry, Health
+from .event_feed import EventFeed
+from .knowledge import Knowledge
+from .metrics import Metrics
+from .tokens import TokenLearner
+
+_MAX_BACKOFF = 4  # probe intervals
+_FAILURES_UNTIL_DOWN = 3
+_REFRESH_PROBES = 5  # models may come and go (LoRA adapters)
+_AT_ONCE = frozenset(("connect_failed", "connect_timeout"))
+log = logging.getLogger("dynamo_proxy")
+
+
+class EngineWatch:
+    """One engine's probe loop and event feeds."""
+
+    def __init__(self, engine: Engine, monitor: Monitor) -> None:
+        self.engine = engine
+        self.feeds: list[EventFeed] = []
+        self.wake = asyncio.Event()
+        self._monitor = monitor
+        self._sources: tuple[dialects.EventSource, ...] = ()
+        self._failures = 0
+        self._probes = 0
+        self.task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        interval = self._monitor.timeouts.probe_interval_seconds
+        while True:
+            reason = await self._monitor.probe(self.engine)
+            if reason:
+                self._failed(reason)
+            else:
+                await self._passed()
+            down = self.engine.health is not Health.READY
+            pause = interval * min(max(1, self._failures), _MAX_BACKOFF) if down else interval
+            self.wake.clear()
+            try:
+                await asyncio.wait_for(self.wake.wait(), pause)
+            except asyncio.TimeoutError:
+                continue
+
+    def _failed(self, reason: str) -> None:
+        engine = self.engine
+        self._failures += 1
+        self._monitor.metrics.probes.labels(engine.name, reason).inc()
+        if engine.health is Health.STARTING and self._failures == 1:
+            log.warning(
+                "engine %s is not reachable yet (%s); probing until it is", engine.address.url, reason
+            )
+        if engine.health is Health.READY and (
+            reason == "connect_failed" or self._failures >= _FAILURES_UNTIL_DOWN
+        ):
+            self.down(reason)
+
+    def down(self, reason: str) -> None:
+        """Out of the ready set until a probe passes again."""
+        if self.engine.health is Health.READY:
+            log.warning("engine %s is down (%s); probing until it is back", self.engine.address.url, reason)
+            self.engine.health = Health.DOWN
+
+    async def _passed(self) -> None:
+        engine = self.engine
+        self._failures = 0
+        self._probes += 1
+        if engine.health is Health.READY:
+            if self._probes % _REFRESH_PROBES == 0:
+                await self._monitor.read_models(engine)
+            return
+        back = engine.health is Health.DOWN
+        await self._monitor.read_models(engine)
+        if back:
+            self._monitor.knowledge.approx.forget_nodes(engine.slot)
+        await self._find_events()
+        self._monitor.tokens.engine_changed(engine.slot)
+        engine.health = Health.READY
+        log.info("engine %s is ready (%s knowledge)", engine.address.url, engine.knowledge)
+
+    async def _find_events(self) -> None:
+        monitor, engine = self._monitor, self.engine
+        sources, capacity = await monitor.discover(engine)
+        if capacity is not None:
+            monitor.knowledge.set_capacity_tokens(engine.slot, capacity)
+        if sources == self._sources:
+            return  # the old subscriptions still fit: a restart shows in their sequence numbers
+        self.close_feeds()
+        self._sources = sources
+        for source in sources:
+            feed = EventFeed(engine.slot, source, monitor.knowledge, monitor.metrics)
+            feed.on_change = self._knowledge_changed
+            try:
+                feed.start(monitor.zmq_context(), monitor.timeouts.replay_seconds)
+            except zmq.ZMQError as error:
+                feed.close()
+                monitor.metrics.event_gaps.labels("bad_endpoint").inc()
+                log.warning("KV events of %s: cannot use %s (%s)", engine.address.url, source.endpoint, error)
+                continue
+            self.feeds.append(feed)
+        self._knowledge_changed()
+
+    def _knowledge_changed(self) -> None:
+        engine, knowledge, bit = self.engine, self._monitor.knowledge, 1 << self.engine.slot
+        engine.event_feeds = len(self.feeds)
+        engine.events_lost = any(feed.lost for feed in self.feeds)
+        engine.events_complete = bool(self.feeds) and all(feed.complete for feed in self.feeds)
+        knowledge.event_mask = knowledge.event_mask | bit if self.feeds else knowledge.event_mask & ~bit
+        knowledge.exact_mask = (
+            knowledge.exact_mask | bit if engine.events_complete else knowledge.exact_mask & ~bit
+        )
+
+    def close_feeds(self) -> None:
+        for feed in self.feeds:
+            feed.close()
+            self._monitor.knowledge.exact.clear_source(self.engine.slot, feed.source.rank)
+        self.feeds = []
+        self._sources = ()
+        self._knowledge_changed()
+
+    async def close(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+        self.close_feeds()
+
+    def check(self) -> None:
+        for feed in self.feeds:
+            feed.check()
+        if self.task.done() and not self.task.cancelled():
+            raise AssertionError(f"the watch of {self.engine.name} died: {self.task.exception()!r}")
+
+
+class Monitor:
+    """All watches, and the control-plane calls they make."""
+
+    def __init__(
+        self,
+        registry: EngineRegistry,
+        knowledge: Knowledge,
+        metrics: Metrics,
+        tokens: TokenLearner,
+        timeouts: Timeouts,
+    ) -> None:
+        self.registry = registry
+        self.knowledge = knowledge
+        self.metrics = metrics
+        self.tokens = tokens
+        self.timeouts = timeouts
+        self.use_events = True
+        self.watches: dict[int, EngineWatch] = {}
+        self._session: aiohttp.ClientSession | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+
+    def start(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    def watch(self, engine: Engine) -> None:
+        self.watches[engine.slot] = EngineWatch(engine, self)
+
+    async def unwatch(self, engine: Engine) -> None:
+        watch = self.watches.pop(engine.slot, None)
+        if watch is not None:
+            await watch.close()
+
+    def request_failed(self, engine: Engine, reason: str) -> None:
+        """A request failed on an engine: one that refuses connections is down at once, others are looked
+        at.
+        """
+        watch = self.watches.get(engine.slot)
+        if watch is None:
+            return
+        if reason in _AT_ONCE:
+            watch.down(reason)
+        if not reason.startswith("status_"):
+            watch.wake.set()
+
+    def zmq_context(self) -> zmq.Context[zmq.Socket[bytes]]:
+        if self._context is None:
+            self._context = zmq.Context()
+        return self._context
+
+    async def close(self) -> None:
+        for watch in list(self.watches.values()):
+            await watch.close()
+        self.watches.clear()
+        if self._context is not None:
+            self._context.term()
+            self._context = None
+
+    # --- control-plane calls
+
+    async def probe(self, engine: Engine) -> str:
+        """Empty if the engine is healthy, else why not."""
+        status, _, reason = await self._get(engine, "/health")
+        if reason:
+            return reason
+        return "" if status == 200 else f"status_{status}"
+
+    async def read_models(self, engine: Engine) -> None:
+        status, body, _ = await self._get(engine, "/v1/models")
+        if status == 200:
+            engine.models = dialects.read_models(_json(body))
+            self.registry.models_changed()
+
+    async def discover(self, engine: Engine) -> tuple[tuple[dialects.EventSource, ...], int | None]:
+        """KV event sources and KV capacity in tokens, as far as the engine tells."""
+        host = engine.address.host
+        status, body, _ = await self._get(engine, dialects.VLLM_SOURCES_PATH)
+        sources = dialects.vllm_sources(_json(body), host) if status == 200 else ()
+        capacity: int | None = None
+        if status != 200:
+            info_status, info, _ = await self._get(engine, dialects.SGLANG_INFO_PATH)
+            if info_status == 200:
+                sources = dialects.sglang_sources(_json(info), host)
+                capacity = dialects.sglang_capacity_tokens(_json(info))
+        if capacity is None:
+            status, body, _ = await self._get(engine, "/metrics")
+            capacity = (
+                dialects.vllm_capacity_tokens(body.decode("utf-8", "replace")) if status == 200 else None
+            )
+        return (sources if self.use_events else ()), capacity
+
+    async def _get(self, engine: Engine, path: str) -> tuple[int, bytes, str]:
+        """(status, body, "") or (0, empty, why it failed)."""
+        assert self._session is not None
+        timeout = aiohttp.ClientTimeout(total=self.timeouts.probe_timeout_seconds)
+        try:
+            async with self._session.get(engine.address.url + path, timeout=timeout) as answer:
+                return answer.status, await answer.read(), ""
+        except asyncio.TimeoutError:
+            return 0, b"", "timeout"
+        except aiohttp.ClientConnectorError:
+            return 0, b"", "connect_failed"
+        except (aiohttp.ClientError, OSError, ValueError):
+            return 0, b"", "bad_answer"
+
+    def check(self) -> None:
+        for slot, watch in self.watches.items():
+            assert watch.engine.slot == slot, f"watch of slot {watch.engine.slot} filed under {slot}"
+            watch.check()
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None

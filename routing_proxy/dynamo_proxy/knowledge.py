@@ -1,0 +1,129 @@
+"""How much of a prompt each engine already holds: exact events where they are complete, sent prompts
+elsewhere.
+"""
+
+from __future__ import annotations
+
+from .approx_index import DEFAULT_CAPACITY_NODES, ApproxIndex
+from .block_hash import token_chain
+from .kv_index import KvIndex
+from .text_chain import TEXT_BLOCK_BYTES, Prompt
+from .token_memo import TokenMemo
+
+# A prompt just sent is counted as held although the engine has not said so yet.
+SPECULATION_SECONDS = 5.0
+# Token prompts without events: as coarse as a text block.
+APPROX_BLOCK_TOKENS = 64
+
+
+class Knowledge:
+    """The exact index, the approximate index, and the memo that lets a text prompt meet the exact one.
+
+    `exact_mask` has the bit of every engine whose events are complete; only for those may the events say
+    "no".
+    """
+
+    def __init__(self, default_block_tokens: int = 16) -> None:
+        self.exact = KvIndex()
+        self.approx = ApproxIndex()
+        self.memo = TokenMemo()
+        self.exact_mask = 0
+        self.event_mask = 0
+        self._default_block_tokens = default_block_tokens
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """The prompt's length in tokens; an estimate for a text that no engine has tokenised."""
+        if prompt.token_ids:
+            return len(prompt.token_ids)
+        if not prompt.chain:
+            return 0
+        return max(1, int(len(prompt.text) * self.memo.tokens_per_byte))
+
+    def matched_tokens(self, prompt: Prompt, mask: int, now: float) -> dict[int, int]:
+        """Tokens of the prompt that each engine of `mask` holds (engines with none may be left out)."""
+        chain = self._approx_chain(prompt)
+        if not chain:
+            return {}
+        nodes = self.approx.matched(chain, mask)
+        scale = self.prompt_tokens(prompt) / (len(prompt.token_ids) or len(prompt.text))
+        unit = APPROX_BLOCK_TOKENS if prompt.token_ids else TEXT_BLOCK_BYTES * scale
+        sent = {slot: int(depth * unit) for slot, depth in nodes.items()}
+        events = mask & self.event_mask
+        if not events:
+            return sent
+        exact, known = self._exact_tokens(prompt, events)
+        since = now - SPECULATION_SECONDS
+        for slot in _slots(events):
+            said = exact.get(slot, 0)
+            guess = sent.get(slot, 0)
+            if self.exact_mask >> slot & 1 and known and guess > said:
+                # The events deny it, or do not reach that far: believe what was sent a moment ago, or lies
+                # beyond.
+                beyond = said + self._block(slot) > known
+                if not beyond:
+                    guess = int(self.approx.fresh(slot, chain, nodes.get(slot, 0), since) * unit)
+            sent[slot] = max(said, guess)
+        return sent
+
+    def sent(self, slot: int, prompt: Prompt, now: float) -> None:
+        """The prompt was dispatched to an engine."""
+        chain = self._approx_chain(prompt)
+        if chain:
+            self.approx.insert(slot, chain, now)
+
+    def set_capacity_tokens(self, slot: int, tokens: int) -> None:
+        """Bound the approximate model by the engine's KV capacity."""
+        per_node = TEXT_BLOCK_BYTES * self.memo.tokens_per_byte
+        self.approx.set_capacity(slot, min(int(tokens / max(per_node, 1.0)), DEFAULT_CAPACITY_NODES * 16))
+
+    def forget(self, slot: int) -> None:
+        """An engine left, or its number goes to another one."""
+        self.exact.clear(slot)
+        self.approx.clear(slot)
+        self.exact_mask &= ~(1 << slot)
+        self.event_mask &= ~(1 << slot)
+
+    def _block(self, slot: int) -> int:
+        return self.exact.block_tokens(slot) or self._default_block_tokens
+
+    def _approx_chain(self, prompt: Prompt) -> tuple[int, ...]:
+        if prompt.token_ids:
+            return tuple(token_chain(prompt.token_ids, APPROX_BLOCK_TOKENS, prompt.root))
+        return prompt.chain
+
+    def _exact_tokens(self, prompt: Prompt, mask: int) -> tuple[dict[int, int], int]:
+        """Held tokens per engine by the events, and how many of the prompt's tokens are known at all."""
+        by_size: dict[int, int] = {}
+        for slot in _slots(mask):
+            size = self._block(slot)
+            by_size[size] = by_size.get(size, 0) | 1 << slot
+        found: dict[int, int] = {}
+        known = len(prompt.token_ids)
+        recalled = None if prompt.token_ids else self.memo.recall(prompt.chain)
+        if recalled is not None:
+            known = recalled[1]
+        for size, slots in by_size.items():
+            if prompt.token_ids:
+                blocks = token_chain(prompt.token_ids, size, prompt.root)
+            elif recalled is not None:
+                blocks = recalled[0].chain(size)[: known // size]
+            else:
+                continue
+            for slot, depth in self.exact.walk(blocks, slots).items():
+                found[slot] = depth * size
+        return found, known
+
+    def check(self) -> None:
+        self.exact.check()
+        self.approx.check()
+        self.memo.check()
+        assert not self.exact_mask & ~self.event_mask, "an engine is exact without events"
+
+
+def _slots(mask: int) -> list[int]:
+    found = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found

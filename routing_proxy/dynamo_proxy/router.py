@@ -1,0 +1,118 @@
+"""Places a request: gathers candidates and what they hold, asks the policy, charges the ledger. One
+synchronous call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from . import policy
+from .engines import Engine, EngineRegistry
+from .knowledge import Knowledge
+from .ledger import Lease, Ledger
+from .metrics import Metrics
+from .text_chain import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A charged decision. Whoever holds it releases the lease."""
+
+    engine: Engine
+    lease: Lease
+    decision: policy.Decision
+    queued_tokens: int  # prefill tokens ahead of it when it was placed
+    prompt_tokens: int
+
+
+@dataclass(slots=True)
+class RoutingState:
+    """What the rules remember between requests."""
+
+    mode: str = "kv"
+    model: policy.CostModel = field(default_factory=policy.CostModel)
+    last_slot: int = -1
+
+
+class Router:
+    """The one place where an engine is picked and charged, and where leases end."""
+
+    def __init__(
+        self, registry: EngineRegistry, ledger: Ledger, knowledge: Knowledge, metrics: Metrics, rng: Random
+    ) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._knowledge = knowledge
+        self._metrics = metrics
+        self._rng = rng
+        self.state = RoutingState()
+        self._on_failure: Callable[[Engine, str], None] = lambda engine, reason: None
+
+    def when_failed(self, call: Callable[[Engine, str], None]) -> None:
+        """Name who hears that a request failed on an engine."""
+        self._on_failure = call
+
+    def place(self, prompt: Prompt, tried: int, now: float) -> Placement | None:
+        """Pick an engine not yet in the bitmask `tried`, or None if there is none."""
+        engines = self._registry.candidates(prompt.model, tried)
+        if not engines:
+            return None
+        tokens = self._knowledge.prompt_tokens(prompt)
+        mask = 0
+        for engine in engines:
+            mask |= 1 << engine.slot
+        matched = self._knowledge.matched_tokens(prompt, mask, now)
+        candidates = []
+        for engine in engines:
+            load = self._ledger.load(engine.slot)
+            held = min(matched.get(engine.slot, 0), tokens)
+            candidates.append(
+                policy.Candidate(engine.slot, held, load.in_flight, load.pending_tokens, load.active_tokens)
+            )
+        decision = self._choose(candidates, tokens)
+        queued = self._ledger.load(decision.slot).pending_tokens
+        lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
+        self._knowledge.sent(decision.slot, prompt, now)
+        self._metrics.decisions.labels(self.state.mode, decision.reason).inc()
+        if not tried:
+            self.state.last_slot = decision.slot
+            self._metrics.routed(tokens, decision.matched_tokens)
+        return Placement(self._registry.at(decision.slot), lease, decision, queued, tokens)
+
+    def first_byte(self, placement: Placement, seconds: float) -> None:
+        """The first body byte came after `seconds` on this engine: learn, and stop counting its prefill."""
+        self._ledger.prefilled(placement.lease)
+        prefill = placement.decision.new_tokens + placement.queued_tokens
+        self.state.model = policy.learn_prefill(self.state.model, seconds, prefill)
+
+    def release(self, placement: Placement) -> None:
+        """The request left its engine."""
+        self._ledger.release(placement.lease)
+
+    def another(self, prompt: Prompt, tried: int) -> bool:
+        """True if an untried engine could take this prompt."""
+        return bool(self._registry.candidates(prompt.model, tried))
+
+    def model_is_unknown(self, model: str) -> bool:
+        """True if engines are ready, and none of any state serves this model."""
+        return self._registry.any_ready() and not any(engine.serves(model) for engine in self._registry)
+
+    def failed(self, engine: Engine, reason: str) -> None:
+        """A request failed on an engine: health looks again, at once."""
+        self._on_failure(engine, reason)
+
+    def _choose(self, candidates: list[policy.Candidate], tokens: int) -> policy.Decision:
+        mode = self.state.mode
+        if mode == "kv":
+            return policy.choose_kv(candidates, tokens, self.state.model, self._rng)
+        if mode == "round-robin":
+            return policy.choose_round_robin(candidates, tokens, self.state.last_slot)
+        if mode == "random":
+            return policy.choose_random(candidates, tokens, self._rng)
+        return policy.choose_least_loaded(candidates, tokens, self._rng)
+
+    def check(self) -> None:
+        assert self.state.mode in ("kv", "round-robin", "random", "least-loaded"), f"mode {self.state.mode}"
+        assert self.state.model.t_p > 0, "a prefill token costs nothing"

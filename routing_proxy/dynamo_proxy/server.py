@@ -1,0 +1,192 @@
+"""Puts the parts together: listeners, engines, shutdown. `serve` is the whole life of one proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+from random import Random
+
+import aiohttp
+from aiohttp import web
+
+from .admin import AdminRoutes
+from .client_connection import ClientConnection
+from .config import EngineAddress, ProxyConfig
+from .engines import Engine, EngineRegistry
+from .errors import ListenError
+from .exchange import Services
+from .front_end import FrontEnd
+from .health import Monitor
+from .knowledge import Knowledge
+from .ledger import Ledger
+from .metrics import Metrics
+from .router import Router
+from .tokens import TokenLearner
+from .upstream import UpstreamPool
+
+_BACKLOG = 4096
+log = logging.getLogger("dynamo_proxy")
+
+
+class ProxyServer:
+    """One running proxy. Make it inside a running loop, `start` it, `drain` and `close` it."""
+
+    def __init__(self, config: ProxyConfig, rng: Random | None = None) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.ledger = Ledger()
+        self.knowledge = Knowledge(config.kv_block_tokens)
+        self.registry = EngineRegistry(self.ledger)
+        self.router = Router(self.registry, self.ledger, self.knowledge, self.metrics, rng or Random())
+        self.router.state.mode = config.router_mode
+        self.tokens = TokenLearner(self.knowledge, self.metrics)
+        self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts)
+        self.monitor.use_events = config.use_kv_events
+        self.router.when_failed(self.monitor.request_failed)
+        services = Services(self.router, self.metrics, self.tokens, config.limits, config.timeouts)
+        self.front_end = FrontEnd(self.registry, self.ledger, self.knowledge, services)
+        self.port = 0
+        self.admin_port = 0
+        self._server: asyncio.Server | None = None
+        self._admin: web.AppRunner | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> None:
+        """Open the listeners and begin to probe. Raises ListenError; call `close` even then."""
+        config = self.config
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(
+                lambda: ClientConnection(self.front_end, config.limits, config.timeouts),
+                config.host,
+                config.port,
+                backlog=_BACKLOG,
+            )
+        except OSError as error:
+            raise _listen_error("--port", config.host, config.port, error) from None
+        self.port = self._server.sockets[0].getsockname()[1]
+        if config.admin_port is not None:
+            await self._start_admin(config.admin_host, config.admin_port)
+        self._session = aiohttp.ClientSession()
+        self.monitor.start(self._session)
+        self.tokens.start(self._session)
+        for address in config.engines:
+            self.add_engine(address)
+
+    async def _start_admin(self, host: str, port: int) -> None:
+        self._admin = web.AppRunner(AdminRoutes(self).application(), access_log=None)
+        await self._admin.setup()
+        try:
+            await web.TCPSite(self._admin, host, port).start()
+        except OSError as error:
+            raise _listen_error("--admin-port", host, port, error) from None
+        self.admin_port = self._admin.addresses[0][1]
+
+    def add_engine(self, address: EngineAddress) -> Engine:
+        """The engine at an address, added if it is new."""
+        for engine in self.registry:
+            if engine.address == address:
+                return engine
+        pool = UpstreamPool(address, self.config.timeouts, self.config.limits)
+        engine = Engine(self.registry.free_slot(), address, pool)
+        self.registry.add(engine)
+        self.monitor.watch(engine)
+        return engine
+
+    async def remove_engine(self, engine: Engine) -> None:
+        """Take an idle engine out. Raises EngineBusyError."""
+        if self.ledger.load(engine.slot).in_flight:
+            self.registry.remove(engine)  # raises
+        engine.draining = True  # nothing new while its parts close; its slot stays taken until they have
+        await self.monitor.unwatch(engine)
+        await engine.pool.close()
+        self.registry.remove(engine)
+        self.knowledge.forget(engine.slot)
+        self.metrics.forget_engine(engine.name)
+
+    async def drain(self, seconds: float) -> bool:
+        """Stop accepting and let requests in flight finish. True if all did within `seconds`."""
+        self.front_end.draining = True
+        if self._server is not None:
+            self._server.close()
+        for client in list(self.front_end.clients):
+            client.close_when_idle()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.front_end.empty.wait(), seconds)
+        return not self.front_end.clients
+
+    async def close(self) -> None:
+        """Close everything at once."""
+        if self._server is not None:
+            self._server.close()
+        for client in list(self.front_end.clients):
+            client.cut(reset=True)
+        await self.front_end.empty.wait()
+        if self._admin is not None:
+            await self._admin.cleanup()
+        await self.tokens.close()
+        await self.monitor.close()
+        for engine in self.registry:
+            await engine.pool.close()
+        if self._session is not None:
+            await self._session.close()
+        if self._server is not None:
+            await self._server.wait_closed()
+        await asyncio.sleep(0)  # aborted transports report their end on the next turn
+
+    def check(self) -> None:
+        for part in (self.metrics, self.ledger, self.knowledge, self.registry, self.router):
+            part.check()
+        for part_at_work in (self.tokens, self.monitor, self.front_end):
+            part_at_work.check()
+
+
+async def serve(config: ProxyConfig) -> None:
+    """Run until SIGTERM or SIGINT, then drain. A second signal ends it at once. Raises ListenError."""
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    server = ProxyServer(config)
+    try:
+        await server.start()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)  # most objects here die by reference count
+        log.info("%s", _banner(server))
+        await signals.get()
+        log.info(
+            "stopping: %d requests in flight get %gs", server.ledger.in_flight, config.timeouts.drain_seconds
+        )
+        await _drain_or_signal(server, signals)
+    finally:
+        await server.close()
+
+
+async def _drain_or_signal(server: ProxyServer, signals: asyncio.Queue[int]) -> None:
+    drain = asyncio.ensure_future(server.drain(server.config.timeouts.drain_seconds))
+    again = asyncio.ensure_future(signals.get())
+    done, _ = await asyncio.wait((drain, again), return_when=asyncio.FIRST_COMPLETED)
+    for task in (drain, again):
+        task.cancel()
+    await asyncio.gather(drain, again, return_exceptions=True)
+    if again in done:
+        log.warning("second signal: %d requests in flight are cut", server.ledger.in_flight)
+    elif not drain.result():
+        log.warning("drain time is over: %d requests in flight are cut", server.ledger.in_flight)
+
+
+def _banner(server: ProxyServer) -> str:
+    host = f"[{server.config.host}]" if ":" in server.config.host else server.config.host
+    admin = f", admin http://{server.config.admin_host}:{server.admin_port}" if server.admin_port else ""
+    mode = server.router.state.mode
+    return f"listening on http://{host}:{server.port}{admin} (mode {mode}, {len(server.registry)} engines)"
+
+
+def _listen_error(flag: str, host: str, port: int, error: OSError) -> ListenError:
+    reason = (error.strerror or str(error)).lower()
+    if "in use" in str(error).lower():
+        reason = "the address is in use"
+    return ListenError(f"cannot listen on {host}:{port} ({reason}); choose another port with {flag}")

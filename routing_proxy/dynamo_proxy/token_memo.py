@@ -1,0 +1,83 @@
+"""What is known of the token ids behind prompt texts: text-chain nodes -> how many tokens of which tokenised
+prompt.
+
+Engines tokenise off the hot path; the next request that shares a text prefix finds its token blocks here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from .block_hash import token_chain
+from .text_chain import TEXT_BLOCK_BYTES
+
+DEFAULT_MAX_NODES = 100_000
+
+
+class TokenRun:
+    """One tokenised prompt; its block chains are made once per block size."""
+
+    __slots__ = ("_chains", "_root", "token_ids")
+
+    def __init__(self, token_ids: Sequence[int], root: int) -> None:
+        self.token_ids = tuple(token_ids)
+        self._root = root
+        self._chains: dict[int, list[int]] = {}
+
+    def chain(self, block_tokens: int) -> list[int]:
+        found = self._chains.get(block_tokens)
+        if found is None:
+            found = self._chains[block_tokens] = token_chain(self.token_ids, block_tokens, self._root)
+        return found
+
+
+class TokenMemo:
+    """A bounded LRU from text-chain node to (run, tokens of that run that the text prefix surely covers)."""
+
+    def __init__(self, max_nodes: int = DEFAULT_MAX_NODES) -> None:
+        self._max_nodes = max_nodes
+        self._known: OrderedDict[int, tuple[TokenRun, int]] = OrderedDict()
+        self.tokens_per_byte = 0.25
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def knows(self, node: int) -> bool:
+        return node in self._known
+
+    def learn(self, chain: Sequence[int], text_bytes: int, token_ids: Sequence[int], root: int) -> None:
+        """The engine says that a text of `text_bytes` bytes with this chain is these ids.
+
+        A partial prefix is credited its proportional share, rounded down; only the whole text is credited in
+        full.
+        """
+        if not chain or not token_ids:
+            return
+        run = TokenRun(token_ids, root)
+        count = len(run.token_ids)
+        for depth in range(len(chain), 0, -1):
+            covered = min(depth * TEXT_BLOCK_BYTES, text_bytes)
+            self._known[chain[depth - 1]] = (
+                run,
+                count if covered == text_bytes else count * covered // text_bytes,
+            )
+            self._known.move_to_end(chain[depth - 1])
+        while len(self._known) > self._max_nodes:
+            self._known.popitem(last=False)
+        if text_bytes >= TEXT_BLOCK_BYTES:
+            self.tokens_per_byte += 0.1 * (min(2.0, count / text_bytes) - self.tokens_per_byte)
+
+    def recall(self, chain: Sequence[int]) -> tuple[TokenRun, int, int] | None:
+        """The deepest known node: (run, tokens covered, nodes covered), or None."""
+        for depth in range(len(chain), 0, -1):
+            known = self._known.get(chain[depth - 1])
+            if known is not None:
+                return known[0], known[1], depth
+        return None
+
+    def check(self) -> None:
+        assert len(self._known) <= self._max_nodes, f"{len(self._known)} nodes of {self._max_nodes}"
+        for run, covered in self._known.values():
+            assert 0 <= covered <= len(run.token_ids), f"{covered} tokens covered of {len(run.token_ids)}"
+        assert 0 <= self.tokens_per_byte <= 2, f"{self.tokens_per_byte} tokens per byte"

@@ -1,0 +1,189 @@
+"""Connections to one engine: a keep-alive pool, and the protocol that carries one response at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Protocol, cast
+
+from .config import EngineAddress, Limits, Timeouts
+from .errors import ProtocolError
+from .http1 import EndOfMessage, ResponseReader
+from .http_heads import ResponseHead
+
+
+class ResponseSink(Protocol):
+    """Who receives one response. Exactly one of on_end and on_lost is the last call."""
+
+    def on_head(self, head: ResponseHead) -> None: ...
+    def on_body(self, data: bytes) -> None: ...
+    def on_end(self) -> None: ...
+    def on_lost(self, reason: str) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection to an engine. Idle in the pool, or busy with one response."""
+
+    __slots__ = ("_loop", "_pool", "idle_since", "reader", "served", "sink", "transport")
+
+    def __init__(self, pool: UpstreamPool) -> None:
+        self._pool = pool
+        self._loop = pool.loop
+        self.transport: asyncio.Transport | None = None
+        self.served = 0
+        self.idle_since = 0.0
+        # per response
+        self.sink: ResponseSink | None = None
+        self.reader: ResponseReader | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.transport is not None and not self.transport.is_closing()
+
+    def begin(self, sink: ResponseSink, reader: ResponseReader, request: bytes) -> None:
+        """Send a request; its response goes to `sink`."""
+        assert self.transport is not None, "the connection is not open"
+        assert self.sink is None, "the connection is not free"
+        self.sink, self.reader = sink, reader
+        self.served += 1
+        self.transport.write(request)
+
+    def abandon(self) -> None:
+        """Drop the response under way and the connection with it: the engine sees it and aborts the
+        request.
+        """
+        self.sink = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        no_delay(transport)
+        self._pool.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        sink, reader = self.sink, self.reader
+        if sink is None or reader is None:
+            self.abandon()  # bytes nobody asked for
+            return
+        try:
+            for event in reader.feed(data):
+                if isinstance(event, bytes):
+                    sink.on_body(event)
+                elif isinstance(event, EndOfMessage):
+                    self._end(event)
+                else:
+                    sink.on_head(event)
+                if self.sink is not sink:
+                    return
+        except ProtocolError:
+            self._lost("bad_response")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._pool.closed(self)
+        if self.sink is None or self.reader is None:
+            return
+        events = self.reader.eof() if error is None else []
+        if events:
+            self._end(EndOfMessage(False))
+        else:
+            self._lost("connection_lost")
+
+    def _end(self, event: EndOfMessage) -> None:
+        sink, self.sink, self.reader = self.sink, None, None
+        assert sink is not None
+        if event.reusable and self.is_open:
+            self._pool.put(self)
+        elif self.transport is not None:
+            self.transport.close()
+        sink.on_end()
+
+    def _lost(self, reason: str) -> None:
+        sink = self.sink
+        self.abandon()
+        if sink is not None:
+            sink.on_lost(reason)
+
+
+class UpstreamPool:
+    """Open connections to one engine. Idle ones are used last in, first out, and for a few seconds only."""
+
+    def __init__(self, address: EngineAddress, timeouts: Timeouts, limits: Limits) -> None:
+        self.address = address
+        self.loop = asyncio.get_running_loop()
+        self._timeouts = timeouts
+        self._limits = limits
+        self._idle: list[UpstreamConnection] = []
+        self._open: set[UpstreamConnection] = set()
+        self._dials: set[asyncio.Task[None]] = set()
+
+    def take(self) -> UpstreamConnection | None:
+        """An idle connection, or None: then dial. Connections idle too long are closed on the way."""
+        oldest = self.loop.time() - self._timeouts.upstream_keep_alive_seconds
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and connection.idle_since >= oldest:
+                return connection
+            connection.abandon()
+        return None
+
+    def put(self, connection: UpstreamConnection) -> None:
+        connection.idle_since = self.loop.time()
+        self._idle.append(connection)
+
+    def dial(self, done: Callable[[UpstreamConnection | None, str], None]) -> asyncio.Task[None]:
+        """Open a connection; `done` gets it, or None and the reason. Cancel the task to give up."""
+        task = self.loop.create_task(self._dial(done))
+        self._dials.add(task)
+        task.add_done_callback(self._dials.discard)
+        return task
+
+    async def _dial(self, done: Callable[[UpstreamConnection | None, str], None]) -> None:
+        connection = UpstreamConnection(self)
+        reason = ""
+        try:
+            await asyncio.wait_for(
+                self.loop.create_connection(lambda: connection, self.address.host, self.address.port),
+                self._timeouts.connect_seconds,
+            )
+        except asyncio.CancelledError:
+            connection.abandon()
+            raise
+        except asyncio.TimeoutError:  # not yet a TimeoutError in Python 3.10
+            reason = "connect_timeout"
+        except OSError:
+            reason = "connect_failed"
+        done(None if reason else connection, reason)
+
+    def opened(self, connection: UpstreamConnection) -> None:
+        self._open.add(connection)
+
+    def closed(self, connection: UpstreamConnection) -> None:
+        self._open.discard(connection)
+        with contextlib.suppress(ValueError):
+            self._idle.remove(connection)
+
+    async def close(self) -> None:
+        """Close every connection; requests under way are lost."""
+        for task in list(self._dials):
+            task.cancel()
+        for connection in list(self._open):
+            connection.abandon()
+        if self._dials:
+            await asyncio.gather(*self._dials, return_exceptions=True)
+        self._idle.clear()
+
+    def check(self) -> None:
+        assert len(set(map(id, self._idle))) == len(self._idle), "a connection is idle twice"
+        for connection in self._idle:
+            assert connection.sink is None, "an idle connection has a response under way"
+            assert connection in self._open, "an idle connection is not open"
+
+
+def no_delay(transport: asyncio.BaseTransport) -> None:
+    """Send small writes at once (tokens are small writes)."""
+    raw = transport.get_extra_info("socket")
+    if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,0 +1,238 @@
+"""The pure rules: tables of cases, and invariants that hold for every fleet."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from dynamo_planner.decision import decide
+from dynamo_planner.decision_log import encode, replay
+from dynamo_planner.records import (
+    Decision,
+    DecisionInputs,
+    Delta,
+    EngineObservation,
+    FleetObservation,
+    Memory,
+    ProxyObservation,
+    SizingPolicy,
+)
+from dynamo_planner.sizing import LineStats, add_sample, fit_line, replicas_for_ttft, waiting_exceeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+POLICY = SizingPolicy(max_replicas=8, stabilisation_seconds=100.0)
+
+
+def engine(number: int = 0, **values: object) -> EngineObservation:
+    base = EngineObservation(f"http://e{number}", "ready", age_seconds=999, running=1, waiting=0, kv_usage=0.3)
+    return replace(base, **values)  # type: ignore[arg-type]
+
+
+def fleet(*engines: EngineObservation, now: float = 1000.0, proxy: ProxyObservation | None = None) -> FleetObservation:
+    return FleetObservation(now, engines, proxy)
+
+
+def once(seen: FleetObservation, policy: SizingPolicy = POLICY, memory: Memory | None = None) -> Decision:
+    return decide(DecisionInputs(seen, policy, memory or Memory()))
+
+
+@pytest.mark.parametrize(
+    ("engines", "desired", "reason"),
+    [
+        ([engine()], 1, "steady"),
+        ([engine(kv_usage=0.95)], 2, "kv_pressure"),
+        ([engine(waiting=5, running=8)], 2, "queue"),
+        (
+            [engine(waiting=40, running=8)],
+            6,
+            "queue",
+        ),  # 48 requests, 8 at once per engine: a jump, not a step
+        ([engine(waiting=400, running=8)], 8, "queue"),
+        ([engine(waiting=9, running=0)], 2, "queue"),
+        ([engine(running=0, kv_usage=0.0)], 1, "steady"),  # zero traffic is a valid observation
+        ([engine(kv_usage=None)], 1, "steady"),
+        ([engine(stale_reason="timeout")], 1, "stale"),
+        ([engine(), engine(1, stale_reason="timeout")], 2, "stale"),
+        ([engine(kv_usage=0.95, waiting=9, running=3), engine(1, stale_reason="timeout")], 5, "queue"),
+        ([engine(running=math.nan)], 1, "stale"),
+        ([engine(), engine(1, state="down")], 1, "steady"),
+        ([engine(kv_usage=0.95), engine(1, state="starting")], 2, "steady"),  # help is on its way
+        ([engine(kv_usage=0.9), engine(1, state="draining")], 2, "kv_pressure"),
+        ([engine(state="starting")], 1, "no_ready_engine"),
+        ([], 1, "below_min"),
+        ([engine(number) for number in range(9)], 8, "above_max"),
+        ([engine(number, kv_usage=0.9) for number in range(8)], 8, "at_max"),
+    ],
+)
+def test_load_rule(engines: list[EngineObservation], desired: int, reason: str) -> None:
+    decision = once(fleet(*engines))
+    assert (decision.desired, decision.reason) == (desired, reason), decision.explanation
+
+
+def test_running_limit_is_a_signal_of_its_own() -> None:
+    decision = once(fleet(engine(running=30)), replace(POLICY, max_running_per_replica=8.0))
+    assert (decision.desired, decision.reason) == (4, "running")
+    assert "30 running against 8 per replica" in decision.explanation
+
+
+def test_scale_down_waits_for_the_whole_window_and_goes_by_one() -> None:
+    memory, log = Memory(), []
+    for tick in range(14):
+        seen = fleet(*(engine(number, kv_usage=0.1) for number in range(3)), now=10.0 * tick)
+        decision = once(seen, memory=memory)
+        memory = decision.memory
+        log.append((decision.desired, decision.reason))
+    assert log[:10] == [(3, "stabilising")] * 10
+    assert log[10] == (2, "idle_window")
+
+
+@pytest.mark.parametrize("spoiler", [{"kv_usage": 0.7}, {"stale_reason": "timeout"}])
+def test_one_busy_or_unread_moment_restarts_the_wait(spoiler: dict[str, object]) -> None:
+    memory, downs = Memory(), []
+    for tick in range(30):
+        bad = spoiler if tick == 9 else {}
+        seen = fleet(*(engine(number, **({"kv_usage": 0.1} | bad)) for number in range(2)), now=10.0 * tick)
+        decision = once(seen, memory=memory)
+        memory = decision.memory
+        if decision.direction == "down":
+            downs.append(tick)
+    assert downs[0] == 20, "the moment at 90 s must have left the 100 s window"
+
+
+def test_a_manual_order_obeys_bounds_and_restarts_the_window() -> None:
+    old = Memory(since_seconds=0.0, needs=((950.0, 1),))
+    decision = decide(DecisionInputs(fleet(engine(), engine(1)), POLICY, old, order=99))
+    assert (decision.desired, decision.reason) == (8, "manual")
+    assert decision.memory.since_seconds == 1000.0
+
+
+SLA = SizingPolicy(target="sla", max_replicas=20, ttft_seconds=0.5, itl_seconds=0.05, stabilisation_seconds=100.0)
+
+
+def taught(rate: float | None = None) -> Memory:
+    """20 ms + 20 us per token of prefill; ITL of 10 ms + 1 ms per running request."""
+    memory = Memory(arrival_rate=rate)
+    for step in range(40):
+        tokens, batch = 500.0 + 50 * step, 4.0 + step
+        prefill = add_sample(memory.prefill, tokens, 0.02 + 2e-5 * tokens)
+        memory = replace(memory, prefill=prefill, decode=add_sample(memory.decode, batch, 0.01 + 1e-3 * batch))
+    return memory
+
+
+def test_the_line_is_found_again() -> None:
+    assert fit_line(taught().prefill) == pytest.approx((0.02, 2e-5))
+    assert fit_line(taught().decode) == pytest.approx((0.01, 1e-3))
+    assert fit_line(LineStats()) is None
+
+
+def test_sla_sizes_for_waiting_time_not_for_full_use() -> None:
+    proxy = ProxyObservation(interval_seconds=10, arrivals=300, prompt_tokens=300 * 1000)
+    decision = once(fleet(engine(), proxy=proxy), SLA, taught())
+    # 30 requests/s x 40 ms = 1.2 servers' worth of work: two would be enough at full use
+    assert decision.reason == "ttft"
+    assert 2 <= decision.desired <= 4
+    assert waiting_exceeds(30 / decision.desired, 0.04, 0.46) <= 0.05
+
+
+def test_sla_doubles_at_most_for_a_missed_target_and_not_while_help_comes() -> None:
+    slow = engine(ttft=Delta(50.0, 10), prompt_tokens=100, interval_seconds=10)
+    assert once(fleet(slow), SLA).desired == 2
+    assert once(fleet(slow, engine(1, state="starting")), SLA).desired == 2
+    assert once(fleet(slow, engine(1, age_seconds=1)), SLA).desired == 2
+
+
+def test_sla_itl_gives_nothing_up_that_the_line_says_is_needed() -> None:
+    busy = [engine(number, running=30, itl=Delta(4.0, 100), interval_seconds=10) for number in range(3)]
+    decision = once(fleet(*busy), SLA, taught())
+    assert decision.need_down >= 3
+    late = [engine(number, running=60, itl=Delta(7.0, 100), interval_seconds=10) for number in range(2)]
+    assert once(fleet(*late), SLA, taught()).desired == 3
+
+
+def test_sla_without_traffic_comes_down_to_the_minimum_after_the_window() -> None:
+    memory = Memory(since_seconds=0.0)
+    idle = [engine(number, running=0, ttft=Delta(0, 0), itl=Delta(0, 0), interval_seconds=10) for number in range(2)]
+    assert once(fleet(*idle), SLA, memory).desired == 1
+
+
+@given(rate=st.floats(0, 500), more=st.floats(0, 500), service=st.floats(1e-4, 1))
+def test_more_arrivals_never_need_fewer_replicas(rate: float, more: float, service: float) -> None:
+    assert replicas_for_ttft(rate, service, SLA) <= replicas_for_ttft(rate + more, service, SLA)
+
+
+NUMBER = st.none() | st.floats() | st.floats(0, 1e4)
+DELTAS = st.none() | st.builds(Delta, st.floats(), st.floats())
+ENGINES = st.lists(
+    st.builds(
+        EngineObservation,
+        url=st.sampled_from(["http://a", "http://b"]),
+        state=st.sampled_from(["ready", "starting", "draining", "down"]),
+        stale_reason=st.sampled_from(["", "", "timeout"]),
+        age_seconds=st.floats(0, 1e4),
+        interval_seconds=st.floats(0, 1e3),
+        running=NUMBER,
+        waiting=NUMBER,
+        kv_usage=NUMBER,
+        prompt_tokens=NUMBER,
+        ttft=DELTAS,
+        itl=DELTAS,
+        queue_wait=DELTAS,
+    ),
+    max_size=6,
+)
+PROXIES = st.none() | st.builds(ProxyObservation, st.just(""), st.floats(), NUMBER, NUMBER)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    looks=st.lists(st.tuples(st.floats(0.1, 200), ENGINES, PROXIES), min_size=1, max_size=8),
+    policy=st.sampled_from([POLICY, SLA, replace(SLA, min_replicas=2, max_replicas=3)]),
+)
+def test_invariants_of_any_history(
+    looks: list[tuple[float, list[EngineObservation], ProxyObservation | None]], policy: SizingPolicy
+) -> None:
+    """Never raises; inside the bounds whenever it moves; never down on stale numbers or inside the window."""
+    memory, now, first = Memory(), 0.0, None
+    for gap, engines, proxy in looks:
+        now += gap
+        first = now if first is None else first
+        decision = decide(DecisionInputs(FleetObservation(now, tuple(engines), proxy), policy, memory))
+        memory = decision.memory
+        assert decision.explanation
+        assert decision.explanation.count("\n") == 0
+        if decision.direction != "hold":
+            assert policy.min_replicas <= decision.desired <= policy.max_replicas or decision.reason == "idle_window"
+        if decision.direction == "down":
+            assert not any(engine.state == "ready" and engine.stale for engine in engines)
+        if decision.reason == "idle_window":
+            assert decision.desired == decision.current - 1 >= policy.min_replicas
+            assert now - first >= policy.stabilisation_seconds
+            assert all(need < decision.current for _, need in memory.needs)
+
+
+def test_a_log_replays_and_a_changed_rule_shows() -> None:
+    import json
+
+    memory, lines = Memory(), ['{"kind": "observation_failure"}']
+    for tick in range(30):
+        seen = fleet(
+            engine(
+                kv_usage=0.1 + 0.03 * tick,
+                ttft=Delta(0.1 * tick, tick),
+                prompt_tokens=31.7 * tick,
+                itl=Delta(0.3, 7),
+            ),
+            engine(1, stale_reason="timeout" if tick % 7 == 3 else ""),
+            now=tick / 3,
+            proxy=ProxyObservation(interval_seconds=1 / 3, arrivals=tick, prompt_tokens=100.1),
+        )
+        decision = once(seen, SLA if tick % 2 else POLICY, memory)
+        memory = decision.memory
+        lines.append(json.dumps({"kind": "decision", "decision": encode(decision)}))
+    assert replay(lines).decisions == 30
+    assert replay(lines).differences == ()
+    lines[5] = lines[5].replace('"desired": 2', '"desired": 3')
+    assert len(replay(lines).differences) == 1
+    assert replay(lines).differences[0].startswith("line 6: was 3")

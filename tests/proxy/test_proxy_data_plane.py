@@ -1,0 +1,379 @@
+"""The data plane over real sockets: splicing, order, aborts, retries, deaths, limits and back-pressure."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import orjson
+import pytest
+from dynamo_proxy.config import Limits
+from proxy_fakes import QUICK, Client, FakeEngine, RawEngine, ask, chat, get, post, proxy_before, run, wait_until
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+
+async def _ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+    writer.write(ANSWER)
+
+
+async def _die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+    writer.transport.abort()
+
+
+def test_a_stream_is_spliced_and_tells_its_engine() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine) as proxy:
+            answer = await ask(proxy.port, post("/v1/chat/completions", chat(stream=True)))
+            assert answer.status == 200
+            assert answer.body.count(b"data: ") == 4
+            assert answer.headers["x-dynamo-engine"] == "engine-0"
+            assert answer.headers["x-dynamo-matched-tokens"] == "0"
+            assert str(engine.port) not in repr(answer.headers)
+
+    run(body())
+
+
+def test_requests_of_one_connection_are_answered_in_order() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            requests = [post("/v1/chat/completions", chat("x" * number)) for number in range(20)]
+            client.send(b"".join(requests) + get("/health") + requests[3])
+            lengths = [(await client.answer()).json()["received_bytes"] for _ in range(20)]
+            assert lengths == sorted(lengths)
+            assert (await client.answer()).json()["status"] == "ready"
+            assert (await client.answer()).status == 200
+            assert len(engine.requests) == 21
+            assert proxy.registry.at(0).pool._open  # kept alive
+
+    run(body())
+
+
+def test_a_chunked_request_in_small_pieces_reaches_the_engine_whole() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            payload = orjson.dumps(chat("chunky"))
+            client.send(b"POST /v1/chat/completions HTTP/1.1\r\nhost: p\r\ntransfer-encoding: chunked\r\n\r\n")
+            for letter in payload:
+                client.send(b"1\r\n%c\r\n" % letter)
+                await asyncio.sleep(0)
+            client.send(b"0\r\n\r\n")
+            assert (await client.answer()).json()["received_bytes"] == len(payload)
+            _, headers, _ = engine.requests[-1]
+            assert headers["Content-Length" if "Content-Length" in headers else "content-length"] == str(len(payload))
+
+    run(body())
+
+
+def test_expect_continue_is_answered_and_does_not_reach_the_engine() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            head, _, payload = post("/v1/completions", {"model": "tiny", "prompt": "a"}, "expect: 100-continue").partition(
+                b"\r\n\r\n"
+            )
+            client.send(head + b"\r\n\r\n")
+            assert (await client.head()).status == 100
+            client.send(payload)
+            assert (await client.answer()).status == 200
+            assert "expect" not in {name.lower() for name in engine.requests[-1][1]}
+
+    run(body())
+
+
+def test_a_ten_megabyte_body_passes_and_a_larger_one_is_refused() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine, limits=Limits(max_body_bytes=12 << 20)) as proxy:
+            request = post("/v1/chat/completions", chat("y" * (10 << 20)))
+            assert (await ask(proxy.port, request)).json()["received_bytes"] > 10 << 20
+            answer = await ask(proxy.port, post("/v1/chat/completions", chat("y" * (13 << 20))))
+            assert (answer.status, answer.json()["error"]["code"]) == (413, "body_too_large")
+            assert answer.headers["connection"] == "close"
+
+    run(body())
+
+
+def test_malformed_bytes_get_400_and_the_connection_ends() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            client.send(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n")
+            answer = await client.answer()
+            assert answer.status == 400
+            assert answer.json()["error"]["type"] == "invalid_request_error"
+            assert await client.reader.read() == b""
+            assert not engine.requests
+
+    run(body())
+
+
+def test_http_1_0_clients_get_plain_bytes() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            client.send(post("/v1/chat/completions", chat(stream=True)).replace(b"HTTP/1.1", b"HTTP/1.0"))
+            answer = await client.answer()
+            assert "transfer-encoding" not in answer.headers
+            assert answer.body.startswith(b"data: ")
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+
+    run(body())
+
+
+@pytest.mark.parametrize("when", ["before the first byte", "mid-stream"])
+def test_a_client_that_leaves_aborts_its_engine(when: str) -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        if when == "mid-stream":
+            writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n")
+        assert await reader.read() == b""  # the proxy hangs up
+
+    async def body() -> None:
+        engine = await RawEngine(silent).start()
+        async with proxy_before(engine) as proxy:
+            async with Client.to(proxy.port) as client:
+                client.send(post("/v1/chat/completions", chat(stream=True)))
+                if when == "mid-stream":
+                    await client.head()
+                else:
+                    await wait_until(lambda: bool(engine.requests))
+                assert proxy.ledger.in_flight == 1
+            await wait_until(lambda: proxy.ledger.in_flight == 0, "lease released")
+            await wait_until(lambda: engine.lost > 0, "engine saw the hang-up")
+            assert b'status="499"' in proxy.front_end.metrics()
+
+    run(body())
+
+
+def test_an_engine_that_dies_before_the_first_byte_costs_the_client_nothing() -> None:
+    async def head_then_die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        await writer.drain()
+        writer.transport.abort()
+
+    async def body() -> None:
+        dying, good = await RawEngine(head_then_die).start(), await RawEngine(_ok).start()
+        async with proxy_before(dying, good, router_mode="round-robin") as proxy:
+            for _ in range(6):
+                answer = await ask(proxy.port, post("/v1/chat/completions", chat()))
+                assert (answer.body, answer.headers["x-dynamo-engine"]) == (b"ok", "engine-1")
+            assert len(dying.requests) > 0
+            assert b'dynamo_router_retries_total{reason="connection_lost"}' in proxy.front_end.metrics()
+
+    run(body())
+
+
+@pytest.mark.parametrize("status", [502, 503])
+def test_a_refusing_engine_is_passed_over_and_the_last_refusal_is_shown(status: int) -> None:
+    async def body() -> None:
+        bad, good = await FakeEngine().start(), await FakeEngine().start()
+        bad.status = status
+        async with proxy_before(bad, good, router_mode="round-robin") as proxy:
+            answers = [await ask(proxy.port, post("/v1/chat/completions", chat())) for _ in range(4)]
+            assert [answer.status for answer in answers] == [200] * 4
+            assert len(bad.requests) == 2
+            good.status = status
+            assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == status
+            assert f'reason="status_{status}"'.encode() in proxy.front_end.metrics()
+
+    run(body())
+
+
+def test_when_every_engine_fails_the_client_hears_502_and_each_was_tried_once() -> None:
+    async def body() -> None:
+        engines = [await RawEngine(_die).start() for _ in range(3)]
+        async with proxy_before(*engines) as proxy:
+            answer = await ask(proxy.port, post("/v1/chat/completions", chat()))
+            assert (answer.status, answer.json()["error"]["code"]) == (502, "engine_failed")
+            assert [len(engine.requests) for engine in engines] == [1, 1, 1]
+
+    run(body())
+
+
+def test_a_silent_engine_is_left_at_the_first_byte_deadline() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        await reader.read()
+
+    async def body() -> None:
+        mute, good = await RawEngine(silent).start(), await RawEngine(_ok).start()
+        timeouts = replace(QUICK, first_byte_seconds=0.1)
+        async with proxy_before(mute, good, router_mode="round-robin", timeouts=timeouts) as proxy:
+            assert [(await ask(proxy.port, post("/v1/completions", {"prompt": "a"}))).status for _ in range(2)] == [200, 200]
+            assert len(mute.requests) == 1
+            await good.stop()
+            proxy.registry.at(1).draining = True
+            assert (await ask(proxy.port, post("/v1/completions", {"prompt": "a"}))).status == 504
+
+    run(body())
+
+
+def test_an_engine_that_dies_mid_stream_ends_it_with_an_error_event() -> None:
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        writer.write(b"9\r\ndata: 1\n\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.transport.abort()
+
+    async def body() -> None:
+        engine = await RawEngine(half).start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            client.send(post("/v1/chat/completions", chat(stream=True)))
+            answer = await client.answer()
+            first, second = answer.body.strip().split(b"\n\n")
+            assert first == b"data: 1"
+            assert orjson.loads(second.removeprefix(b"data: "))["error"]["code"] == "engine_lost"
+            assert await client.reader.read() == b""
+            assert b'reason="connection_lost",status="200"' in proxy.front_end.metrics()
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n9\r\ndata",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf",
+    ],
+)
+def test_an_answer_cut_inside_a_frame_is_never_made_to_look_whole(start: bytes) -> None:
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        writer.write(start)
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.transport.abort()
+
+    async def body() -> None:
+        engine = await RawEngine(half).start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            client.send(post("/v1/chat/completions", chat(stream=True)))
+            await client.head()
+            assert await client.reader.read() == start.partition(b"\r\n\r\n")[2]
+
+    run(body())
+
+
+def test_a_close_delimited_answer_passes_and_its_loss_is_a_reset() -> None:
+    async def until_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\nhello ")
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.write(b"there")
+        writer.close()
+
+    async def body() -> None:
+        engine = await RawEngine(until_close).start()
+        async with proxy_before(engine) as proxy:
+            answer = await ask(proxy.port, get("/anything"))
+            assert (answer.body, answer.headers["connection"]) == (b"hello there", "close")
+
+    run(body())
+
+
+def test_a_stale_connection_is_redone_unseen() -> None:
+    async def answer_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        if len(engine_requests) % 2:  # a reused connection dies under its second request
+            writer.transport.abort()
+        else:
+            writer.write(ANSWER)
+        engine_requests.append(request)
+
+    engine_requests: list[bytes] = []
+
+    async def body() -> None:
+        engine = await RawEngine(answer_and_close).start()
+        async with proxy_before(engine) as proxy:
+            answers = [await ask(proxy.port, post("/v1/completions", {"prompt": "a"})) for _ in range(4)]
+            assert [answer.status for answer in answers] == [200] * 4
+            assert b'retries_total{reason="stale_connection"}' in proxy.front_end.metrics()
+
+    run(body())
+
+
+def test_a_slow_client_does_not_make_the_proxy_hold_the_answer() -> None:
+    total = 64 << 20
+    sent = 0
+
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % total)
+        while sent < total:
+            writer.write(bytes(65536))
+            sent += 65536
+            await writer.drain()
+
+    async def body() -> None:
+        engine = await RawEngine(flood).start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            client.writer.transport.pause_reading()
+            client.send(get("/flood"))
+            await wait_until(lambda: sent > 0)
+            before = -1
+            while sent != before:  # until the engine is stopped by back-pressure
+                before = sent
+                await asyncio.sleep(0.1)
+            assert sent < total // 2
+            (connection,) = proxy.front_end.clients
+            assert connection._transport is not None
+            assert connection._transport.get_write_buffer_size() < 2 << 20
+            proxy.check()
+            client.writer.transport.resume_reading()
+            answer = await client.answer()
+            assert len(answer.body) == total
+            assert (await ask(proxy.port, get("/health"))).status == 200
+
+    run(body())
+
+
+def test_a_client_that_pipelines_without_reading_is_held() -> None:
+    release = asyncio.Event()
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        await release.wait()
+        writer.write(ANSWER)
+
+    async def body() -> None:
+        engine = await RawEngine(slow).start()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            request = post("/v1/completions", {"prompt": "z" * 20_000})
+            for _ in range(400):
+                client.send(request)
+            await wait_until(lambda: bool(engine.requests))
+            await asyncio.sleep(0.1)
+            (connection,) = proxy.front_end.clients
+            assert connection._reader.held_bytes < 1 << 20
+            release.set()
+            for _ in range(400):
+                assert (await client.answer()).body == b"ok"
+
+    run(body())
+
+
+def test_a_client_that_never_finishes_its_head_is_told_and_dropped() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine, timeouts=replace(QUICK, client_idle_seconds=0.1)) as proxy:
+            answer = await ask(proxy.port, b"GET /hea")
+            assert answer.status == 408
+            async with Client.to(proxy.port) as idle:
+                assert await idle.reader.read() == b""
+
+    run(body())
+
+
+def test_upgrades_and_named_headers_stop_at_the_proxy() -> None:
+    async def body() -> None:
+        engine = await RawEngine(_ok).start()
+        async with proxy_before(engine) as proxy:
+            await ask(proxy.port, get("/x", "connection: upgrade, x-private", "upgrade: h2c", "x-private: 1", "x-kept: 2"))
+            (seen,) = engine.requests
+            assert b"x-kept: 2" in seen
+            assert b"x-private" not in seen
+            assert b"upgrade" not in seen
+            assert seen.count(b"host: ") == 1
+            assert f"host: 127.0.0.1:{engine.port}".encode() in seen
+
+    run(body())

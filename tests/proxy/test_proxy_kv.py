@@ -1,0 +1,273 @@
+"""The KV index against a naive model, event decoding in both dialects, and the approximate index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from dynamo_proxy.approx_index import ApproxIndex
+from dynamo_proxy.block_hash import block_hash, root_hash, token_chain
+from dynamo_proxy.dialects import (
+    EventSource,
+    read_models,
+    sglang_capacity_tokens,
+    sglang_sources,
+    vllm_capacity_tokens,
+    vllm_sources,
+)
+from dynamo_proxy.errors import EventDecodeError
+from dynamo_proxy.kv_events import AllCleared, BlocksRemoved, BlocksStored, Order, SequenceTracker, decode_batch
+from dynamo_proxy.kv_index import KvIndex, Outcome
+from hypothesis import given
+from hypothesis import strategies as st
+
+encode = msgspec.msgpack.encode
+ROOT = root_hash("", "")
+
+
+def stored(hashes: list[Any], parent: Any, tokens: list[int], size: int = 2, medium: str = "GPU", **extra: Any) -> BlocksStored:
+    raw = {
+        "type": "BlockStored", "block_hashes": hashes, "parent_block_hash": parent, "token_ids": tokens,
+        "block_size": size, "lora_id": None, "medium": medium, "lora_name": None, **extra,
+    }  # fmt: skip
+    (event,), _ = decode_batch(encode([1.0, [raw], 0]))
+    assert isinstance(event, BlocksStored)
+    return event
+
+
+def removed(hashes: list[Any], medium: str = "GPU") -> BlocksRemoved:
+    return BlocksRemoved(tuple(hashes), medium, 0)
+
+
+# --- decoding
+
+
+def test_maps_and_arrays_decode_to_the_same_events() -> None:
+    maps = [
+        {"type": "BlockStored", "block_hashes": [7, 8], "parent_block_hash": None, "token_ids": [1, 2, 3, 4],
+         "block_size": 2, "lora_id": None, "medium": "GPU", "session_id": "s"},
+        {"type": "BlockRemoved", "block_hashes": [7], "medium": "CPU_PINNED"},
+        {"type": "AllBlocksCleared"},
+    ]  # fmt: skip
+    arrays = [
+        ["BlockStored", [7, 8], None, [1, 2, 3, 4], 2, None, "GPU"],
+        ["BlockRemoved", [7], "CPU_PINNED"],
+        ["AllBlocksCleared"],
+    ]
+    assert decode_batch(encode([1.0, maps, 0])) == decode_batch(encode([1.0, arrays]))
+    events, unknown = decode_batch(encode([1.0, [*arrays, ["Novelty", 1], {"type": "Other"}]]))
+    assert [type(event) for event in events] == [BlocksStored, BlocksRemoved, AllCleared]
+    assert unknown == 2
+
+
+def test_short_arrays_of_older_engines_decode() -> None:
+    (event, gone), _ = decode_batch(encode([1.0, [["BlockStored", [b"\x01"], None, [5, 6], 2, None], ["BlockRemoved", [3]]]]))
+    assert isinstance(event, BlocksStored)
+    assert (event.medium, event.block_hashes) == ("GPU", (b"\x01",))
+    assert isinstance(gone, BlocksRemoved)
+    assert gone.medium == "GPU"
+
+
+def test_salt_and_lora_name_the_tree_in_every_version() -> None:
+    tagged = stored([1], None, [1, 2], lora_name="ad", extra_keys=[["ad", ["cache_salt", "S"]]])
+    plain = stored([1], None, [1, 2], lora_name="ad", extra_keys=[["ad", "S"]])
+    sglang = stored([1], None, [1, 2], lora_name="ad", cache_salt="S")
+    assert [(event.lora_name, event.cache_salt, event.extra) for event in (tagged, plain, sglang)] == [("ad", "S", ())] * 3
+    image = stored([1, 2], None, [1, 2, 3, 4], extra_keys=[None, [["img", 0]]])
+    assert (image.cache_salt, image.extra[0], bool(image.extra[1])) == ("", b"", True)
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b"\xc1", "not_msgpack"),
+        (b"", "not_msgpack"),
+        (encode({"a": 1}), "bad_batch"),
+        (encode([1.0, "x"]), "bad_batch"),
+        (encode([1.0, [5]]), "bad_event"),
+        (encode([1.0, [["BlockStored", 5]]]), "bad_event"),
+        (encode([1.0, [["BlockStored", [1], None, [1, 2, 3], 2, None]]]), "bad_event"),
+        (encode([1.0, [["BlockStored", [1], None, [1, "x"], 2, None]]]), "bad_event"),
+        (encode([1.0, [["BlockStored", [1], 1.5, [1, 2], 2, None]]]), "bad_event"),
+        (encode([1.0, [["BlockRemoved", "x"]]]), "bad_event"),
+    ],
+)
+def test_what_cannot_be_read_is_named(payload: bytes, reason: str) -> None:
+    with pytest.raises(EventDecodeError) as caught:
+        decode_batch(payload)
+    assert caught.value.reason == reason
+
+
+@given(st.binary(max_size=100))
+def test_no_payload_fails_otherwise_than_by_decode_error(payload: bytes) -> None:
+    try:
+        decode_batch(payload)
+    except EventDecodeError:
+        pass
+
+
+def test_sequence_numbers() -> None:
+    tracker = SequenceTracker()
+    assert tracker.classify(0) is Order.NEXT
+    tracker.accept(4)
+    assert [tracker.classify(number) for number in (5, 6, 0, 4)] == [Order.NEXT, Order.GAP, Order.RESTART, Order.RESTART]
+    tracker.check()
+
+
+# --- the exact index
+
+
+def test_a_stored_chain_is_found_by_tokens_and_continued_by_its_parent() -> None:
+    index = KvIndex()
+    assert index.apply(3, 0, stored([11, 12], None, [1, 2, 3, 4])) is Outcome.APPLIED
+    assert index.apply(3, 0, stored([13], 12, [5, 6])) is Outcome.APPLIED
+    assert index.walk(token_chain([1, 2, 3, 4, 5, 6, 7, 8], 2, ROOT), 1 << 3) == {3: 3}
+    assert index.walk(token_chain([1, 2, 9, 9], 2, ROOT), 1 << 3) == {3: 1}
+    assert index.walk(token_chain([1, 2], 2, root_hash("lora", "")), 1 << 3) == {}
+    assert index.apply(3, 0, stored([20], 99, [5, 6])) is Outcome.UNKNOWN_PARENT
+    assert index.block_tokens(3) == 2
+    index.check()
+
+
+def test_a_block_is_held_while_any_medium_holds_it() -> None:
+    index = KvIndex()
+    chain = token_chain([1, 2], 2, ROOT)
+    index.apply(0, 0, stored([11], None, [1, 2]))
+    index.apply(0, 0, stored([11], None, [], medium="CPU"))
+    assert index.media(0, chain[0]) == 3
+    index.apply(0, 0, removed([11]))
+    assert index.walk(chain, 1) == {0: 1}
+    index.apply(0, 0, removed([11], "CPU_PINNED"))
+    assert index.walk(chain, 1) == {}
+    assert len(index) == 0
+    assert index.apply(0, 0, removed([11])) is Outcome.UNKNOWN_BLOCK
+    index.check()
+
+
+def test_ranks_hold_for_their_engine_and_a_window_group_does_not_count() -> None:
+    index = KvIndex()
+    chain = token_chain([1, 2], 2, ROOT)
+    for rank in (0, 1):
+        index.apply(0, rank, stored([11], None, [1, 2]))
+    window = stored([11], None, [1, 2], group_idx=1, kv_cache_spec_sliding_window=128)
+    assert index.apply(0, 0, window) is Outcome.WINDOW_GROUP
+    assert index.apply(0, 0, BlocksRemoved((11,), "GPU", 1)) is Outcome.WINDOW_GROUP
+    index.apply(0, 0, removed([11]))
+    assert index.walk(chain, 1) == {0: 1}
+    index.apply(0, 1, AllCleared())
+    assert index.walk(chain, 1) == {}
+    index.check()
+
+
+def test_the_index_is_bounded() -> None:
+    index = KvIndex(max_blocks_per_source=3)
+    outcomes = [index.apply(0, 0, stored([number], None, [number, number])) for number in range(5)]
+    assert outcomes == [Outcome.APPLIED] * 3 + [Outcome.FULL] * 2
+    index.check()
+
+
+# Random prompts over a two-letter alphabet share many prefixes. An engine hash is the tuple's own position in a list.
+prompts = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple), max_size=20)
+media = st.sampled_from(["GPU", "CPU", "STORAGE"])
+steps = st.lists(
+    st.tuples(st.sampled_from(["store", "store", "remove", "clear"]), st.integers(0, 2), st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple), media),
+    max_size=40,
+)  # fmt: skip
+
+
+@given(steps)
+def test_the_index_agrees_with_a_naive_model(script: list[tuple[str, int, tuple[int, ...], str]]) -> None:
+    index = KvIndex()
+    naive: dict[int, dict[tuple[int, ...], set[str]]] = {slot: {} for slot in range(3)}
+
+    def name(prefix: tuple[int, ...]) -> int:
+        return int("1" + "".join(map(str, prefix)))
+
+    for action, slot, path, medium in script:
+        held = naive[slot]
+        if action == "clear":
+            index.apply(slot, 0, AllCleared())
+            held.clear()
+        elif action == "remove":
+            index.apply(slot, 0, removed([name(path)], medium))
+            if path in held:
+                held[path].discard(medium)
+                if not held[path]:
+                    del held[path]
+        else:
+            start = 0
+            while start < len(path) and path[: start + 1] in held:
+                start += 1
+            start = min(start, len(path) - 1)
+            parent = name(path[:start]) if start else None
+            hashes = [name(path[: depth + 1]) for depth in range(start, len(path))]
+            index.apply(slot, 0, stored(hashes, parent, list(path[start:]), size=1, medium=medium))
+            for depth in range(start, len(path)):
+                held.setdefault(path[: depth + 1], set()).add(medium)
+        index.check()
+        chain = token_chain(path, 1, ROOT)
+        expected = {}
+        for other, blocks in naive.items():
+            depth = 0
+            while depth < len(path) and path[: depth + 1] in blocks:
+                depth += 1
+            if depth:
+                expected[other] = depth
+        assert index.walk(chain, 0b111) == expected
+
+
+def test_chained_hashes_are_the_blocks_hashes() -> None:
+    first = block_hash(ROOT, (1, 2))
+    assert token_chain([1, 2, 3, 4, 5], 2, ROOT) == [first, block_hash(first, (3, 4))]
+
+
+# --- the approximate index
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True)), max_size=30))
+def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(inserts: list[tuple[int, list[int]]]) -> None:
+    index = ApproxIndex(default_capacity_nodes=8)
+    index.set_capacity(1, 3)
+    for moment, (slot, chain) in enumerate(inserts):
+        index.insert(slot, chain, float(moment))
+        index.check()
+        kept = min(len(chain), 3 if slot == 1 else 8)
+        assert index.matched(chain, 1 << slot) == {slot: kept}
+        assert index.fresh(slot, chain, kept, float(moment)) == kept
+        assert index.fresh(slot, chain, kept, moment + 1.0) == 0
+    for slot in range(3):
+        index.clear(slot)
+    assert len(index) == 0
+
+
+# --- dialects
+
+
+def test_wildcards_become_the_engines_host() -> None:
+    answer = {
+        "0": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558", "topic": "kv"},
+        "1": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://10.1.1.1:7", "replay_endpoint": None},
+        "2": {"enable_kv_cache_events": False, "publisher": "null", "endpoint": "tcp://*:9"},
+    }  # fmt: skip
+    assert vllm_sources(answer, "::1") == (
+        EventSource(0, "tcp://[::1]:5557", "tcp://[::1]:5558", "kv"),
+        EventSource(1, "tcp://10.1.1.1:7", "", ""),
+    )
+    info = {"kv_events": {"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": 60, "dp_size": 2, "topic": ""}}
+    assert sglang_sources(info, "h") == (EventSource(0, "tcp://h:60", "", ""), EventSource(1, "tcp://h:61", "", ""))
+    for nonsense in (None, [], {"kv_events": 3}, {"0": None}, "x"):
+        assert vllm_sources(nonsense, "h") == sglang_sources(nonsense, "h") == ()
+
+
+def test_capacity_and_models_are_read_or_absent() -> None:
+    text = 'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0\n'
+    assert vllm_capacity_tokens(text) == 1600
+    assert vllm_capacity_tokens('vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0\n') is None
+    assert sglang_capacity_tokens({"max_total_num_tokens": 5}) == 5
+    assert sglang_capacity_tokens({"internal_states": [{"max_total_num_tokens": 6}]}) == 6
+    assert sglang_capacity_tokens([]) is None
+    models = read_models({"data": [{"id": "base", "parent": None}, {"id": "ad", "parent": "base"}, 5]})
+    assert models is not None
+    assert (models.ids, models.loras) == ({"base", "ad"}, {"ad"})
+    assert read_models([]) is None

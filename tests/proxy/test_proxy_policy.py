@@ -1,0 +1,116 @@
+"""The routing rules on plain numbers, and the ledger against a plain sum."""
+
+from __future__ import annotations
+
+from random import Random
+
+from dynamo_proxy.ledger import Ledger
+from dynamo_proxy.policy import (
+    Candidate,
+    CostModel,
+    choose_kv,
+    choose_least_loaded,
+    choose_random,
+    choose_round_robin,
+    cost_seconds,
+    learn_prefill,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+MODEL = CostModel()
+small = st.integers(0, 50_000)
+candidates = st.lists(
+    st.builds(Candidate, slot=small, matched_tokens=small, in_flight=st.integers(0, 300), pending_tokens=small, active_tokens=small),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda candidate: candidate.slot,
+)  # fmt: skip
+
+
+def idle(slot: int, matched: int = 0) -> Candidate:
+    return Candidate(slot, matched, 0, 0, 0)
+
+
+def test_the_longest_prefix_wins_among_idle_engines() -> None:
+    decision = choose_kv([idle(0), idle(1, 800), idle(2, 400)], 1000, MODEL, Random(1))
+    assert (decision.slot, decision.reason, decision.new_tokens) == (1, "prefix", 200)
+
+
+def test_a_long_queue_outweighs_a_prefix() -> None:
+    busy = Candidate(0, 900, 20, 100_000, 100_000)
+    decision = choose_kv([busy, idle(1)], 1000, MODEL, Random(1))
+    assert (decision.slot, decision.reason) == (1, "load_over_prefix")
+
+
+def test_cost_by_hand() -> None:
+    candidate = Candidate(0, 100, 2, 500, 1000)
+    decode = 1e-4 * 2 + 3e-8 * 1000
+    own = 1e-4 * 900 * (1 + 1 + 0.3 * 2)
+    expected = 1e-4 * 500 + own + 1 * (0.01 + decode) + 0.3 * 300 * decode
+    assert abs(cost_seconds(candidate, 1000, MODEL) - expected) < 1e-12
+
+
+def test_ties_spread() -> None:
+    rng = Random(3)
+    chosen = {choose_kv([idle(0), idle(1), idle(2)], 100, MODEL, rng).slot for _ in range(60)}
+    assert chosen == {0, 1, 2}
+    assert {choose_random([idle(0), idle(5)], 1, rng).slot for _ in range(60)} == {0, 5}
+
+
+def test_round_robin_goes_round_gaps() -> None:
+    fleet = [idle(4), idle(0), idle(9)]
+    slot, seen = -1, []
+    for _ in range(6):
+        slot = choose_round_robin(fleet, 1, slot).slot
+        seen.append(slot)
+    assert seen == [0, 4, 9, 0, 4, 9]
+
+
+def test_least_loaded_counts_requests_then_pending_tokens() -> None:
+    fleet = [Candidate(0, 0, 2, 0, 0), Candidate(1, 0, 1, 50, 0), Candidate(2, 0, 1, 10, 0)]
+    assert choose_least_loaded(fleet, 1, Random(1)).slot == 2
+
+
+@given(candidates, st.integers(0, 50_000))
+def test_the_choice_is_never_dearer_than_another(fleet: list[Candidate], tokens: int) -> None:
+    decision = choose_kv(fleet, tokens, MODEL, Random(1))
+    assert decision.cost_seconds == min(cost_seconds(candidate, tokens, MODEL) for candidate in fleet)
+    assert 0 <= decision.new_tokens <= tokens
+
+
+@given(candidates, st.integers(1, 50_000), st.integers(1, 1000))
+def test_more_cached_is_never_dearer(fleet: list[Candidate], tokens: int, more: int) -> None:
+    first = fleet[0]
+    better = Candidate(first.slot, first.matched_tokens + more, first.in_flight, first.pending_tokens, first.active_tokens)
+    assert cost_seconds(better, tokens, MODEL) <= cost_seconds(first, tokens, MODEL)
+
+
+def test_learning_moves_towards_what_is_seen_and_ignores_noise() -> None:
+    model = MODEL
+    for _ in range(200):
+        model = learn_prefill(model, 0.01 + 1000 * 1e-3, 1000)
+    assert abs(model.t_p - 1e-3) < 1e-5
+    assert learn_prefill(model, 5.0, 10) is model
+    assert learn_prefill(model, 1e9, 1000).t_p < 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 100), st.sampled_from(["hold", "first", "end"]))))
+def test_the_ledger_is_the_sum_of_its_leases(steps: list[tuple[int, int, str]]) -> None:
+    ledger = Ledger()
+    leases = []
+    for slot, tokens, action in steps:
+        lease = ledger.charge(slot, tokens, 2 * tokens)
+        leases.append(lease)
+        if action != "hold":
+            ledger.prefilled(lease)
+            ledger.prefilled(lease)
+        if action == "end":
+            ledger.release(lease)
+            ledger.release(lease)
+        ledger.check()
+    for lease in leases:
+        ledger.release(lease)
+    ledger.check()
+    assert ledger.in_flight == 0
+    assert all(ledger.load(slot).pending_tokens == ledger.load(slot).active_tokens == 0 for slot in range(4))

@@ -1,0 +1,92 @@
+"""What `TierIndex` refuses, and the orders that the state machine cannot name."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.tiers.index import TierIndex
+
+A, B, C, D = (BlockKey(letter.encode() * 32) for letter in "abcd")
+
+
+def ready(index: TierIndex, *keys: BlockKey) -> None:
+    for key in keys:
+        slot = index.reserve(key)
+        assert slot is not None
+        assert index.commit(slot)
+
+
+def test_a_tier_without_slots_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one slot"):
+        TierIndex(0)
+
+
+def test_a_slot_that_is_not_being_filled_can_be_neither_committed_nor_aborted() -> None:
+    index = TierIndex(2)
+    ready(index, A)
+    slot = index.slot_of(A)
+    assert slot is not None
+    for call in (index.commit, index.abort):
+        with pytest.raises(AssertionError, match="expected FILLING"):
+            call(slot)
+        with pytest.raises(AssertionError, match="expected FILLING"):
+            call(1 - slot)
+    assert A in index
+
+
+def test_unpinning_what_nobody_pinned_is_refused() -> None:
+    index = TierIndex(1)
+    ready(index, A)
+    with pytest.raises(AssertionError, match="not pinned"):
+        index.unpin(0)
+
+
+def test_a_touched_chain_loses_its_tail_before_its_head() -> None:
+    index = TierIndex(4)
+    ready(index, A, B, C, D)
+    index.touch([A, B, C])
+    index.evict(3)
+    assert index.take_evicted() == [D, C, B]
+
+
+@pytest.mark.parametrize("end", ["commit", "abort"])
+def test_a_reset_while_filling_frees_the_slot_when_the_filler_reports(end: str) -> None:
+    index = TierIndex(1)
+    slot = index.reserve(A)
+    assert slot is not None
+    index.clear()
+    assert index.reserve(B) is None, "the filler still writes there"
+    if end == "commit":
+        assert not index.commit(slot)
+    else:
+        index.abort(slot)
+    assert A not in index
+    assert index.reserve(B) == slot
+
+
+def test_a_reset_while_read_frees_the_slot_after_the_last_reader() -> None:
+    index = TierIndex(1)
+    ready(index, A)
+    slots = [index.pin(A), index.pin(A)]
+    index.clear()
+    assert index.pin(A) is None
+    for slot in slots:
+        assert slot is not None
+        assert index.reserve(B) is None
+        index.unpin(slot)
+    assert index.reserve(B) is not None
+
+
+def test_check_names_what_is_broken() -> None:
+    index = TierIndex(2)
+    ready(index, A)
+    index._free.append(0)
+    with pytest.raises(AssertionError, match="free list but not FREE"):
+        index.check()
+    index._free.pop()
+    index._order.remove(A)
+    with pytest.raises(AssertionError, match="eviction order and state disagree"):
+        index.check()
+    index._order.add(A)
+    index.check()
