@@ -127,10 +127,10 @@ def test_a_launch_without_us_stays_as_it_was(outcomes: dict[str, Outcome]) -> No
     [
         ("no path", "needs --kvbm-nvme-path"),
         ("not writable", "--kvbm-nvme-path /proc/kv cannot be used"),
-        ("no space", "--kvbm-nvme-gb 0 must be above 0"),
-        ("negative", "--kvbm-nvme-gb -3 must be above 0"),
+        ("no space", "--kvbm-nvme-gb 0 must be"),
+        ("negative", "--kvbm-nvme-gb -3 must be"),
         ("too much", "GB free in"),
-        ("nan by config file", "--kvbm-nvme-gb nan must be above 0"),
+        ("nan by config file", "--kvbm-nvme-gb nan must be"),
         ("not asked for", "--kvbm-nvme-path needs --hicache-storage-backend dynamo"),
         ("no hierarchical cache", "needs --enable-hierarchical-cache"),
         ("unknown setting", "kvbm_host_dram_gb"),
