@@ -1,0 +1,92 @@
+"""A real SGLang server as a child process, on the CPU, with the stand-ins on its path."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tests.house.repository import environment, import_path
+from tools.server_process import ServerProcess, free_port
+
+STAND_INS = Path(__file__).resolve().parent / "stand_ins"
+VOCABULARY = 512
+
+
+def server_environment(**changes: str) -> dict[str, str]:
+    return {
+        "PATH": f"{environment('sglang') / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{import_path()}{os.pathsep}{STAND_INS}",
+        "PYTHONWARNINGS": "ignore",
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        **changes,
+    }
+
+
+def launch_command(model: Path, *arguments: str) -> list[str]:
+    command = [str(environment("sglang") / "bin" / "python"), "-m", "sglang.launch_server"]
+    command += ["--model-path", str(model), "--device", "cpu", "--attention-backend", "torch_native"]
+    command += ["--host", "127.0.0.1", "--mem-fraction-static", "0.05", "--page-size", "16"]
+    return [*command, "--sleep-on-idle", "--skip-server-warmup", *arguments]
+
+
+@dataclass(frozen=True)
+class Answer:
+    output: list[int]
+    #: Prompt tokens that came from the storage backend.
+    storage_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Server:
+    process: ServerProcess
+    nvme: Path
+    model: Path
+
+    def generate(self, tokens: list[int], **fields: object) -> Answer:
+        sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+        answer = self.post("/generate", {"input_ids": tokens, "sampling_params": sampling, **fields})
+        meta = answer["meta_info"]
+        details = meta.get("cached_tokens_details") or {}
+        return Answer(answer["output_ids"], details.get("storage", 0), meta["cached_tokens"])
+
+    def post(self, path: str, body: object = None) -> Any:
+        response = requests.post(self.process.url + path, json=body or {}, timeout=120)
+        assert response.ok, f"{path} answered {response.status_code}: {response.text[:500]}"
+        return response.json() if response.text.startswith(("{", "[")) else response.text
+
+    def metric(self, name: str, *labels: str) -> float:
+        """The sum of a metric's samples whose labels contain all of `labels`; 0 if there is none."""
+        text = requests.get(self.process.url + "/metrics", timeout=60).text
+        found = [line for line in text.splitlines() if line.startswith(name) and all(label in line for label in labels)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    def slab(self) -> Path:
+        (slab,) = self.nvme.glob("*.slab")
+        return slab
+
+
+def prompts(seed: int, count: int, tokens: int = 320) -> list[list[int]]:
+    """Longer than the 256 tokens below which SGLang never asks a storage backend."""
+    choose = random.Random(seed)
+    return [[choose.randrange(7, VOCABULARY) for _ in range(tokens)] for _ in range(count)]
+
+
+def make_server(model: Path, folder: Path) -> Server:
+    """Not started. Its first two levels hold 512 and 1024 tokens: a handful of prompts flushes them."""
+    port = free_port()
+    nvme = folder / "kv"
+    levels = ["--max-total-tokens", "512", "--enable-hierarchical-cache", "--hicache-ratio", "2"]
+    tier = ["--hicache-storage-backend", "dynamo", "--kvbm-nvme-path", str(nvme), "--kvbm-nvme-gb", "0.05"]
+    patience = ["--hicache-storage-prefetch-policy", "wait_complete"]
+    watch = ["--enable-metrics", "--enable-cache-report", "--port", str(port)]
+    command = launch_command(model, *levels, *tier, *patience, *watch)
+    url = f"http://127.0.0.1:{port}"
+    return Server(ServerProcess("sglang", command, url, folder / "server.log", server_environment()), nvme, model)
