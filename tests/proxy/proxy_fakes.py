@@ -101,9 +101,7 @@ class FakeEngine:
         return web.json_response(self.event_sources)
 
     async def _info(self, request: web.Request) -> web.Response:
-        return (
-            web.json_response(self.server_info) if self.server_info is not None else web.Response(status=404)
-        )
+        return web.json_response(self.server_info) if self.server_info is not None else web.Response(status=404)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self.metrics_text)
@@ -221,9 +219,7 @@ class RawEngine:
                 canned = next((answer for start, answer in _CANNED.items() if head.startswith(start)), None)
                 if canned is not None:
                     writer.write(canned)
-                elif head.startswith(
-                    (b"GET /kv_event", b"GET /server_info", b"GET /metrics", b"POST /tokenize")
-                ):
+                elif head.startswith((b"GET /kv_event", b"GET /server_info", b"GET /metrics", b"POST /tokenize")):
                     writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
                 else:
                     self.requests.append(head + body)
@@ -249,9 +245,7 @@ async def proxy_before(*engines: FakeEngine | RawEngine, **settings: Any) -> Asy
     try:
         await server.start()
         if ready:
-            await wait_until(
-                lambda: all(engine.takes_requests for engine in server.registry), "engines ready"
-            )
+            await wait_until(lambda: all(engine.takes_requests for engine in server.registry), "engines ready")
         yield server
         server.check()
     finally:

@@ -39,9 +39,7 @@ def test_engines_are_listed_added_drained_resumed_and_removed() -> None:
                 for _ in range(4)
             ]
             assert set(names) == {"engine-1"}
-            assert (await admin(port, "POST", "/engines/resume", {"url": first.url})).json()[
-                "state"
-            ] == "ready"
+            assert (await admin(port, "POST", "/engines/resume", {"url": first.url})).json()["state"] == "ready"
             gone = await admin(port, "DELETE", "/engines?url=" + quote(second.url))
             assert gone.status == 200
             assert (await admin(port, "DELETE", "/engines?url=" + quote(second.url))).status == 404
@@ -114,9 +112,9 @@ def test_the_router_mode_changes_while_running() -> None:
             kv = [(await ask(proxy.port, request)).headers for _ in range(6)]
             assert len({headers["x-dynamo-engine"] for headers in kv}) == 1
             assert int(kv[-1]["x-dynamo-matched-tokens"]) > 400
-            assert (
-                await admin(proxy.admin_port, "POST", "/router-mode", {"mode": "round-robin"})
-            ).json() == {"mode": "round-robin"}
+            assert (await admin(proxy.admin_port, "POST", "/router-mode", {"mode": "round-robin"})).json() == {
+                "mode": "round-robin"
+            }
             turns = [(await ask(proxy.port, request)).headers["x-dynamo-engine"] for _ in range(4)]
             assert set(turns) == {"engine-0", "engine-1"}
             for mode in ("random", "least-loaded"):

@@ -94,9 +94,7 @@ async def started(*arguments: str) -> AsyncIterator[tuple[subprocess.Popen[bytes
             return os.pread(stderr.fileno(), 1 << 20, 0).decode()
 
         try:
-            await wait_until(
-                lambda: "listening on" in written() or process.poll() is not None, "the proxy listens"
-            )
+            await wait_until(lambda: "listening on" in written() or process.poll() is not None, "the proxy listens")
             found = re.search(r"listening on http://[^:]+:(\d+)", written())
             assert found is not None, written()
             yield process, int(found[1]), lines
@@ -189,7 +187,5 @@ def test_a_stuck_stream_does_not_keep_it_alive(how: str) -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = ("aiohttp", "zmq", "uvloop", "typer")
     code = f"import sys, dynamo_proxy; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.strip() == "[]"

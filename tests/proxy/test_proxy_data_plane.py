@@ -64,18 +64,14 @@ def test_a_chunked_request_in_small_pieces_reaches_the_engine_whole() -> None:
         engine = await FakeEngine().start()
         async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
             payload = orjson.dumps(chat("chunky"))
-            client.send(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: p\r\ntransfer-encoding: chunked\r\n\r\n"
-            )
+            client.send(b"POST /v1/chat/completions HTTP/1.1\r\nhost: p\r\ntransfer-encoding: chunked\r\n\r\n")
             for letter in payload:
                 client.send(b"1\r\n%c\r\n" % letter)
                 await asyncio.sleep(0)
             client.send(b"0\r\n\r\n")
             assert (await client.answer()).json()["received_bytes"] == len(payload)
             _, headers, _ = engine.requests[-1]
-            assert headers["Content-Length" if "Content-Length" in headers else "content-length"] == str(
-                len(payload)
-            )
+            assert headers["Content-Length" if "Content-Length" in headers else "content-length"] == str(len(payload))
 
     run(body())
 
@@ -113,9 +109,7 @@ def test_malformed_bytes_get_400_and_the_connection_ends() -> None:
     async def body() -> None:
         engine = await FakeEngine().start()
         async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
-            client.send(
-                b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n"
-            )
+            client.send(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n")
             answer = await client.answer()
             assert answer.status == 400
             assert answer.json()["error"]["type"] == "invalid_request_error"

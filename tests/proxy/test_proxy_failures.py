@@ -23,12 +23,8 @@ async def _die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reque
 
 
 def test_an_engine_that_dies_before_the_first_byte_costs_the_client_nothing() -> None:
-    async def head_then_die(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
-    ) -> None:
-        writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
+    async def head_then_die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         await writer.drain()
         writer.transport.abort()
 
@@ -79,9 +75,10 @@ def test_a_silent_engine_is_left_at_the_first_byte_deadline() -> None:
         mute, good = await RawEngine(silent).start(), await RawEngine(_ok).start()
         timeouts = replace(QUICK, first_byte_seconds=0.1)
         async with proxy_before(mute, good, router_mode="round-robin", timeouts=timeouts) as proxy:
-            assert [
-                (await ask(proxy.port, post("/v1/completions", {"prompt": "a"}))).status for _ in range(2)
-            ] == [200, 200]
+            assert [(await ask(proxy.port, post("/v1/completions", {"prompt": "a"}))).status for _ in range(2)] == [
+                200,
+                200,
+            ]
             assert len(mute.requests) == 1
             await good.stop()
             proxy.registry.at(1).draining = True
@@ -92,9 +89,7 @@ def test_a_silent_engine_is_left_at_the_first_byte_deadline() -> None:
 
 def test_an_engine_that_dies_mid_stream_ends_it_with_an_error_event() -> None:
     async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
-        writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         writer.write(b"9\r\ndata: 1\n\n\r\n")
         await writer.drain()
         await asyncio.sleep(0.02)
@@ -156,9 +151,7 @@ def test_an_answer_without_a_length_passes() -> None:
 
 
 def test_a_stale_connection_is_redone_unseen() -> None:
-    async def answer_and_close(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
-    ) -> None:
+    async def answer_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
         if len(engine_requests) % 2:  # a reused connection dies under its second request
             writer.transport.abort()
         else:
@@ -178,9 +171,7 @@ def test_a_stale_connection_is_redone_unseen() -> None:
 
 
 def test_a_lost_answer_without_a_length_is_a_reset_not_an_end() -> None:
-    async def reset_midway(
-        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
-    ) -> None:
+    async def reset_midway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\nhello ")
         await writer.drain()
         await asyncio.sleep(0.02)

@@ -161,9 +161,7 @@ def test_hop_by_hop_headers_do_not_pass() -> None:
         (b"x-kept", b"2"),
     )
     assert end_to_end(headers) == [(b"x-kept", b"2")]
-    assert end_to_end(((b"connection", b"content-length"), (b"content-length", b"3"))) == [
-        (b"content-length", b"3")
-    ]
+    assert end_to_end(((b"connection", b"content-length"), (b"content-length", b"3"))) == [(b"content-length", b"3")]
 
 
 # --- responses
