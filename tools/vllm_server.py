@@ -42,7 +42,12 @@ def vllm_server(name: str, model: Path, log: Path, options: VllmOptions, port: i
         "--enforce-eager",
     ]  # fmt: skip
     if options.events_port is not None:
-        events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{options.events_port}"}
+        events = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": f"tcp://*:{options.events_port}",
+            "replay_endpoint": f"tcp://*:{free_port()}",
+        }
         command += ["--kv-events-config", json.dumps(events)]
     command += options.extra
     env = {
