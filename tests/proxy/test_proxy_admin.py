@@ -7,7 +7,8 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from proxy_fakes import Answer, Client, FakeEngine, ask, chat, get, post, proxy_before, run, wait_until
+
+from tests.proxy.proxy_fakes import Answer, Client, FakeEngine, ask, chat, get, post, proxy_before, run, wait_until
 
 
 async def admin(port: int, method: str, path: str, body: Any = None) -> Answer:

@@ -18,7 +18,8 @@ import dynamo_proxy
 import pytest
 from dynamo_proxy.config import EngineAddress, parse_engine_url
 from dynamo_proxy.errors import ConfigError
-from proxy_fakes import Client, FakeEngine, ask, chat, get, post, run, wait_until
+
+from tests.proxy.proxy_fakes import Client, FakeEngine, ask, chat, get, post, run, wait_until
 
 COMMAND = [sys.executable, "-c", "import sys; from dynamo_proxy.cli import main; sys.exit(main())"]
 ENGINE = ["--engine", "http://127.0.0.1:1"]

@@ -8,7 +8,8 @@ from dataclasses import replace
 import orjson
 import pytest
 from dynamo_proxy.config import Limits
-from proxy_fakes import (
+
+from tests.proxy.proxy_fakes import (
     QUICK,
     Client,
     FakeEngine,

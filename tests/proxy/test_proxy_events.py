@@ -11,7 +11,8 @@ import msgspec
 import pytest
 import zmq
 from dynamo_proxy.server import ProxyServer
-from proxy_fakes import FakeEngine, ask, chat, post, proxy_before, run, wait_until
+
+from tests.proxy.proxy_fakes import FakeEngine, ask, chat, post, proxy_before, run, wait_until
 
 END = (-1).to_bytes(8, "big", signed=True)
 

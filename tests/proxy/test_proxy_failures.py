@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import orjson
 import pytest
-from proxy_fakes import QUICK, Client, FakeEngine, RawEngine, ask, chat, get, post, proxy_before, run
+
+from tests.proxy.proxy_fakes import QUICK, Client, FakeEngine, RawEngine, ask, chat, get, post, proxy_before, run
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 

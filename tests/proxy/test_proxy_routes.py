@@ -7,7 +7,8 @@ import asyncio
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from proxy_fakes import Client, FakeEngine, ask, chat, get, post, proxy_before, run, wait_until
+
+from tests.proxy.proxy_fakes import Client, FakeEngine, ask, chat, get, post, proxy_before, run, wait_until
 
 
 def test_models_are_merged_and_each_is_listed_once() -> None:
