@@ -124,7 +124,7 @@ def test_python_api_gets_the_same_checks() -> None:
     from dynamo_connectors.errors import ConfigError
 
     bad = KVTransferConfig(**NATIVE, kv_connector_extra_config={"kvbm_host_dram_gb": -1})
-    with pytest.raises(ConfigError, match="--kvbm-host-dram-gb -1 must be above 0"):
+    with pytest.raises(ConfigError, match="--kvbm-host-dram-gb -1 must be a finite number above 0"):
         EngineArgs(model="anything", kv_transfer_config=bad).create_engine_config()
 
 
