@@ -24,11 +24,20 @@ from dynamo_connectors.vllm.worker import WorkerHalf
 
 #: Offloads may hold at most this share of HBM away from new requests.
 _MAX_HELD_SHARE = 0.25
+#: With context parallelism a block of the scheduler is not a block of each worker: it spans several of them (DCP), or
+#: only its owner fills it (PCP).
+_REFUSED_PARALLELISM = (
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
 
 
 def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
     """Raises `ConfigError` when this model or parallelism cannot be tiered; better no server than a silent no-op."""
     groups = len(kv_cache_config.kv_cache_groups)
+    if groups == 0:
+        raise ConfigError("this model has no KV cache, nothing can be tiered; start without --kv-connector dynamo")
     if groups != 1:
         raise ConfigError(
             f"dynamo cannot tier this model yet: it has {groups} KV cache groups (hybrid attention); "
@@ -40,8 +49,15 @@ def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
             f"dynamo cannot tier this model yet: its KV cache is a {type(spec).__name__}, not full attention; "
             "start without --kv-connector dynamo"
         )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ConfigError("dynamo cannot tier with --pipeline-parallel-size above 1 yet; start without it")
+    if not getattr(vllm_config.model_config, "is_prefix_caching_supported", True):
+        # vLLM asks connectors all the same, and the first hit kills it (0.32, MEAN: "partial prefill").
+        raise ConfigError(
+            "vLLM does not support prefix caching for this model and pooling, so its KV cannot be used again; "
+            "start without --kv-connector dynamo"
+        )
+    for parallelism in _REFUSED_PARALLELISM:
+        if getattr(vllm_config.parallel_config, parallelism, 1) > 1:
+            raise ConfigError(f"dynamo cannot tier with {flag_of(parallelism)} above 1 yet; start without it")
 
 
 def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> SchedulerHalf:
