@@ -104,10 +104,23 @@ def check_settings(transfer_config: Any) -> None:
     vLLM's own default, "fail", turns a lost block into HTTP 500, and its config does not tell a default from a choice.
     For a cache a lost block is a recompute, always.
     """
-    if connector_of(transfer_config) != CONNECTOR_NAME or isinstance(transfer_config, Mapping):
+    if isinstance(transfer_config, Mapping):
         return
-    check_host(parse_config(transfer_config.kv_connector_extra_config or {}))
-    transfer_config.kv_load_failure_policy = "recompute"
+    for settings in _our_settings(transfer_config):
+        check_host(parse_config(settings))
+        transfer_config.kv_load_failure_policy = "recompute"
+
+
+def _our_settings(transfer_config: Any) -> list[Mapping[str, object]]:
+    """dynamo's settings in a `KVTransferConfig`: alone, or beside other connectors under vLLM's `MultiConnector`."""
+    extra = getattr(transfer_config, "kv_connector_extra_config", None) or {}
+    named = connector_of(transfer_config)
+    if named == CONNECTOR_NAME:
+        return [extra]
+    if named != "MultiConnector":
+        return []
+    children = extra.get("connectors") or ()
+    return [child.get("kv_connector_extra_config") or {} for child in children if connector_of(child) == CONNECTOR_NAME]
 
 
 def _take(args: argparse.Namespace, name: str) -> Any:

@@ -15,8 +15,10 @@ def register() -> None:
 
     from dynamo_connectors.vllm.launch_flags import CONNECTOR_NAME, install
 
-    if CONNECTOR_NAME not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR_NAME, "dynamo_connectors.vllm.connector", "DynamoConnector")
+    # Under vLLM's MultiConnector statistics travel under the class's name, and are looked up by it.
+    for name in (CONNECTOR_NAME, "DynamoConnector"):
+        if name not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(name, "dynamo_connectors.vllm.connector", "DynamoConnector")
     # Only processes that parse a command line, or build an engine in Python, have imported this.
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     if arg_utils is not None:

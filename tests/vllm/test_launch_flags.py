@@ -67,6 +67,29 @@ def test_other_settings_of_an_explicit_config_survive(parse: Any) -> None:
     assert config.kv_connector_extra_config == {"theirs": 1, "kvbm_offload_ratio": "0.5"}
 
 
+def beside_another(extra: dict[str, Any]) -> list[str]:
+    """dynamo as one of several connectors, in vLLM's own spelling."""
+    children = [{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}]
+    children.append({**NATIVE, "kv_connector_extra_config": extra})
+    config = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    return ["--kv-transfer-config", json.dumps({**config, "kv_connector_extra_config": {"connectors": children}})]
+
+
+def test_dynamo_beside_another_connector_recomputes_lost_blocks_too(parse: Any) -> None:
+    config = parse(beside_another({"kvbm_host_dram_gb": 0.5}))
+    assert (config.kv_connector, config.kv_load_failure_policy) == ("MultiConnector", "recompute")
+
+
+def test_statistics_of_a_multi_connector_are_found_by_class_name() -> None:
+    """vLLM's MultiConnector names statistics by class and looks the class up by that name; a miss ended the server."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+    from dynamo_connectors.vllm.connector import DynamoConnector
+
+    wire = {DynamoConnector.__name__: {"counts": {"onboarded_bytes|": 7}}}
+    assert MultiConnector.build_kv_connector_stats(wire).reduce() == {"DynamoConnector": {"onboarded_bytes|": 7}}
+
+
 def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
     assert parse([]) is None
     other = parse(["--kv-transfer-config", '{"kv_connector":"ExampleConnector","kv_role":"kv_both"}'])
@@ -102,6 +125,7 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
             ["--kv-transfer-config", json.dumps({**NATIVE, "kv_connector_extra_config": {"kvbm_dram": 1}})],
             ["kvbm_dram", "kvbm_host_dram_gb"],
         ),
+        (beside_another({"kvbm_host_dram_gb": 0}), ["--kvbm-host-dram-gb", "above 0"]),
     ],
 )  # fmt: skip
 def test_nonsense_is_one_line(
