@@ -113,9 +113,9 @@ class SchedulerHalf:
         )
         job_id = self._start(Running(self._limits.num_workers, loads=tuple(sources), loading=request.request_id))
         self._loading.add(request.request_id)
-        self._loads.append(LoadJob(job_id, request.request_id, items, tuple(targets[len(sources) :])))
-        for source in sources:
-            self._counts["hit_blocks", self._manager.tiers[source.tier].name] += 1
+        missing = tuple(targets[len(sources) :])
+        self._loads.append(LoadJob(job_id, request.request_id, items, missing))
+        self._counts["load_failures", "evicted"] += len(missing)
 
     def offer(self, request_id: str, computed_tokens: int, block_ids: Callable[[], Sequence[int]]) -> None:
         """Offloads those of the request's computed full blocks that are not kept below HBM yet.
@@ -249,8 +249,11 @@ class SchedulerHalf:
         if job.loading is not None:
             self._loading.discard(job.loading)
             self._manager.release(job.loads, damaged=job.failed.keys())
-            for reason in job.failed.values():
-                self._counts["load_failures", reason] += 1
+            for source in job.loads:
+                if source.key in job.failed:
+                    self._counts["load_failures", job.failed[source.key]] += 1
+                else:
+                    self._counts["hit_blocks", self._manager.tiers[source.tier].name] += 1
         for spill in job.spills:
             ok = spill.key not in job.failed
             self._manager.end_spill(spill, ok)

@@ -115,6 +115,17 @@ def test_a_damaged_block_is_never_offered_again_until_it_is_recomputed() -> None
     assert half.matched_tokens(request("c", 3, prefix="a"), 0) == 3 * BLOCK
 
 
+def test_only_blocks_that_arrived_count_as_hits() -> None:
+    half, _ = make()
+    first = request("a", 3)
+    end(half, offer_all(half, first, [1, 2, 3]))
+    plan = load(half, request("b", 3, prefix="a"), [7, 8, 9])
+    assert half.take_counts()["hit_blocks", "host_dram"] == 0
+    end(half, plan, {plan.loads[0].job_id: {first.block_hashes[1]: "bad_checksum"}})
+    counts = half.take_counts()
+    assert (counts["hit_blocks", "host_dram"], counts["load_failures", "bad_checksum"]) == (2, 1)
+
+
 def test_a_promise_whose_source_is_gone_becomes_missing_blocks() -> None:
     half, _ = make()
     end(half, offer_all(half, request("a", 2), [1, 2]))
@@ -125,6 +136,7 @@ def test_a_promise_whose_source_is_gone_becomes_missing_blocks() -> None:
     half.after_alloc(late, [8, 9], tokens)
     (job,) = half.plan(is_idle=False).loads
     assert (job.items, job.missing_blocks) == ((), (8, 9))
+    assert half.take_counts()["load_failures", "evicted"] == 2
     half.worker_reports(WorkerReports({job.job_id: 1}))
 
 
