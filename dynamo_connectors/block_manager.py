@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from dynamo_connectors.blocks import BlockKey
@@ -70,18 +71,20 @@ class BlockManager:
         self._max_spills = min(MAX_SPILLS, max(1, tiers[0].index.capacity_blocks // 2))
         #: Blocks that may still sink: (tier, key), oldest first.
         self._sinking: deque[tuple[int, BlockKey]] = deque()
-        self._leases: Counter[Source] = Counter()
+        #: Per tier: slot -> number of leases.
+        self._leases: tuple[dict[int, int], ...] = tuple({} for _ in tiers)
         self._targets: set[Target] = set()
         self._spills: set[Spill] = set()
         self._changes: list[Change] = []
         #: Blocks that were not kept, by reason.
         self.dropped: Counter[str] = Counter()
 
-    def match(self, keys: Iterable[BlockKey]) -> int:
+    def match(self, keys: Sequence[BlockKey]) -> int:
         """Length of the leading run of `keys` that can be read from some tier. Changes nothing."""
-        run = 0
-        for key in keys:
-            if not any(key in tier.index for tier in self.tiers):
+        run = self.tiers[0].index.lookup(keys)
+        indexes = [tier.index for tier in self.tiers]
+        for key in islice(keys, run, None):
+            if not any(key in index for index in indexes):
                 break
             run += 1
         return run
@@ -100,11 +103,12 @@ class BlockManager:
         """Ends leases. Blocks named in `damaged` gave no bytes, or wrong ones: they are never served again."""
         released = list(sources)
         for source in released:
-            if self._leases[source] < 1:
+            leases = self._leases[source.tier]
+            if source.slot not in leases:
                 raise AssertionError(f"{source} is not leased")
-            self._leases[source] -= 1
-            if not self._leases[source]:
-                del self._leases[source]
+            leases[source.slot] -= 1
+            if not leases[source.slot]:
+                del leases[source.slot]
             index = self.tiers[source.tier].index
             if source.key in damaged and index.slot_of(source.key) == source.slot:
                 self._discard(source.tier, source.key)
@@ -195,9 +199,10 @@ class BlockManager:
     def check(self) -> None:
         """Asserts every invariant. O(capacity)."""
         expected: Counter[tuple[int, int]] = Counter()
-        for source, count in self._leases.items():
-            assert count > 0, f"{source} is leased {count} times"
-            expected[source.tier, source.slot] += count
+        for position, leases in enumerate(self._leases):
+            for slot, count in leases.items():
+                assert count > 0, f"tier {position} slot {slot} is leased {count} times"
+                expected[position, slot] += count
         for spill in self._spills:
             expected[spill.tier, spill.source_slot] += 1
         for position, tier in enumerate(self.tiers):
@@ -217,9 +222,9 @@ class BlockManager:
         for position, tier in enumerate(self.tiers):
             slot = tier.index.pin(key)
             if slot is not None:
-                source = Source(key, position, slot)
-                self._leases[source] += 1
-                return source
+                leases = self._leases[position]
+                leases[slot] = leases.get(slot, 0) + 1
+                return Source(key, position, slot)
         return None
 
     def _start_spill(self, tier: int, key: BlockKey) -> Spill | None:
