@@ -124,8 +124,12 @@ class TransferEngine:
         return failed
 
     def _load_from_dram(self, items: Sequence[LoadItem], failed: dict[BlockKey, str]) -> None:
-        good = [item for item in items if self._stores.dram.holds(item.slot, item.key)]
-        failed.update({item.key: "wrong_key" for item in items if item not in good})
+        good: list[LoadItem] = []
+        for item in items:
+            if self._stores.dram.holds(item.slot, item.key):
+                good.append(item)
+            else:
+                failed[item.key] = "wrong_key"
         copy_blocks(self._rows, [item.slot for item in good], self._hbm, [item.block for item in good])
 
     def _load_from_disk(self, items: Sequence[LoadItem], failed: dict[BlockKey, str]) -> None:
