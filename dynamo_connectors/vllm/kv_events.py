@@ -39,6 +39,8 @@ class TierEvents:
         """Remembers what block `index` of `request` contains, for when it arrives in a tier."""
         if not self._enabled or getattr(request, "mm_features", None):
             return
+        if getattr(request, "prompt_embeds", None) is not None:  # its token ids are placeholders
+            return
         lora = request.lora_request.lora_name if request.lora_request else None
         start = index * self._block_size
         self._described[request.block_hashes[index]] = Described(
