@@ -66,6 +66,8 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
         self._used = gauge(
             name="dynamo_kvbm_memory_utilization_percent",
             documentation="Used share of a tier, 0 to 100.",
+            # Each API server hears of some steps only: by default each would keep a series of its own.
+            multiprocess_mode="mostrecent",
             labelnames=[*labelnames, "tier"],
         )
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tools.vllm_server import CHUNK_TOKENS, MODEL_NAME
 
@@ -60,14 +61,18 @@ class VllmClient:
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum over all series of `name` that carry `labels`."""
+        return sum(sample.value for sample in self.series(name, **labels))
+
+    def series(self, name: str, **labels: str) -> list[Sample]:
+        """All series of `name` that carry `labels`."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=30) as answer:
             text = answer.read().decode()
-        return sum(
-            sample.value
+        return [
+            sample
             for family in text_string_to_metric_families(text)
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        ]
 
     def empty_hbm(self) -> None:
         """vLLM forgets its own prefix cache; the tiers below keep theirs."""

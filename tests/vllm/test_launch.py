@@ -50,6 +50,9 @@ def test_yaml_native_spelling_and_two_api_servers(tiny_model: Path, logs: Path, 
         cold = [client.complete(prompt(seed)) for seed in range(8)]
         assert [client.complete(prompt(seed)) for seed in range(8)] == cold
         assert client.metric("dynamo_kvbm_hit_blocks_total", tier="host_dram") == 8 * 28
+        # One series on the shared page, not one per API server: their sum could exceed 100 percent.
+        (used,) = client.series("dynamo_kvbm_memory_utilization_percent")
+        assert 0 < used.value <= 100
     finally:
         server.stop()
 
