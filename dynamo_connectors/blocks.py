@@ -46,11 +46,3 @@ class Namespace:
         # A deterministic, unambiguous encoding: joining the fields with a separator would let one field imitate two.
         encoded = msgspec.json.encode(sorted(asdict(self).items()))
         return hashlib.blake2b(encoded, digest_size=NAMESPACE_DIGEST_BYTES).digest()
-
-
-def leading_run(present: list[bool]) -> int:
-    """Length of the leading run of True: the part of a chain that can be used."""
-    for index, here in enumerate(present):
-        if not here:
-            return index
-    return len(present)

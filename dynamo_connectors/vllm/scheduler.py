@@ -189,7 +189,7 @@ class SchedulerHalf:
     @property
     def has_work(self) -> bool:
         """Whether an idle engine must keep stepping to see a job end, or a block sink."""
-        return bool(self._jobs or self._loads or self._stores or self._manager.has_spills_waiting)
+        return bool(self._jobs or self._manager.has_spills_waiting)
 
     def take_events(self) -> Iterable[Any]:
         return self._events.take()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_connectors.blocks import NAMESPACE_DIGEST_BYTES, Namespace, leading_run
+from dynamo_connectors.blocks import NAMESPACE_DIGEST_BYTES, Namespace
 
 BASE = Namespace(
     engine="vllm",
@@ -54,11 +54,3 @@ def test_no_field_can_imitate_two(left: list[str], right: list[str]) -> None:
 )
 def test_pieces_that_join_to_the_same_text_differ(one: dict[str, str], two: dict[str, str]) -> None:
     assert replace(BASE, **one).digest != replace(BASE, **two).digest
-
-
-@pytest.mark.parametrize(
-    ("present", "run"),
-    [([], 0), ([False], 0), ([True], 1), ([True, False, True], 1), ([True, True], 2), ([False, True], 0)],
-)
-def test_leading_run(present: list[bool], run: int) -> None:
-    assert leading_run(present) == run
