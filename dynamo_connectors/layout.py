@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from itertools import accumulate
 
 from dynamo_connectors.errors import UnsupportedLayoutError
 
@@ -36,15 +35,6 @@ class KVLayout:
     @property
     def row_bytes(self) -> int:
         return sum(page.page_bytes for page in self.pages)
-
-    @property
-    def row_offsets(self) -> tuple[int, ...]:
-        """Where each layer's page starts in a host row, in bytes."""
-        return tuple(accumulate((page.page_bytes for page in self.pages), initial=0))[:-1]
-
-    @property
-    def num_blocks(self) -> int:
-        return min(page.num_blocks for page in self.pages)
 
     @property
     def fingerprint(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -50,9 +50,6 @@ class TransferEngine:
         self._stores = stores
         self._device = hbm.device
         self._rows = BlockView.of_rows(torch.from_numpy(stores.dram.rows), hbm.part_bytes)
-        staging = torch.empty((_STAGING_ROWS, stores.dram.row_bytes), dtype=torch.uint8)
-        self._staging_bytes = staging.numpy()
-        self._staging = BlockView.of_rows(staging, hbm.part_bytes)
         self._reports: queue.SimpleQueue[JobReport] = queue.SimpleQueue()
         # One lane per direction keeps jobs of one kind in order, and lets loads overtake stores.
         self._store_lane = ThreadPoolExecutor(1, thread_name_prefix="kvbm-store")
@@ -136,12 +133,13 @@ class TransferEngine:
         disk = self._stores.disk
         if disk is None:
             raise CopyError("a load names the nvme_ssd tier, which this worker does not have")
+        # Rows of this batch alone: a read that is late, because this batch failed, can then only hit dead memory.
+        rows = torch.empty((len(items), self._stores.dram.row_bytes), dtype=torch.uint8)
+        staging, row_bytes = BlockView.of_rows(rows, self._hbm.part_bytes), rows.numpy()
         reads: list[Future[None]] = [
-            self._readers.submit(disk.read, item.slot, item.key, memoryview(self._staging_bytes[row]))
+            self._readers.submit(disk.read, item.slot, item.key, memoryview(row_bytes[row]))
             for row, item in enumerate(items)
         ]
-        # The rows are shared by all loads: not one read may still be writing when this one ends, however it ends.
-        wait(reads)
         good: list[tuple[int, LoadItem]] = []
         for row, (item, read) in enumerate(zip(items, reads, strict=True)):
             try:
@@ -151,7 +149,7 @@ class TransferEngine:
                 log.warning("dynamo: a block on disk is a miss: %s", error)
             else:
                 good.append((row, item))
-        copy_blocks(self._staging, [row for row, _ in good], self._hbm, [item.block for _, item in good])
+        copy_blocks(staging, [row for row, _ in good], self._hbm, [item.block for _, item in good])
 
     def _spill(self, job: SpillJob) -> dict[BlockKey, str]:
         disk = self._stores.disk
