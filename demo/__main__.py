@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from demo import planning, routing, tiers
 from demo.fleet import Fleet
@@ -26,7 +26,8 @@ ADVISER = "planner-advising"
 @contextmanager
 def bar(console: Console, text: str, total: int | None = None) -> Iterator[Any]:
     """A progress bar on a terminal, and one line with the time it took anywhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:g}"), TimeElapsedColumn())
+    counter = (BarColumn(), MofNCompleteColumn()) if total else (SpinnerColumn(),)
+    columns = (TextColumn("{task.description}"), *counter, TimeElapsedColumn())
     started = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(text, total=total)

@@ -14,10 +14,11 @@ from typing import TypeVar
 
 from demo.asking import client_for, complete
 from demo.fleet import Fleet, post
-from tools.server_process import ServerError
+from tools.server_process import ServerError, first_error
 
 Value = TypeVar("Value")
 
+ACTOR = "planner-acting"
 STREAMS, STREAM_TOKENS = 6, 300
 
 
@@ -60,7 +61,7 @@ def scale_up_and_down(fleet: Fleet, tick: Callable[[str], None]) -> ScalingResul
     """Orders one replica more, opens streams on the fleet, orders it away again: every stream must end whole."""
     before = {str(engine["url"]) for engine in fleet.engines()}
     planner = fleet.start_planner(
-        "planner-acting",
+        ACTOR,
         "--no-advisory",
         "--max-replicas", str(len(before) + 1),
         "--engine-command", _engine_command(fleet),
@@ -69,7 +70,7 @@ def scale_up_and_down(fleet: Fleet, tick: Callable[[str], None]) -> ScalingResul
     )  # fmt: skip
     started_at = time.monotonic()
     post(planner + "/scale", {"replicas": len(before) + 1})
-    new = _wait(lambda: _ready(fleet) - before, "starting one more replica", tick).pop()
+    new = _wait(lambda: _new_engine(fleet, before), "starting one more replica", tick).pop()
     start_seconds = time.monotonic() - started_at
 
     fleet.set_router_mode("least-loaded")
@@ -108,6 +109,17 @@ def _stream(url: str, number: int) -> int:
 
 def _ready(fleet: Fleet) -> set[str]:
     return {str(engine["url"]) for engine in fleet.engines() if engine["state"] == "ready"}
+
+
+def _new_engine(fleet: Fleet, before: set[str]) -> set[str]:
+    """Raises `ServerError` as soon as the planner has given the start up."""
+    for line in fleet.decision_log(ACTOR).read_text().splitlines():
+        entry = json.loads(line)
+        if entry["kind"] == "actuation" and entry["what"] == "failed":
+            logs = sorted(fleet.logs.glob("engine-*.log"))
+            cause = first_error(logs[-1]) if logs else entry["text"]
+            raise ServerError(f"the replica that the planner started did not come up: {cause}")
+    return _ready(fleet) - before
 
 
 def _in_flight(fleet: Fleet, url: str) -> int:

@@ -28,6 +28,7 @@ def check_host(config: KvbmConfig) -> None:
 
 
 def _check_directory(directory: Path, wanted_bytes: int) -> None:
+    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
@@ -39,6 +40,8 @@ def _check_directory(directory: Path, wanted_bytes: int) -> None:
     # Slabs of engines that have died are taken over, so their space counts as free.
     reusable = sum(_disk_bytes(path) for path in directory.glob("kvbm-*.slab"))
     if wanted_bytes > free + reusable:
+        if is_new:
+            directory.rmdir()
         raise ConfigError(
             f"--kvbm-nvme-gb {wanted_bytes / GIGABYTE:g} is more than the {free / GIGABYTE:.1f} GB free in {directory}"
         )

@@ -44,7 +44,15 @@ def run_with_progress(title: str, command: list[str], log: Path) -> None:
     """Runs `command` with its output in `log`, and a ticking line so that nobody thinks it hangs."""
     started = time.monotonic()
     tty = sys.stdout.isatty()
-    with log.open("a") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT) as child:
+    # pip leaves gigabytes in its temporary folder when it is killed; in a folder of ours they go with the next build.
+    scratch = log.with_suffix(".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    env = {**os.environ, "TMPDIR": str(scratch)}
+    with (
+        log.open("a") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=env) as child,
+    ):
         while child.poll() is None:
             if tty:
                 print(f"\r  {title} ... {time.monotonic() - started:4.0f} s", end="", flush=True)
@@ -55,6 +63,7 @@ def run_with_progress(title: str, command: list[str], log: Path) -> None:
             except KeyboardInterrupt:
                 child.kill()
                 raise
+    shutil.rmtree(scratch, ignore_errors=True)
     print(f"\r  {title}: {time.monotonic() - started:.0f} s" + " " * 12, flush=True)
     if child.returncode:
         tail = "\n    ".join(log.read_text().splitlines()[-8:])

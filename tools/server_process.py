@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -50,7 +51,6 @@ class ServerProcess:
     def start(self) -> ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._asked = False
-        self._shared_memory_before = shared_memory_names()
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 list(self.command),
@@ -76,16 +76,12 @@ class ServerProcess:
         while not self.is_healthy():
             waited = time.monotonic() - started
             if self.process is None or self.process.poll() is not None:
-                raise ServerError(f"{self.name} died while starting:\n{self.log_tail()}")
+                raise ServerError(f"{self.name} died while starting: {first_error(self.log)}")
             if waited > seconds:
-                raise ServerError(f"{self.name} did not answer within {seconds:.0f} s:\n{self.log_tail()}")
+                raise ServerError(f"{self.name} did not answer within {seconds:.0f} s: {first_error(self.log)}")
             if tick is not None:
                 tick(waited)
             time.sleep(0.5)
-
-    def log_tail(self, lines: int = 15) -> str:
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return "\n".join(text.splitlines()[-lines:])
 
     def ask_to_stop(self) -> None:
         """Lets several servers end at the same time; `stop` still has to follow."""
@@ -99,6 +95,7 @@ class ServerProcess:
         if self.process is None:
             return
         session = self.process.pid
+        segments = segments_of(members_of(session))
         if self.process.poll() is None:
             self.ask_to_stop()
             try:
@@ -108,7 +105,14 @@ class ServerProcess:
         self.process.wait()
         _end_session(session, seconds=10.0)
         self.process = None
-        sweep_shared_memory(self._shared_memory_before)
+        remove_orphans(segments)
+
+
+def first_error(log: Path) -> str:
+    """The first line of a log that names an exception (later ones only repeat it), and where the rest is."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    named = (line for line in lines if re.search(r"\b\w*(Error|Exception|error): ", line))
+    return f"{next(named, lines[-1] if lines else 'it said nothing').strip()} (whole log: {log})"
 
 
 def members_of(session: int) -> list[int]:
@@ -145,21 +149,51 @@ def _signal(process: int, number: signal.Signals) -> None:
         return
 
 
-def shared_memory_names() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir()}
+def segments_of(processes: list[int]) -> dict[Path, int]:
+    """The shared-memory segments that these processes have mapped or opened, with their inodes.
+
+    By inode, because glibc maps a named semaphore under a temporary name: by name, every live one would look unused.
+    """
+    device, inodes = SHARED_MEMORY.stat().st_dev, set()
+    for process in processes:
+        inodes |= _inodes_in_use(process, device)
+    segments = {}
+    for path in SHARED_MEMORY.iterdir():
+        inode = _inode_of(path)
+        if inode in inodes:
+            segments[path] = inode
+    return segments
 
 
-def sweep_shared_memory(before: set[str]) -> None:
-    """Removes segments that appeared since `before` and that no living process maps (a killed engine leaves them)."""
-    new = shared_memory_names() - before
-    if not new:
-        return
-    in_use: set[str] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            text = maps.read_text()
-        except OSError:
-            continue
-        in_use.update(name for name in new if f"{SHARED_MEMORY}/{name}" in text)
-    for name in new - in_use:
-        (SHARED_MEMORY / name).unlink(missing_ok=True)
+def remove_orphans(segments: Mapping[Path, int]) -> None:
+    """Removes those of `segments` that their processes left behind (a killed engine does) and that nobody uses."""
+    left = {path: inode for path, inode in segments.items() if _inode_of(path) == inode}
+    if left:
+        in_use = segments_of([int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()])
+        for path in left.keys() - in_use.keys():
+            path.unlink(missing_ok=True)
+
+
+def _inode_of(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def _inodes_in_use(process: int, device: int) -> set[int]:
+    inodes = set()
+    folder = Path("/proc") / str(process)
+    try:
+        for line in (folder / "maps").read_text().splitlines():
+            major, minor, inode = re.split("[: ]", " ".join(line.split()[3:5]))
+            if os.makedev(int(major, 16), int(minor, 16)) == device:
+                inodes.add(int(inode))
+        for descriptor in (folder / "fd").iterdir():
+            status = descriptor.stat()
+            if status.st_dev == device:
+                inodes.add(status.st_ino)
+    except OSError:
+        # It ended meanwhile, or belongs to somebody else: then its segments are not ours to remove either.
+        return inodes
+    return inodes

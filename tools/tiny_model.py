@@ -60,7 +60,9 @@ def _write_tokenizer(folder: Path, max_tokens: int) -> None:
 def _write_weights(folder: Path, max_tokens: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(20261122)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

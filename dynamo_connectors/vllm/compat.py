@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ from dynamo_connectors.errors import PluginError
 
 #: vLLM puts this block where a request has none, for instance behind a sliding window (BlockPool.null_block).
 NULL_BLOCK_ID = 0
+
+
+def engine_logger(name: str) -> logging.Logger:
+    """A logger below vLLM's own, so that our lines look like the engine's and obey VLLM_LOGGING_LEVEL."""
+    return logging.getLogger(f"vllm.{name}")
 
 
 def scheduled_block_ids(scheduler_output: Any, request_id: str) -> Sequence[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -19,13 +18,13 @@ from dynamo_connectors.config import KvbmConfig, parse_config
 from dynamo_connectors.errors import DynamoConnectorsError
 from dynamo_connectors.host_limits import check_host
 from dynamo_connectors.vllm import setup
-from dynamo_connectors.vllm.compat import HbmHolds, scheduled_block_ids, tokens_in_flight
+from dynamo_connectors.vllm.compat import HbmHolds, engine_logger, scheduled_block_ids, tokens_in_flight
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.metrics import KvbmPromMetrics, KvbmStats
 from dynamo_connectors.vllm.scheduler import SchedulerHalf, single_group
 from dynamo_connectors.vllm.worker import WorkerHalf
 
-log = logging.getLogger(__name__)
+log = engine_logger(__name__)
 
 
 class DynamoConnector(KVConnectorBase_V1, SupportsHMA):

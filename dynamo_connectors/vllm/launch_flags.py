@@ -42,6 +42,8 @@ def install(engine_args: Any) -> None:
         try:
             merge_into(args)
             check_settings(args.kv_transfer_config)
+            if connector_of(args.kv_transfer_config) == CONNECTOR_NAME:
+                refuse_parallelism(args)
         except ConfigError as error:
             sys.stderr.write(f"vllm: error: {error}\n")
             raise SystemExit(2) from None
@@ -121,6 +123,17 @@ def _our_settings(transfer_config: Any) -> list[Mapping[str, object]]:
         return []
     children = extra.get("connectors") or ()
     return [child.get("kv_connector_extra_config") or {} for child in children if connector_of(child) == CONNECTOR_NAME]
+
+
+def refuse_parallelism(sizes: object) -> None:
+    """Raises `ConfigError` for what cannot be tiered yet; `sizes` are vLLM's arguments or its parallel configuration.
+
+    With context parallelism a block of the scheduler is not a block of each worker: it spans several of them (DCP), or
+    only its owner fills it (PCP).
+    """
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (getattr(sizes, name, None) or 1) > 1:
+            raise ConfigError(f"dynamo cannot tier with {flag_of(name)} above 1 yet; start without it")
 
 
 def _take(args: argparse.Namespace, name: str) -> Any:

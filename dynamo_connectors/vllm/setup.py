@@ -18,19 +18,16 @@ from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.transfer import Stores
+from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.kv_events import TierEvents
+from dynamo_connectors.vllm.launch_flags import refuse_parallelism
 from dynamo_connectors.vllm.scheduler import Limits, SchedulerHalf
 from dynamo_connectors.vllm.worker import WorkerHalf
 
+log = engine_logger(__name__)
+
 #: Offloads may hold at most this share of HBM away from new requests.
 _MAX_HELD_SHARE = 0.25
-#: With context parallelism a block of the scheduler is not a block of each worker: it spans several of them (DCP), or
-#: only its owner fills it (PCP).
-_REFUSED_PARALLELISM = (
-    "pipeline_parallel_size",
-    "decode_context_parallel_size",
-    "prefill_context_parallel_size",
-)
 
 
 def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -55,14 +52,14 @@ def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
             "vLLM does not support prefix caching for this model and pooling, so its KV cannot be used again; "
             "start without --kv-connector dynamo"
         )
-    for parallelism in _REFUSED_PARALLELISM:
-        if getattr(vllm_config.parallel_config, parallelism, 1) > 1:
-            raise ConfigError(f"dynamo cannot tier with {flag_of(parallelism)} above 1 yet; start without it")
+    refuse_parallelism(vllm_config.parallel_config)
 
 
 def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> SchedulerHalf:
     block_size = block_size_tokens(kv_cache_config)
     capacities = tier_capacities(config, row_bytes(kv_cache_config), vllm_config.parallel_config.world_size)
+    for name, blocks in capacities.items():
+        log.info("dynamo: tier %s holds %d blocks of %d tokens", name, blocks, block_size)
     manager = BlockManager([NamedTier(name, TierIndex(blocks)) for name, blocks in capacities.items()])
     limits = Limits(
         block_size_tokens=block_size,

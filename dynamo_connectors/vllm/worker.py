@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Mapping
 
@@ -14,9 +13,10 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.jobs import JobReport, LoadJob
 from dynamo_connectors.layout import KVLayout
 from dynamo_connectors.transfer import Stores, TransferEngine
+from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 
-log = logging.getLogger(__name__)
+log = engine_logger(__name__)
 
 #: How long an idle step may wait for a job to end, instead of spinning through empty steps.
 _IDLE_WAIT_SECONDS = 0.001

@@ -112,6 +112,8 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
              "/proc/nothing", "--kvbm-nvme-gb", "1"],
             ["--kvbm-nvme-path /proc/nothing", "cannot be used"],
         ),
+        ([*DYNAMO, "--pipeline-parallel-size", "2"], ["--pipeline-parallel-size above 1"]),
+        ([*DYNAMO, "--kvbm-host-dram-gb", "1e-9"], ["--kvbm-host-dram-gb", "less than a megabyte"]),
         (
             [*DYNAMO, "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'],
             ["--kv-connector dynamo", "NixlConnector"],
