@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,15 +18,20 @@ def engine_logger(name: str) -> logging.Logger:
     return logging.getLogger(f"vllm.{name}")
 
 
-def scheduled_block_ids(scheduler_output: Any, request_id: str) -> Sequence[int]:
-    """The HBM blocks of a request scheduled in this step, first KV cache group (0.32: kv_connector_block_state)."""
-    state = getattr(scheduler_output, "kv_connector_block_state", None)
-    if state is None:
+def require_supported_engine() -> None:
+    """Raises `PluginError` for a vLLM that would only fail at its first request (before 0.32)."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    if "kv_connector_block_state" not in {field.name for field in dataclasses.fields(SchedulerOutput)}:
         raise PluginError(
-            "this vLLM does not tell a connector the blocks of a step (SchedulerOutput.kv_connector_block_state); "
-            "dynamo needs vLLM 0.32 or newer for now"
+            "dynamo needs vLLM 0.32 or newer: this one does not tell a connector the blocks of a step; "
+            "upgrade it, or start without --kv-connector dynamo"
         )
-    block_ids: Sequence[int] = state.get_block_ids(request_id)[0]
+
+
+def scheduled_block_ids(scheduler_output: Any, request_id: str) -> Sequence[int]:
+    """The HBM blocks of a request scheduled in this step, first KV cache group."""
+    block_ids: Sequence[int] = scheduler_output.kv_connector_block_state.get_block_ids(request_id)[0]
     return block_ids
 
 

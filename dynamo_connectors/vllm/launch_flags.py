@@ -15,6 +15,7 @@ from typing import Any
 from dynamo_connectors.config import SETTINGS, flag_of, parse_config
 from dynamo_connectors.errors import ConfigError, PluginError
 from dynamo_connectors.host_limits import check_host
+from dynamo_connectors.vllm.compat import require_supported_engine
 
 CONNECTOR_NAME = "dynamo"
 _WRAPPED = "_dynamo_wrapped"
@@ -44,7 +45,7 @@ def install(engine_args: Any) -> None:
             check_settings(args.kv_transfer_config)
             if connector_of(args.kv_transfer_config) == CONNECTOR_NAME:
                 refuse_parallelism(args)
-        except ConfigError as error:
+        except (ConfigError, PluginError) as error:
             sys.stderr.write(f"vllm: error: {error}\n")
             raise SystemExit(2) from None
         return original_from(cls, args)
@@ -109,6 +110,7 @@ def check_settings(transfer_config: Any) -> None:
     if isinstance(transfer_config, Mapping):
         return
     for settings in _our_settings(transfer_config):
+        require_supported_engine()
         check_host(parse_config(settings))
         transfer_config.kv_load_failure_policy = "recompute"
 
