@@ -81,11 +81,13 @@ class Router:
             self._metrics.routed(tokens, decision.matched_tokens)
         return Placement(self._registry.at(decision.slot), lease, decision, queued, tokens)
 
-    def first_byte(self, placement: Placement, seconds: float) -> None:
-        """The first body byte came after `seconds` on this engine: learn, and stop counting its prefill."""
+    def first_byte(self, placement: Placement, first_token_seconds: float) -> None:
+        """The first body byte came: stop counting its prefill. Learn, if the time to a first token is known
+        (above 0).
+        """
         self._ledger.prefilled(placement.lease)
         prefill = placement.decision.new_tokens + placement.queued_tokens
-        self.state.model = policy.learn_prefill(self.state.model, seconds, prefill)
+        self.state.model = policy.learn_prefill(self.state.model, first_token_seconds, prefill)
 
     def release(self, placement: Placement) -> None:
         """The request left its engine."""
