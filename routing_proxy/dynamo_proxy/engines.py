@@ -99,6 +99,7 @@ class EngineRegistry:
     def add(self, engine: Engine) -> None:
         assert engine.slot not in self._engines, f"slot {engine.slot} is taken"
         self._engines[engine.slot] = engine
+        self._ledger.load(engine.slot)
 
     def remove(self, engine: Engine) -> None:
         """Take an engine out; its slot stays taken until `left`. Raises EngineBusyError while requests are in

@@ -91,7 +91,7 @@ class _Fields:
                 keep(line)
             elif kind is not _DROP:
                 self._read(kind, value.strip(b" \t"), line)
-        named = set(self.connection) - {b"close", b"keep-alive", b"content-type"}
+        named: set[bytes] = set(self.connection) - {b"close", b"keep-alive", b"content-type"}
         if named:
             self.passing = [line for line in self.passing if line.partition(b":")[0].lower() not in named]
 

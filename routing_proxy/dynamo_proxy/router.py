@@ -64,18 +64,22 @@ class Router:
         for engine in engines:
             mask |= 1 << engine.slot
         matched = self._knowledge.matched_tokens(prompt, mask, now)
+        loads = self._ledger.loads
         candidates = []
         for engine in engines:
-            load = self._ledger.load(engine.slot)
-            held = min(matched.get(engine.slot, 0), tokens)
+            slot = engine.slot
+            load = loads[slot]
+            held = matched.get(slot, 0) if matched else 0
             candidates.append(
-                policy.Candidate(engine.slot, held, load.in_flight, load.pending_tokens, load.active_tokens)
+                policy.Candidate(
+                    slot, held if held < tokens else tokens, load.in_flight, load.pending_tokens, load.active_tokens
+                )
             )
         decision = self._choose(candidates, tokens)
-        queued = self._ledger.load(decision.slot).pending_tokens
+        queued = loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         self._knowledge.sent(decision.slot, prompt, now)
-        self._metrics.decisions.labels(self.state.mode, decision.reason).inc()
+        self._metrics.decided(self.state.mode, decision.reason)
         if not tried:
             self.state.last_slot = decision.slot
             self._metrics.routed(tokens, decision.matched_tokens)
