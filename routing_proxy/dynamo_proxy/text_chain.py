@@ -96,18 +96,18 @@ def _text_prompt(model: str, root: int, text: bytes, ask: dict[str, Any] | None)
 
 
 def _render_chat(body: dict[str, Any], messages: list[Any]) -> bytes:
-    parts = [_preamble(body)]
+    parts = []
     for message in messages:
         if not isinstance(message, dict):
-            parts.append(orjson.dumps(message, option=_SORTED))
-        elif message.keys() <= {"role", "content"} and isinstance(message.get("content"), str):
-            parts.append(f"{message.get('role')}\x1f{message['content']}\x1e".encode("utf-8", "surrogatepass"))
+            parts.append(orjson.dumps(message, option=_SORTED).decode())
+        elif len(message) == 2 and "role" in message and type(content := message.get("content")) is str:
+            parts += (_text(message["role"]), "\x1f", content, "\x1e")  # what nearly all messages are
         else:
             parts.append(_render_message(message))
-    return b"".join(parts)
+    return _preamble(body) + "".join(parts).encode("utf-8", "surrogatepass")
 
 
-def _render_message(message: dict[str, Any]) -> bytes:
+def _render_message(message: dict[str, Any]) -> str:
     role, content = _text(message.get("role")), message.get("content")
     rest = {key: value for key, value in message.items() if key not in ("role", "content")}
     if isinstance(content, list) and all(
@@ -116,7 +116,7 @@ def _render_message(message: dict[str, Any]) -> bytes:
         content = "\n".join(part["text"] for part in content)
     shown = content if isinstance(content, str) else orjson.dumps(content, option=_SORTED).decode()
     tail = orjson.dumps(rest, option=_SORTED).decode() if rest else ""
-    return f"{role}\x1f{shown}{tail}\x1e".encode("utf-8", "surrogatepass")
+    return f"{role}\x1f{shown}{tail}\x1e"
 
 
 def _preamble(body: dict[str, Any]) -> bytes:
