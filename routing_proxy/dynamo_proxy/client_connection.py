@@ -25,6 +25,8 @@ _REASONS = {
     504: b"Gateway Timeout", 505: b"HTTP Version Not Supported",
 }  # fmt: skip
 _LINGER_SECONDS = 5.0
+# What a client must send on average, beyond its idle time: slower ones hold a connection for nothing.
+_MIN_BYTES_PER_SECOND = 4096
 _LINGER_BYTES = 256 << 20
 _JSON = b"application/json"
 
@@ -58,10 +60,11 @@ class ClientConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._heard = 0.0
+        self._began = 0.0  # when the first byte came of the request that is coming in
+        self._came_bytes = 0  # of that request
         self._closing_soon = False
         self._discarding = False
-        self._discarded_bytes = 0
-        self._unread_bytes = 0
+        self._unread = (0, 0)
         self._pumping = False
         self.flow: FlowControl
         # for the request under way
@@ -69,10 +72,6 @@ class ClientConnection(asyncio.Protocol):
         self._busy = False
         self._keep_alive = True
         self._is_head_request = False
-
-    @property
-    def is_busy(self) -> bool:
-        return self._busy
 
     # --- transport
 
@@ -103,42 +102,49 @@ class ClientConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.flow.resume_writing()
+        if not self._busy:
+            self._loop.call_soon(self._pump)
 
     def data_received(self, data: bytes) -> None:
         self._heard = self._loop.time()
+        if not self._busy and not self._discarding and not self._reader.mid_request:
+            self._began, self._came_bytes = self._heard, 0
+        self._came_bytes += len(data)
         if self._discarding:
-            self._discarded_bytes += len(data)
-            if self._discarded_bytes > _LINGER_BYTES:
+            if self._came_bytes > _LINGER_BYTES:
                 self.cut()
             return
         self._reader.receive(data)
         if not self._busy:
             self._pump()
-        elif self._reader.held_bytes > self._limits.pipeline_bytes:
+        if self._must_wait() and self._reader.held_bytes > self._limits.pipeline_bytes:
             self.flow.hold_client(True)
 
+    def _must_wait(self) -> bool:
+        """True while no request may begin: one is under way, or its client does not read its answers."""
+        return self._busy or self.flow.writing_paused
+
     def _on_timer(self) -> None:
-        """Idle between requests, or too slow in sending one (re-armed lazily)."""
+        """Idle between requests, too slow in sending one, or not reading its answer (re-armed lazily)."""
         self._timer = None
-        limit = _LINGER_SECONDS if self._discarding else self._timeouts.client_idle_seconds
-        since = self._loop.time() if self._busy else self._heard
-        left = since + limit - self._loop.time()
         assert self._transport is not None
+        now = self._loop.time()
+        limit = _LINGER_SECONDS if self._discarding else self._timeouts.client_idle_seconds
+        before, self._unread = self._unread, (self._transport.get_write_buffer_size(), self.flow.resumes)
+        coming = self._discarding or self._reader.mid_request
+        since = self._began + self._came_bytes / _MIN_BYTES_PER_SECOND if coming else self._heard
+        left = limit if self._busy else min(since + limit - now, limit)
+        if self._unread[0] and (self.flow.writing_paused or left <= 0):
+            if self._unread == before:
+                self._transport.abort()  # nothing was read since the last look
+                return
+            left = limit
         if left > 0:
             self._timer = self._loop.call_later(left, self._on_timer)
-        elif self._is_being_read():
-            self._timer = self._loop.call_later(limit, self._on_timer)
         elif self._reader.mid_request and not self._discarding:
             self.refuse(408, "request_timeout", "the rest of the request did not come in time", close=True)
         else:
             self._transport.abort()
-
-    def _is_being_read(self) -> bool:
-        """True if a slow client took some of its answer since the timer looked last."""
-        before, self._unread_bytes = self._unread_bytes, 0
-        if self._transport is not None and (self._discarding or self._transport.is_closing()):
-            self._unread_bytes = self._transport.get_write_buffer_size()
-        return 0 < self._unread_bytes != before
 
     # --- requests
 
@@ -148,7 +154,7 @@ class ClientConnection(asyncio.Protocol):
             return  # an answer given at once must not recurse
         self._pumping = True
         try:
-            while not self._busy and self._transport is not None and not self._discarding:
+            while not self._must_wait() and self._transport is not None and not self._discarding:
                 event = self._reader.next_event()
                 if event is None:
                     break
@@ -163,7 +169,7 @@ class ClientConnection(asyncio.Protocol):
             self.refuse(error.status, error.code, str(error), close=True)
         finally:
             self._pumping = False
-        if not self._busy and not self._discarding:
+        if not self._must_wait() and not self._discarding:
             self.flow.hold_client(False)
 
     def _begin(self, request: Request) -> None:
@@ -204,13 +210,14 @@ class ClientConnection(asyncio.Protocol):
         self._busy = False
         if self._transport is None:
             return
-        self._heard = self._loop.time()
+        self._heard = self._began = self._loop.time()
+        self._came_bytes = 0
         if keep_alive and not self._closing_soon:
-            if self._reader.held_bytes:
+            if not self._reader.held_bytes:
+                self.flow.hold_client(False)
+            elif not self._pumping:
                 # Not from inside the engine's callback: pipelined requests take turns with other clients.
                 self._loop.call_soon(self._pump)
-            else:
-                self.flow.hold_client(False)
         elif self._reader.mid_request:
             self._linger()
         else:
@@ -242,6 +249,7 @@ class ClientConnection(asyncio.Protocol):
         if transport is None or self._discarding:
             return
         self._discarding = True
+        self._began, self._came_bytes = self._loop.time(), 0
         self.flow.hold_client(False)
         if transport.can_write_eof():
             transport.write_eof()

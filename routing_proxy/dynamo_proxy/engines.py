@@ -5,7 +5,7 @@ states.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from .config import EngineAddress
@@ -36,11 +36,16 @@ class Engine:
     event_feeds: int = 0
     events_complete: bool = False
     events_lost: bool = False
+    name: str = field(init=False)  # what clients and metrics see; it tells no address
+    label: bytes = field(init=False)
+    authority: bytes = field(init=False)
+    root_url: bytes = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """The name clients and metrics see; it tells no address."""
-        return f"engine-{self.slot}"
+    def __post_init__(self) -> None:
+        self.name = f"engine-{self.slot}"
+        self.label = self.name.encode()
+        self.authority = self.address.authority.encode("latin-1")
+        self.root_url = b"http://%b/" % self.authority
 
     @property
     def takes_requests(self) -> bool:
@@ -66,6 +71,7 @@ class EngineRegistry:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._engines: dict[int, Engine] = {}
+        self._leaving: set[int] = set()  # slots of engines that were removed but have parts still open
         self.loras: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[Engine]:
@@ -86,21 +92,31 @@ class EngineRegistry:
 
     def free_slot(self) -> int:
         slot = 0
-        while slot in self._engines:
+        while slot in self._engines or slot in self._leaving:
             slot += 1
         return slot
 
     def add(self, engine: Engine) -> None:
         assert engine.slot not in self._engines, f"slot {engine.slot} is taken"
         self._engines[engine.slot] = engine
+        self._ledger.load(engine.slot)
 
     def remove(self, engine: Engine) -> None:
-        """Take an engine out. Raises EngineBusyError while requests are in flight on it."""
+        """Take an engine out; its slot stays taken until `left`. Raises EngineBusyError while requests are in
+        flight on it, UnknownEngineError if it was taken out before.
+        """
+        if self._engines.get(engine.slot) is not engine:
+            raise UnknownEngineError(f"no engine {engine.address.url} here; GET /engines lists them")
         in_flight = self._ledger.load(engine.slot).in_flight
         if in_flight:
             raise EngineBusyError(f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait")
         del self._engines[engine.slot]
+        self._leaving.add(engine.slot)
         self.models_changed()
+
+    def left(self, engine: Engine) -> None:
+        """Nothing of a removed engine is left: its slot may be used again."""
+        self._leaving.discard(engine.slot)
 
     def models_changed(self) -> None:
         """Recompute which served models are LoRA adapters."""
@@ -108,16 +124,21 @@ class EngineRegistry:
 
     def candidates(self, model: str, tried: int) -> list[Engine]:
         """Engines that may take a request for `model`, without the slots of the bitmask `tried`."""
+        ready = Health.READY  # the loop is Engine.takes_requests and Engine.serves, without their calls
         return [
             engine
             for engine in self._engines.values()
-            if engine.takes_requests and not tried >> engine.slot & 1 and engine.serves(model)
+            if engine.health is ready
+            and not engine.draining
+            and not tried >> engine.slot & 1
+            and (not model or engine.models is None or model in engine.models.ids)
         ]
 
     def any_ready(self) -> bool:
         return any(engine.takes_requests for engine in self._engines.values())
 
     def check(self) -> None:
+        assert not self._leaving & self._engines.keys(), "an engine has the slot of one that still leaves"
         addresses = [engine.address for engine in self._engines.values()]
         assert len(set(addresses)) == len(addresses), "an address is listed twice"
         for slot, engine in self._engines.items():

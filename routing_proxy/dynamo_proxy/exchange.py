@@ -17,7 +17,7 @@ import orjson
 from .config import Limits, Timeouts
 from .flow_control import FlowControl
 from .http1 import Request, ResponseReader
-from .http_heads import RequestHead, ResponseHead, end_to_end
+from .http_heads import RequestHead, ResponseHead
 from .metrics import Metrics
 from .router import Placement, Router
 from .text_chain import Prompt
@@ -135,7 +135,7 @@ class Exchange:
         self._up = connection
         self._head = None
         reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode=head.minor_version == 0)
-        payload = request_bytes(head, self._request.body, placement.engine.address.authority)
+        payload = request_bytes(head, self._request.body, placement.engine.authority)
         connection.begin(self, reader, payload)
         if self._timer is None:
             self._timer = self._loop.call_later(self._services.timeouts.first_byte_seconds, self._on_timer)
@@ -181,12 +181,12 @@ class Exchange:
         assert head is not None
         self._leave_engine()
         self._close(head.status, "ok" if head.status < 400 else "engine_answer")
-        self._client.finish(self._answer_keeps_alive(head))
+        self._client.finish(self._is_framed(head) and self._request.head.keep_alive)
 
     def on_lost(self, reason: str) -> None:
         if self._relaying:
             self._broken(reason)
-        elif self._reused and reason == "connection_lost" and self._head is None:
+        elif self._reused and reason == "connection_lost" and not self._answer_began():
             # The engine closed an idle connection just as we used it: not its fault, and not a try.
             self._services.metrics.retries.labels("stale_connection").inc()
             self._client.flow.detach()
@@ -197,6 +197,10 @@ class Exchange:
         else:
             self._next_engine(reason)
 
+    def _answer_began(self) -> bool:
+        up = self._up
+        return up is not None and up.reader is not None and up.reader.started
+
     # --- towards the client
 
     def _begin_relay(self, first: bytes) -> None:
@@ -205,15 +209,17 @@ class Exchange:
         assert placement is not None
         self._relaying = True
         now = self._loop.time()
-        self._services.router.first_byte(placement, now - self._attempt_started)
+        # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
+        is_token = head.status == 200 and head.is_events
+        self._services.router.first_byte(placement, now - self._attempt_started if is_token else 0.0)
         self._services.metrics.ttft.observe(now - self._arrived)
         if head.status == 200:
             self._services.tokens.offer(self._prompt, placement.engine)
         self._client.write(response_bytes(head, self._request.head, placement) + first)
 
-    def _answer_keeps_alive(self, head: ResponseHead) -> bool:
-        framed = head.content_length is not None or (head.chunked and self._request.head.minor_version == 1)
-        return framed and self._request.head.keep_alive
+    def _is_framed(self, head: ResponseHead) -> bool:
+        """True if the client can tell a whole answer from a cut one (a 1.0 client gets chunks decoded)."""
+        return head.content_length is not None or (head.chunked and self._request.head.minor_version == 1)
 
     def _next_engine(self, reason: str) -> None:
         """This engine failed before anything was relayed: count it, leave it, try another one."""
@@ -253,13 +259,12 @@ class Exchange:
             self._client.write(stream_error_bytes("the engine was lost in the middle of this answer; try again"))
             self._client.finish(False)
         else:
-            self._client.cut(reset=not (head.chunked or head.content_length is not None))
+            self._client.cut(reset=not self._is_framed(head))
 
     def _may_speak(self, head: ResponseHead, at_boundary: bool) -> bool:
         """True if an in-band error event fits here: an event stream, between two events and two chunks."""
-        is_events = head.header(b"content-type").lower().startswith(b"text/event-stream")
-        framed = head.chunked and self._request.head.minor_version == 1
-        return is_events and framed and at_boundary and self._last_tail.endswith(b"\n\n\r\n")
+        chunked = head.chunked and self._is_framed(head)
+        return head.is_events and chunked and at_boundary and self._last_tail.endswith(b"\n\n\r\n")
 
     # --- endings
 
@@ -289,33 +294,33 @@ class Exchange:
         assert not self._relaying or self._head is not None, "relaying without a head"
 
 
-def request_bytes(head: RequestHead, body: bytes, authority: str) -> bytes:
+def request_bytes(head: RequestHead, body: bytes, authority: bytes) -> bytes:
     """The request as an engine gets it: one length, our Host, no hop-by-hop headers."""
-    parts = [head.method, b" ", head.target, b" HTTP/1.1\r\nhost: ", authority.encode("latin-1"), b"\r\n"]
-    for name, value in end_to_end(head.headers):
-        if name not in (b"host", b"content-length", b"transfer-encoding"):
-            parts += (name, b": ", value, b"\r\n")
-    if body or head.chunked or head.content_length or head.method in (b"POST", b"PUT", b"PATCH"):
-        parts += (b"content-length: ", str(len(body)).encode(), b"\r\n")
-    parts += (b"\r\n", body)
-    return b"".join(parts)
+    has_body = body or head.chunked or head.method in (b"POST", b"PUT", b"PATCH")
+    length = b"content-length: %d\r\n" % len(body) if has_body else b""
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%b" % (
+        head.method, head.target, authority, head.passing, length, body,
+    )  # fmt: skip
 
 
 def response_bytes(head: ResponseHead, request: RequestHead, placement: Placement) -> bytes:
     """The response head as the client gets it."""
-    parts = [b"HTTP/1.1 ", str(head.status).encode(), b" ", head.reason, b"\r\n"]
-    decoded = head.chunked and request.minor_version == 0
-    for name, value in end_to_end(head.headers):
-        if not (decoded and name == b"transfer-encoding"):
-            parts += (name, b": ", value, b"\r\n")
-    framed = head.content_length is not None or (head.chunked and not decoded)
+    ours = b""
+    if head.chunked and request.minor_version:
+        ours = b"transfer-encoding: chunked\r\n"
+    framed = head.content_length is not None or ours
     if not (framed and request.keep_alive):
-        parts.append(b"connection: close\r\n")
+        ours += b"connection: close\r\n"
     elif request.minor_version == 0:
-        parts.append(b"connection: keep-alive\r\n")
-    parts += (b"x-dynamo-engine: ", placement.engine.name.encode(), b"\r\n")
-    parts += (b"x-dynamo-matched-tokens: ", str(placement.decision.matched_tokens).encode(), b"\r\n\r\n")
-    return b"".join(parts)
+        ours += b"connection: keep-alive\r\n"
+    if head.location:  # made of the Host that we sent: the engine's address is nobody's business
+        at_engine = head.location.startswith(placement.engine.root_url)
+        ours += b"location: %b\r\n" % (
+            head.location[len(placement.engine.root_url) - 1 :] if at_engine else head.location
+        )
+    return b"HTTP/1.1 %d %b\r\n%b%bx-dynamo-engine: %b\r\nx-dynamo-matched-tokens: %d\r\n\r\n" % (
+        head.status, head.reason, head.passing, ours, placement.engine.label, placement.decision.matched_tokens,
+    )  # fmt: skip
 
 
 def stream_error_bytes(message: str) -> bytes:

@@ -13,13 +13,14 @@ import asyncio
 class FlowControl:
     """Pauses and resumes the two readers of a relayed request."""
 
-    __slots__ = ("_client", "_client_held", "_upstream", "_writing_paused")
+    __slots__ = ("_client", "_client_held", "_upstream", "_writing_paused", "resumes")
 
     def __init__(self, client: asyncio.Transport, high_water_bytes: int) -> None:
         self._client = client
         self._upstream: asyncio.Transport | None = None
         self._writing_paused = False
         self._client_held = False
+        self.resumes = 0  # how often the client made room again
         client.set_write_buffer_limits(high=high_water_bytes)
 
     @property
@@ -46,6 +47,7 @@ class FlowControl:
 
     def resume_writing(self) -> None:
         self._writing_paused = False
+        self.resumes += 1
         if self._upstream is not None and not self._upstream.is_closing():
             self._upstream.resume_reading()
 

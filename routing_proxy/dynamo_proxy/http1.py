@@ -69,8 +69,8 @@ class ChunkDecoder:
         """True between two chunks: one more chunk could be written here by somebody else."""
         return self._state is _Chunk.SIZE and not self._line
 
-    def feed(self, data: bytes, payload: list[bytes] | None = None) -> int:
-        """Take bytes up to the end of the body; return how many were taken. Payload pieces go to
+    def feed(self, data: bytes, payload: bytearray | None = None) -> int:
+        """Take bytes up to the end of the body; return how many were taken. The payload is appended to
         `payload`.
         """
         position, end = 0, len(data)
@@ -78,7 +78,7 @@ class ChunkDecoder:
             if self._state is _Chunk.DATA:
                 taken = min(self._left, end - position)
                 if payload is not None:
-                    payload.append(data[position : position + taken])
+                    payload += data[position : position + taken]
                 position += taken
                 self._left -= taken
                 if not self._left:
@@ -136,13 +136,12 @@ class RequestReader:
         self._scanned = 0
         self._head: RequestHead | None = None
         self._chunks: ChunkDecoder | None = None
-        self._payload: list[bytes] = []
-        self._payload_bytes = 0
+        self._payload = bytearray()
 
     @property
     def held_bytes(self) -> int:
         """Bytes received and not yet part of an event (decoded chunks included)."""
-        return self._held_bytes + self._payload_bytes
+        return self._held_bytes + len(self._payload)
 
     @property
     def mid_request(self) -> bool:
@@ -209,17 +208,13 @@ class RequestReader:
 
     def _read_chunked(self, chunks: ChunkDecoder) -> bytes | None:
         data = self._join() if self._held else b""
-        pieces: list[bytes] = []
-        taken = chunks.feed(data, pieces)
-        self._payload += pieces
-        self._payload_bytes += sum(map(len, pieces))
-        if self._payload_bytes > self._limits.max_body_bytes:
+        taken = chunks.feed(data, self._payload)
+        if len(self._payload) > self._limits.max_body_bytes:
             raise self._too_large()
         self._keep(data[taken:])
         if not chunks.done:
             return None
-        body = b"".join(self._payload)
-        self._payload, self._payload_bytes = [], 0
+        body, self._payload = bytes(self._payload), bytearray()
         return body
 
     def _too_large(self) -> ProtocolError:
@@ -228,7 +223,7 @@ class RequestReader:
 
     def check(self) -> None:
         assert self._held_bytes == sum(map(len, self._held)), "held bytes miscounted"
-        assert self._payload_bytes == sum(map(len, self._payload)), "payload bytes miscounted"
+        assert self._chunks is not None or not self._payload, "payload of no chunked body"
         assert self._chunks is None or self._head is not None, "chunk decoder without a head"
         if self._chunks is not None:
             self._chunks.check()
@@ -305,10 +300,11 @@ class ResponseReader:
         if self.ended:
             raise ProtocolError(502, "bad_response", "the engine sent bytes past the end of its response")
         if self._chunks is not None:
-            pieces: list[bytes] | None = [] if self._decode else None
-            taken = self._chunks.feed(data, pieces)
+            payload = bytearray() if self._decode else None
+            taken = self._chunks.feed(data, payload)
             raw = data if taken == len(data) else data[:taken]
-            events.extend(pieces if pieces is not None else [raw])
+            if payload is None or payload:
+                events.append(raw if payload is None else bytes(payload))
             if self._chunks.done:
                 self._end(events, data[taken:])
         elif self._head.content_length is not None:

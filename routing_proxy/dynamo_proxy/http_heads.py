@@ -12,26 +12,33 @@ from typing import NamedTuple
 
 from .errors import ProtocolError
 
-Headers = tuple[tuple[bytes, bytes], ...]
-
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\r\n")) + b"\x7f"
+_CONTROL_BYTES = bytes(set(range(32)) - set(b"\t")) + b"\x7f"
 _BARE_NEWLINE = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n]*))?")
-_FRAMING_NAMES = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect", b"connection"))
+# Names that we read. `content-type` passes on as well; the others are written anew where they belong.
+_READ = frozenset(
+    (b"host", b"content-length", b"transfer-encoding", b"expect", b"connection", b"content-type", b"location")
+)
 _HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization",
-     b"te", b"trailer", b"upgrade", b"expect", b"http2-settings")
+    (b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
+     b"upgrade", b"http2-settings")
 )  # fmt: skip
+_OURS = b"x-dynamo-"  # never taken from either side
+_PASS, _DROP = b"", b"-"
+_MAX_NAMES = 4096
+_kinds: dict[bytes, bytes] = {}  # header name as written -> _PASS, _DROP or its name of _READ
 
 
 class RequestHead(NamedTuple):
-    """One request head. Header names are lower case; `content_length` is None when chunked."""
+    """One request head; `content_length` is None when chunked. `passing` holds the header lines that may pass
+    a proxy, as they came and each with its CRLF, without Host and framing.
+    """
 
     method: bytes
     target: bytes
     minor_version: int
-    headers: Headers
+    passing: bytes
     content_length: int | None
     chunked: bool
     keep_alive: bool
@@ -43,29 +50,88 @@ class RequestHead(NamedTuple):
 
 
 class ResponseHead(NamedTuple):
-    """One response head; `content_length` None and not `chunked` means the body ends with the connection."""
+    """One response head; `content_length` None and not `chunked` means the body ends with the connection.
+
+    `passing` as in a request, with the Content-Length and without Location, which may name the engine.
+    """
 
     status: int
     reason: bytes
-    headers: Headers
+    passing: bytes
+    location: bytes
+    is_events: bool
     content_length: int | None
     chunked: bool
     keep_alive: bool
 
-    def header(self, name: bytes) -> bytes:
-        """The first value of a header, or empty bytes."""
-        return next((value for key, value in self.headers if key == name), b"")
 
+class _Fields:
+    """What a head's lines say of framing and connection, and which of them pass (gathered in one pass)."""
 
-class _Fields(NamedTuple):
-    """A head's headers, and what they say of framing and connection (gathered in one pass)."""
+    __slots__ = ("codings", "connection", "expect", "hosts", "is_events", "lengths", "location", "passing")
 
-    headers: Headers
-    content_length: int | None
-    chunked: bool
-    connection: tuple[bytes, ...]
-    hosts: int
-    expect: tuple[bytes, ...]
+    def __init__(self, lines: list[bytes]) -> None:
+        self.passing: list[bytes] = []
+        self.lengths: set[bytes] = set()
+        self.codings: list[bytes] = []
+        self.connection: tuple[bytes, ...] = ()
+        self.expect: list[bytes] = []
+        self.hosts = 0
+        self.is_events = False
+        self.location = b""
+        kinds, keep = _kinds, self.passing.append
+        for line in lines:
+            name, colon, value = line.partition(b":")
+            if not colon:
+                raise _bad("a header line is not NAME: VALUE (folded lines are refused)")
+            kind = kinds.get(name)
+            if kind is None:
+                kind = _kind(name)
+            if kind is _PASS:
+                keep(line)
+            elif kind is not _DROP:
+                self._read(kind, value.strip(b" \t"), line)
+        named: set[bytes] = set(self.connection) - {b"close", b"keep-alive", b"content-type"}
+        if named:
+            self.passing = [line for line in self.passing if line.partition(b":")[0].lower() not in named]
+
+    def _read(self, name: bytes, value: bytes, line: bytes) -> None:
+        if name == b"content-type":
+            self.passing.append(line)
+            self.is_events = value.lower().startswith(b"text/event-stream")
+        elif name == b"host":
+            self.hosts += 1
+        elif name == b"content-length":
+            self.lengths.add(value)
+        elif name == b"transfer-encoding":
+            self.codings.append(value.lower())
+        elif name == b"expect":
+            self.expect.append(value.lower())
+        elif name == b"location":
+            self.location = value
+        else:
+            self.connection += tuple(token.strip() for token in value.lower().split(b","))
+
+    def framing(self) -> tuple[int | None, bool]:
+        """(Content-Length, chunked). Raises ProtocolError where two readers could disagree."""
+        if self.lengths and self.codings:
+            raise _bad("Content-Length and Transfer-Encoding exclude each other")
+        if self.codings and self.codings != [b"chunked"]:
+            raise ProtocolError(501, "transfer_encoding", "the only transfer coding served is a single chunked")
+        if len(self.lengths) > 1:
+            raise _bad("two Content-Length headers differ")
+        if not self.lengths:
+            return None, bool(self.codings)
+        (text,) = self.lengths
+        if not text.isdigit() or len(text) > 18:
+            raise _bad("Content-Length is not a number")
+        return int(text), False
+
+    def keeps_alive(self, minor_version: int) -> bool:
+        return b"close" not in self.connection if minor_version else b"keep-alive" in self.connection
+
+    def passing_block(self) -> bytes:
+        return b"\r\n".join((*self.passing, b"")) if self.passing else b""
 
 
 def has_bare_newline(data: bytes, start: int) -> bool:
@@ -77,8 +143,8 @@ def has_bare_newline(data: bytes, start: int) -> bool:
 
 def parse_request_head(block: bytes) -> RequestHead:
     """Parse the bytes before the empty line. Raises ProtocolError with the status to answer."""
-    lines = _lines(block)
-    parts = lines[0].split(b" ")
+    first, *lines = _lines(block)
+    parts = first.split(b" ")
     if len(parts) != 3 or not _is_token(parts[0]):
         raise _bad("the request line is not METHOD TARGET VERSION")
     method, target, version = parts
@@ -86,48 +152,54 @@ def parse_request_head(block: bytes) -> RequestHead:
         if re.fullmatch(rb"HTTP/[0-9](\.[0-9])?", version):
             raise ProtocolError(505, "http_version", "only HTTP/1.1 and HTTP/1.0 are served")
         raise _bad("the request line does not end in an HTTP version")
-    fields = _fields(lines)
+    fields = _Fields(lines)
     minor = version[7] - 48
     if fields.hosts > 1 or (minor == 1 and not fields.hosts):
         raise _bad("exactly one Host header is required")
-    if minor == 0 and fields.chunked:
+    length, chunked = fields.framing()
+    if minor == 0 and chunked:
         raise _bad("Transfer-Encoding needs HTTP/1.1")
-    keep = b"close" not in fields.connection if minor else b"keep-alive" in fields.connection
-    if fields.expect and fields.expect != (b"100-continue",):
+    if fields.expect and fields.expect != [b"100-continue"]:
         raise ProtocolError(417, "expectation_failed", "the only expectation served is 100-continue")
-    length = fields.content_length
-    if length is None and not fields.chunked:
+    if length is None and not chunked:
         length = 0
+    path = target if target.startswith(b"/") else _origin_form(method, target)
     expects = bool(fields.expect) and minor == 1
-    path = _origin_form(method, target)
-    return RequestHead(method, path, minor, fields.headers, length, fields.chunked, keep, expects)
+    keep = fields.keeps_alive(minor)
+    return RequestHead(method, path, minor, fields.passing_block(), length, chunked, keep, expects)
 
 
 def parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:
     """Parse an engine's response head; `request_method` decides whether a body follows."""
-    lines = _lines(block)
-    match = _STATUS_LINE.fullmatch(lines[0])
+    first, *lines = _lines(block)
+    match = _STATUS_LINE.fullmatch(first)
     if match is None:
         raise _bad("the engine's status line is not HTTP/1.x")
-    fields = _fields(lines)
-    minor, status = int(match[1]), int(match[2])
-    length, chunked = fields.content_length, fields.chunked
+    fields = _Fields(lines)
+    status = int(match[2])
+    length, chunked = fields.framing()
+    if length is not None and status != 204:
+        fields.passing.append(b"content-length: %d" % length)
     if request_method == b"HEAD" or status in (204, 304) or status < 200:
         length, chunked = 0, False
-    keep = b"close" not in fields.connection if minor else b"keep-alive" in fields.connection
+    keep = fields.keeps_alive(int(match[1])) and (chunked or length is not None)
     return ResponseHead(
-        status, match[3] or b"", fields.headers, length, chunked, keep and (chunked or length is not None)
+        status, match[3] or b"", fields.passing_block(), fields.location, fields.is_events, length, chunked, keep
     )
 
 
-def end_to_end(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """The headers that may pass a proxy: no hop-by-hop names, nor any that Connection names."""
-    named: set[bytes] = set()
-    for name, value in headers:
-        if name == b"connection":
-            named.update(token.strip().lower() for token in value.split(b","))
-    dropped = _HOP_BY_HOP | (named - _FRAMING_NAMES) if named else _HOP_BY_HOP
-    return [header for header in headers if header[0] not in dropped]
+def _kind(name: bytes) -> bytes:
+    """What becomes of a header of this name. Raises ProtocolError if it is no name."""
+    if not _is_token(name):
+        raise _bad("a header line is not NAME: VALUE (folded lines are refused)")
+    if len(_kinds) >= _MAX_NAMES:
+        _kinds.clear()
+    low = name.lower()
+    kind = next((known for known in _READ if known == low), _PASS)
+    if low in _HOP_BY_HOP or low.startswith(_OURS):
+        kind = _DROP
+    _kinds[name] = kind
+    return kind
 
 
 def _bad(message: str) -> ProtocolError:
@@ -139,59 +211,15 @@ def _is_token(name: bytes) -> bool:
 
 
 def _lines(block: bytes) -> list[bytes]:
-    pairs = block.count(b"\r\n")
-    bare = block.count(b"\r") != pairs or block.count(b"\n") != pairs
-    if bare or len(block.translate(None, _CONTROL_BYTES)) != len(block):
+    lines = block.split(b"\r\n")
+    # Every control byte that is left beside those CRLFs is one too many.
+    if len(block.translate(None, _CONTROL_BYTES)) != len(block) - 2 * (len(lines) - 1):
         raise _bad("the head holds a bare CR or LF, or a control character")
-    return block.split(b"\r\n")
-
-
-def _fields(lines: list[bytes]) -> _Fields:
-    headers = []
-    lengths: set[bytes] = set()
-    codings: list[bytes] = []
-    connection: list[bytes] = []
-    expect: list[bytes] = []
-    hosts = 0
-    for line in lines[1:]:
-        raw_name, colon, raw_value = line.partition(b":")
-        if not colon or not raw_name or raw_name.translate(None, _TOKEN_BYTES):
-            raise _bad("a header line is not NAME: VALUE (folded lines are refused)")
-        name, value = raw_name.lower(), raw_value.strip(b" \t")
-        headers.append((name, value))
-        if name not in _FRAMING_NAMES:
-            continue
-        if name == b"host":
-            hosts += 1
-        elif name == b"content-length":
-            lengths.add(value)
-        elif name == b"transfer-encoding":
-            codings.append(value.lower())
-        elif name == b"expect":
-            expect.append(value.lower())
-        else:
-            connection.extend(token.strip() for token in value.lower().split(b","))
-    length, chunked = _body_framing(lengths, codings)
-    return _Fields(tuple(headers), length, chunked, tuple(connection), hosts, tuple(expect))
-
-
-def _body_framing(lengths: set[bytes], codings: list[bytes]) -> tuple[int | None, bool]:
-    if lengths and codings:
-        raise _bad("Content-Length and Transfer-Encoding exclude each other")
-    if codings and codings != [b"chunked"]:
-        raise ProtocolError(501, "transfer_encoding", "the only transfer coding served is a single chunked")
-    if len(lengths) > 1:
-        raise _bad("two Content-Length headers differ")
-    if not lengths:
-        return None, bool(codings)
-    text = lengths.pop()
-    if not text.isdigit() or len(text) > 18:
-        raise _bad("Content-Length is not a number")
-    return int(text), False
+    return lines
 
 
 def _origin_form(method: bytes, target: bytes) -> bytes:
-    if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
+    if target == b"*" and method == b"OPTIONS":
         return target
     if target[:7].lower() == b"http://":
         slash = target.find(b"/", 7)

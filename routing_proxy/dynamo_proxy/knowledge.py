@@ -7,13 +7,11 @@ from __future__ import annotations
 from .approx_index import DEFAULT_CAPACITY_NODES, ApproxIndex
 from .block_hash import token_chain
 from .kv_index import KvIndex
-from .text_chain import TEXT_BLOCK_BYTES, Prompt
+from .text_chain import APPROX_BLOCK_TOKENS, TEXT_BLOCK_BYTES, Prompt
 from .token_memo import TokenMemo
 
 # A prompt just sent is counted as held although the engine has not said so yet.
 SPECULATION_SECONDS = 5.0
-# Token prompts without events: as coarse as a text block.
-APPROX_BLOCK_TOKENS = 64
 
 
 class Knowledge:
@@ -41,9 +39,9 @@ class Knowledge:
 
     def matched_tokens(self, prompt: Prompt, mask: int, now: float) -> dict[int, int]:
         """Tokens of the prompt that each engine of `mask` holds (engines with none may be left out)."""
-        if not prompt.token_ids and not prompt.chain:
+        chain = prompt.chain
+        if not chain and not prompt.token_ids:
             return {}
-        chain = self._approx_chain(prompt)
         nodes = self.approx.matched(chain, mask)
         unit = APPROX_BLOCK_TOKENS if prompt.token_ids else TEXT_BLOCK_BYTES * self.memo.tokens_per_byte
         sent = {slot: int(depth * unit) for slot, depth in nodes.items()}
@@ -66,9 +64,8 @@ class Knowledge:
 
     def sent(self, slot: int, prompt: Prompt, now: float) -> None:
         """The prompt was dispatched to an engine."""
-        chain = self._approx_chain(prompt)
-        if chain:
-            self.approx.insert(slot, chain, now)
+        if prompt.chain:
+            self.approx.insert(slot, prompt.chain, now)
 
     def set_capacity_tokens(self, slot: int, tokens: int) -> None:
         """Bound the approximate model by the engine's KV capacity."""
@@ -84,11 +81,6 @@ class Knowledge:
 
     def _block(self, slot: int) -> int:
         return self.exact.block_tokens(slot) or self._default_block_tokens
-
-    def _approx_chain(self, prompt: Prompt) -> tuple[int, ...]:
-        if prompt.token_ids:
-            return tuple(token_chain(prompt.token_ids, APPROX_BLOCK_TOKENS, prompt.root))
-        return prompt.chain
 
     def _exact_tokens(self, prompt: Prompt, mask: int) -> tuple[dict[int, int], int]:
         """Held tokens per engine by the events, and how many of the prompt's tokens are known at all."""

@@ -29,6 +29,9 @@ _STORED_FIELDS = (
     "extra_keys",
 )
 _REMOVED_FIELDS = ("block_hashes", "medium")
+# Groups whose blocks a prefix hit hangs on. Others (windows, Mamba states) share hashes and come and go alone.
+_PREFIX_KINDS = (None, "full_attention", "mla_attention", "sink_full_attention", "unknown")
+_NO_GROUP = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def _decode_event(raw: Any) -> KvEvent | None:
         return _stored(fields)
     if kind == "BlockRemoved":
         hashes = _hashes(fields.get("block_hashes"))
-        return BlocksRemoved(hashes, _medium(fields.get("medium")), _int(fields.get("group_idx"), 0))
+        return BlocksRemoved(hashes, _medium(fields.get("medium")), _int(fields.get("group_idx"), _NO_GROUP))
     return AllCleared() if kind == "AllBlocksCleared" else None
 
 
@@ -122,15 +125,16 @@ def _stored(fields: dict[str, Any]) -> BlocksStored:
     lora = fields.get("lora_name")
     if not isinstance(lora, str):
         lora = "" if fields.get("lora_id") in (None, -1) else f"lora-{fields['lora_id']}"
-    extras, salt = _extra_keys(fields.get("extra_keys"), lora, len(hashes))
+    extras, salt = _extra_keys(fields.get("extra_keys"), lora, len(hashes), parent is None)
     salt = fields["cache_salt"] if isinstance(fields.get("cache_salt"), str) else salt
     window = fields.get("kv_cache_spec_sliding_window") is not None
-    group = _int(fields.get("group_idx"), 0)
+    window = window or fields.get("kv_cache_spec_kind") not in _PREFIX_KINDS
+    group = _int(fields.get("group_idx"), _NO_GROUP)
     medium = _medium(fields.get("medium"))
     return BlocksStored(hashes, parent, tuple(tokens), size, medium, lora, salt, extras, group, window)
 
 
-def _extra_keys(raw: Any, lora: str, count: int) -> tuple[tuple[bytes, ...], str]:
+def _extra_keys(raw: Any, lora: str, count: int, from_root: bool) -> tuple[tuple[bytes, ...], str]:
     """Canonical extra bytes per block, and the cache salt if the first block carries one.
 
     vLLM lists, untagged, the LoRA name, (multi-modal id, offset) pairs and, in the first block of a prompt,
@@ -147,7 +151,7 @@ def _extra_keys(raw: Any, lora: str, count: int) -> tuple[tuple[bytes, ...], str
                 key = key[1]
             if key == lora or (isinstance(key, list) and key[:1] == ["lora"]):
                 continue
-            if isinstance(key, str) and index == 0 and not salt:
+            if isinstance(key, str) and from_root and index == 0 and not salt:
                 salt = key
             else:
                 kept.append(key)

@@ -28,14 +28,14 @@ class Ledger:
     """Load per engine slot, and the leases it is made of."""
 
     def __init__(self) -> None:
-        self._loads: dict[int, Load] = {}
+        self.loads: dict[int, Load] = {}  # read it, do not change it; `load` makes the records
         self._leases: set[Lease] = set()
 
     def load(self, slot: int) -> Load:
         """The live load record of a slot (read it, do not change it)."""
-        load = self._loads.get(slot)
+        load = self.loads.get(slot)
         if load is None:
-            load = self._loads[slot] = Load()
+            load = self.loads[slot] = Load()
         return load
 
     @property
@@ -54,7 +54,7 @@ class Ledger:
     def prefilled(self, lease: Lease) -> None:
         """The first response byte came: its prefill no longer waits. Harmless when repeated."""
         if lease.held and lease.pending_tokens:
-            self._loads[lease.slot].pending_tokens -= lease.pending_tokens
+            self.loads[lease.slot].pending_tokens -= lease.pending_tokens
             lease.pending_tokens = 0
 
     def release(self, lease: Lease) -> None:
@@ -62,14 +62,14 @@ class Ledger:
         if not lease.held:
             return
         self.prefilled(lease)
-        load = self._loads[lease.slot]
+        load = self.loads[lease.slot]
         load.in_flight -= 1
         load.active_tokens -= lease.active_tokens
         lease.held = False
         self._leases.remove(lease)
 
     def check(self) -> None:
-        for slot, load in self._loads.items():
+        for slot, load in self.loads.items():
             held = [lease for lease in self._leases if lease.slot == slot]
             assert load.in_flight == len(held), f"slot {slot}: {load.in_flight} in flight, {len(held)} leases"
             pending = sum(lease.pending_tokens for lease in held)
@@ -77,4 +77,4 @@ class Ledger:
             active = sum(lease.active_tokens for lease in held)
             assert load.active_tokens == active, f"slot {slot}: active {load.active_tokens} != {active}"
         assert all(lease.held for lease in self._leases), "a released lease is still listed"
-        assert all(lease.slot in self._loads for lease in self._leases), "a lease without a load"
+        assert all(lease.slot in self.loads for lease in self._leases), "a lease without a load"

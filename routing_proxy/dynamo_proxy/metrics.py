@@ -1,17 +1,44 @@
-"""What the proxy counts, in a registry of its own. Every counter that can hide a failure carries a reason."""
+"""What the proxy counts, in a registry of its own. Every counter that can hide a failure carries a reason.
+
+What every request touches is counted in plain numbers and dressed for Prometheus when it is asked for: a labelled
+counter of the client library costs a request several microseconds.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections import Counter as Tally
+from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics:
+class Durations:
+    """A histogram of seconds."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_SECONDS) + 1)
+        self._sum_seconds = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(_SECONDS, seconds)] += 1
+        self._sum_seconds += seconds
+
+    def family(self, name: str, text: str) -> Metric:
+        total, buckets = 0, []
+        for bound, count in zip((*_SECONDS, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append((str(float(bound)) if bound != float("inf") else "+Inf", float(total)))
+        return HistogramMetricFamily(name, text, buckets, self._sum_seconds)
+
+
+class Metrics(Collector):
     """The counters, gauges and histograms of one proxy."""
 
     def __init__(self) -> None:
@@ -20,31 +47,16 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
-        self.requests = counter(
-            "dynamo_frontend_requests", "Requests answered, by how they ended", "endpoint", "status", "reason"
-        )
-        self.ttft = Histogram(
-            "dynamo_frontend_time_to_first_token_seconds",
-            "From a complete request to the first body byte of its answer",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self.duration = Histogram(
-            "dynamo_frontend_request_duration_seconds",
-            "From a complete request to the end of its answer",
-            registry=registry,
-            buckets=_SECONDS,
-        )
+        self.ttft = Durations()
+        self._duration = Durations()
+        self._requests: Tally[tuple[str, int, str]] = Tally()
+        self._decisions: Tally[tuple[str, str]] = Tally()
+        self._prompt_bytes_total = 0
         self.hit_ratio = Gauge(
             "dynamo_router_kv_cache_hit_ratio",
             "Prompt tokens predicted to be cached on the chosen engine, over all prompt tokens",
             registry=registry,
         )
-        self.arrivals = counter("dynamo_router_arrivals", "Requests that wanted an engine")
-        self.prompt_tokens = counter("dynamo_router_prompt_tokens", "Prompt tokens routed (estimated for texts)")
-        self.matched_tokens = counter("dynamo_router_matched_tokens", "Prompt tokens predicted cached where routed")
-        self.prompt_bytes = counter("dynamo_router_prompt_bytes", "Request body bytes routed")
-        self.decisions = counter("dynamo_router_decisions", "Placements, by what decided", "mode", "reason")
         self.retries = counter("dynamo_router_retries", "Requests sent again before their first byte", "reason")
         self.events = counter("dynamo_router_kv_events", "KV events by what became of them", "reason")
         self.event_gaps = counter("dynamo_router_kv_event_gaps", "Breaks in an event stream", "reason")
@@ -59,24 +71,51 @@ class Metrics:
         self.arrivals_total = 0
         self.prompt_tokens_total = 0
         self.matched_tokens_total = 0
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """The plain numbers, for the registry."""
+        labels = ("endpoint", "status", "reason")
+        requests = CounterMetricFamily(
+            "dynamo_frontend_requests", "Requests answered, by how they ended", labels=labels
+        )
+        for (endpoint, status, reason), count in self._requests.items():
+            requests.add_metric((endpoint, str(status), reason), count)
+        decisions = CounterMetricFamily(
+            "dynamo_router_decisions", "Placements, by what decided", labels=("mode", "reason")
+        )
+        for chosen, count in self._decisions.items():
+            decisions.add_metric(chosen, count)
+        yield from (requests, decisions)
+        for name, text, total in (
+            ("arrivals", "Requests that wanted an engine", self.arrivals_total),
+            ("prompt_tokens", "Prompt tokens routed (estimated for texts)", self.prompt_tokens_total),
+            ("matched_tokens", "Prompt tokens predicted cached where routed", self.matched_tokens_total),
+            ("prompt_bytes", "Request body bytes routed", self._prompt_bytes_total),
+        ):
+            yield CounterMetricFamily(f"dynamo_router_{name}", text, total)
+        name = "dynamo_frontend_time_to_first_token_seconds"
+        yield self.ttft.family(name, "From a complete request to the first body byte of its answer")
+        name = "dynamo_frontend_request_duration_seconds"
+        yield self._duration.family(name, "From a complete request to the end of its answer")
 
     def arrived(self, body_bytes: int) -> None:
         """A request that wants an engine is complete."""
         self.arrivals_total += 1
-        self.arrivals.inc()
-        self.prompt_bytes.inc(body_bytes)
+        self._prompt_bytes_total += body_bytes
+
+    def decided(self, mode: str, reason: str) -> None:
+        """A request was placed, for this reason."""
+        self._decisions[mode, reason] += 1
 
     def routed(self, prompt_tokens: int, matched_tokens: int) -> None:
         """A request was placed for the first time (retries do not count its tokens again)."""
         self.prompt_tokens_total += prompt_tokens
-        self.prompt_tokens.inc(prompt_tokens)
-        matched = min(matched_tokens, prompt_tokens)
-        self.matched_tokens_total += matched
-        self.matched_tokens.inc(matched)
+        self.matched_tokens_total += min(matched_tokens, prompt_tokens)
 
     def finished(self, endpoint: str, status: int, reason: str, seconds: float) -> None:
-        self.requests.labels(endpoint, str(status), reason).inc()
-        self.duration.observe(seconds)
+        self._requests[endpoint, status, reason] += 1
+        self._duration.observe(seconds)
 
     def forget_engine(self, engine: str) -> None:
         """Drop the series of an engine that left."""

@@ -63,28 +63,30 @@ class Decision(NamedTuple):
     cost_seconds: float
 
 
-def prefill_seconds(model: CostModel, prompt_tokens: int, new_tokens: int) -> float:
-    """Predicted prefill time of `new_tokens` at the end of a prompt."""
-    return model.t_p * new_tokens + model.t_a * new_tokens * (prompt_tokens - new_tokens / 2)
-
-
-def cost_seconds(candidate: Candidate, prompt_tokens: int, model: CostModel) -> float:
-    """The cost of one candidate, in seconds."""
-    new = max(0, prompt_tokens - candidate.matched_tokens)
-    decode = model.t_d * candidate.in_flight + model.t_k * candidate.active_tokens
-    own = prefill_seconds(model, prompt_tokens, new) * (1 + model.gamma + model.alpha * candidate.in_flight)
-    chunks = -(-(candidate.pending_tokens + new) // model.chunk_tokens)
-    queue = model.t_p * candidate.pending_tokens
-    return queue + own + chunks * (model.t_0 + decode) + model.beta * model.expected_output_tokens * decode
+def costs_seconds(candidates: Sequence[Candidate], prompt_tokens: int, model: CostModel) -> list[float]:
+    """The cost of each candidate, in seconds (one loop: it runs for every engine at every request)."""
+    t_p, t_a, t_0, t_d, t_k = model.t_p, model.t_a, model.t_0, model.t_d, model.t_k
+    shared, alpha, chunk = 1 + model.gamma, model.alpha, model.chunk_tokens
+    slower = model.beta * model.expected_output_tokens
+    costs = []
+    for _, matched, in_flight, pending, active in candidates:
+        new = prompt_tokens - matched if matched < prompt_tokens else 0
+        decode = t_d * in_flight + t_k * active
+        own = (t_p + t_a * (prompt_tokens - new / 2)) * new * (shared + alpha * in_flight)
+        chunks = -(-(pending + new) // chunk)
+        costs.append(t_p * pending + own + chunks * (t_0 + decode) + slower * decode)
+    return costs
 
 
 def choose_kv(candidates: Sequence[Candidate], prompt_tokens: int, model: CostModel, rng: Random) -> Decision:
     """The candidate of least cost; ties fall at random."""
-    costs = [cost_seconds(candidate, prompt_tokens, model) for candidate in candidates]
+    costs = costs_seconds(candidates, prompt_tokens, model)
     least = min(costs)
-    tied = [candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == least]
-    winner = tied[0] if len(tied) == 1 else rng.choice(tied)
-    longest = max([candidate.matched_tokens for candidate in candidates])
+    if costs.count(least) == 1:
+        winner = candidates[costs.index(least)]
+    else:
+        winner = rng.choice([candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == least])
+    longest = max([candidate[1] for candidate in candidates])
     if len(candidates) == 1:
         reason = "only"
     elif winner.matched_tokens < longest:

@@ -64,28 +64,34 @@ class Router:
         for engine in engines:
             mask |= 1 << engine.slot
         matched = self._knowledge.matched_tokens(prompt, mask, now)
+        loads = self._ledger.loads
         candidates = []
         for engine in engines:
-            load = self._ledger.load(engine.slot)
-            held = min(matched.get(engine.slot, 0), tokens)
+            slot = engine.slot
+            load = loads[slot]
+            held = matched.get(slot, 0) if matched else 0
             candidates.append(
-                policy.Candidate(engine.slot, held, load.in_flight, load.pending_tokens, load.active_tokens)
+                policy.Candidate(
+                    slot, held if held < tokens else tokens, load.in_flight, load.pending_tokens, load.active_tokens
+                )
             )
         decision = self._choose(candidates, tokens)
-        queued = self._ledger.load(decision.slot).pending_tokens
+        queued = loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         self._knowledge.sent(decision.slot, prompt, now)
-        self._metrics.decisions.labels(self.state.mode, decision.reason).inc()
+        self._metrics.decided(self.state.mode, decision.reason)
         if not tried:
             self.state.last_slot = decision.slot
             self._metrics.routed(tokens, decision.matched_tokens)
         return Placement(self._registry.at(decision.slot), lease, decision, queued, tokens)
 
-    def first_byte(self, placement: Placement, seconds: float) -> None:
-        """The first body byte came after `seconds` on this engine: learn, and stop counting its prefill."""
+    def first_byte(self, placement: Placement, first_token_seconds: float) -> None:
+        """The first body byte came: stop counting its prefill. Learn, if the time to a first token is known
+        (above 0).
+        """
         self._ledger.prefilled(placement.lease)
         prefill = placement.decision.new_tokens + placement.queued_tokens
-        self.state.model = policy.learn_prefill(self.state.model, seconds, prefill)
+        self.state.model = policy.learn_prefill(self.state.model, first_token_seconds, prefill)
 
     def release(self, placement: Placement) -> None:
         """The request left its engine."""

@@ -97,15 +97,15 @@ class ProxyServer:
         return engine
 
     async def remove_engine(self, engine: Engine) -> None:
-        """Take an idle engine out. Raises EngineBusyError."""
-        if self.ledger.load(engine.slot).in_flight:
-            self.registry.remove(engine)  # raises
-        engine.draining = True  # nothing new while its parts close; its slot stays taken until they have
-        await self.monitor.unwatch(engine)
-        await engine.pool.close()
+        """Take an idle engine out. Raises EngineBusyError, or UnknownEngineError if somebody else does it."""
         self.registry.remove(engine)
-        self.knowledge.forget(engine.slot)
-        self.metrics.forget_engine(engine.name)
+        try:
+            await self.monitor.unwatch(engine)
+            await engine.pool.close()
+        finally:
+            self.knowledge.forget(engine.slot)
+            self.metrics.forget_engine(engine.name)
+            self.registry.left(engine)
 
     async def drain(self, seconds: float) -> bool:
         """Stop accepting and let requests in flight finish. True if all did within `seconds`."""

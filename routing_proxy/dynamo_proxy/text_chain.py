@@ -7,15 +7,16 @@ template: it only has to be the same bytes for the same conversation, with earli
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from xxhash import xxh3_64_intdigest
 
-from .block_hash import root_hash
+from .block_hash import root_hash, token_chain
 
 TEXT_BLOCK_BYTES = 256
+# As coarse as a text block.
+APPROX_BLOCK_TOKENS = 64
 _SORTED = orjson.OPT_SORT_KEYS
 # Request fields that change how a prompt is rendered before its first message.
 _PREAMBLE = (
@@ -29,26 +30,26 @@ _PREAMBLE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The routable part of a request. Either `text` (with its `chain`) or `token_ids` is set, or neither."""
+class Prompt(NamedTuple):
+    """The routable part of a request. Either `text` or `token_ids` is set, or neither; `chain` is over it."""
 
     model: str = ""
     root: int = 0
     text: bytes = b""
     chain: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
-    tokenize: dict[str, Any] | None = field(default=None, compare=False)  # the engine's /tokenize question
+    tokenize: dict[str, Any] | None = None  # the engine's /tokenize question
 
 
 def text_chain(text: bytes, seed: int) -> tuple[int, ...]:
     """Chained xxh3 over 256-byte blocks; a partial last block is a node of its own."""
-    chain = []
     node = seed
-    for start in range(0, len(text), TEXT_BLOCK_BYTES):
-        node = xxh3_64_intdigest(text[start : start + TEXT_BLOCK_BYTES], node)
-        chain.append(node)
-    return tuple(chain)
+    return tuple(
+        [
+            node := xxh3_64_intdigest(text[start : start + TEXT_BLOCK_BYTES], node)
+            for start in range(0, len(text), TEXT_BLOCK_BYTES)
+        ]
+    )
 
 
 def read_prompt(body: dict[str, Any], lora_names: frozenset[str] = frozenset()) -> Prompt:
@@ -82,7 +83,8 @@ def _plain_prompt(model: str, root: int, body: dict[str, Any], value: Any) -> Pr
         text = _preamble(body) + value.encode("utf-8", "surrogatepass")
         return _text_prompt(model, root, text, {"prompt": value})
     if isinstance(value, list) and value and all(type(item) is int and 0 <= item < 1 << 62 for item in value):
-        return Prompt(model, root, token_ids=tuple(value))
+        chain = tuple(token_chain(value, APPROX_BLOCK_TOKENS, root))
+        return Prompt(model, root, chain=chain, token_ids=tuple(value))
     if isinstance(value, list):  # the items of the Responses API
         return _text_prompt(model, root, _render_chat(body, value), None)
     return Prompt(model, root)
@@ -94,18 +96,18 @@ def _text_prompt(model: str, root: int, text: bytes, ask: dict[str, Any] | None)
 
 
 def _render_chat(body: dict[str, Any], messages: list[Any]) -> bytes:
-    parts = [_preamble(body)]
+    parts = []
     for message in messages:
         if not isinstance(message, dict):
-            parts.append(orjson.dumps(message, option=_SORTED))
-        elif message.keys() <= {"role", "content"} and isinstance(message.get("content"), str):
-            parts.append(f"{message.get('role')}\x1f{message['content']}\x1e".encode("utf-8", "surrogatepass"))
+            parts.append(orjson.dumps(message, option=_SORTED).decode())
+        elif len(message) == 2 and "role" in message and type(content := message.get("content")) is str:
+            parts += (_text(message["role"]), "\x1f", content, "\x1e")  # what nearly all messages are
         else:
             parts.append(_render_message(message))
-    return b"".join(parts)
+    return _preamble(body) + "".join(parts).encode("utf-8", "surrogatepass")
 
 
-def _render_message(message: dict[str, Any]) -> bytes:
+def _render_message(message: dict[str, Any]) -> str:
     role, content = _text(message.get("role")), message.get("content")
     rest = {key: value for key, value in message.items() if key not in ("role", "content")}
     if isinstance(content, list) and all(
@@ -114,7 +116,7 @@ def _render_message(message: dict[str, Any]) -> bytes:
         content = "\n".join(part["text"] for part in content)
     shown = content if isinstance(content, str) else orjson.dumps(content, option=_SORTED).decode()
     tail = orjson.dumps(rest, option=_SORTED).decode() if rest else ""
-    return f"{role}\x1f{shown}{tail}\x1e".encode("utf-8", "surrogatepass")
+    return f"{role}\x1f{shown}{tail}\x1e"
 
 
 def _preamble(body: dict[str, Any]) -> bytes:

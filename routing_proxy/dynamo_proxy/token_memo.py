@@ -6,6 +6,7 @@ Engines tokenise off the hot path; the next request that shares a text prefix fi
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -13,15 +14,17 @@ from .block_hash import token_chain
 from .text_chain import TEXT_BLOCK_BYTES
 
 DEFAULT_MAX_NODES = 100_000
+DEFAULT_MAX_TOKENS = 8_000_000  # 64 MB of ids, and at most half as much again of block chains
 
 
 class TokenRun:
     """One tokenised prompt; its block chains are made once per block size."""
 
-    __slots__ = ("_chains", "_root", "token_ids")
+    __slots__ = ("_chains", "_root", "nodes", "token_ids")
 
     def __init__(self, token_ids: Sequence[int], root: int) -> None:
-        self.token_ids = tuple(token_ids)
+        self.token_ids = array("q", token_ids)
+        self.nodes = 0  # text-chain nodes that lead here
         self._root = root
         self._chains: dict[int, list[int]] = {}
 
@@ -35,8 +38,10 @@ class TokenRun:
 class TokenMemo:
     """A bounded LRU from text-chain node to (run, tokens of that run that the text prefix surely covers)."""
 
-    def __init__(self, max_nodes: int = DEFAULT_MAX_NODES) -> None:
+    def __init__(self, max_nodes: int = DEFAULT_MAX_NODES, max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
         self._max_nodes = max_nodes
+        self._max_tokens = max_tokens
+        self._tokens = 0  # of all runs that a node leads to
         self._known: OrderedDict[int, tuple[TokenRun, int]] = OrderedDict()
         self.tokens_per_byte = 0.25
 
@@ -56,17 +61,24 @@ class TokenMemo:
             return
         run = TokenRun(token_ids, root)
         count = len(run.token_ids)
+        self._tokens += count
         for depth in range(len(chain), 0, -1):
             covered = min(depth * TEXT_BLOCK_BYTES, text_bytes)
-            self._known[chain[depth - 1]] = (
-                run,
-                count if covered == text_bytes else count * covered // text_bytes,
-            )
-            self._known.move_to_end(chain[depth - 1])
-        while len(self._known) > self._max_nodes:
-            self._known.popitem(last=False)
+            node = chain[depth - 1]
+            run.nodes += 1
+            self._leave(self._known.pop(node, None))
+            self._known[node] = run, count if covered == text_bytes else count * covered // text_bytes
+        # One leftover node keeps a whole run: a long conversation leaves one per turn.
+        while len(self._known) > self._max_nodes or self._tokens > self._max_tokens:
+            self._leave(self._known.popitem(last=False)[1])
         if text_bytes >= TEXT_BLOCK_BYTES:
             self.tokens_per_byte += 0.1 * (min(2.0, count / text_bytes) - self.tokens_per_byte)
+
+    def _leave(self, known: tuple[TokenRun, int] | None) -> None:
+        if known is not None:
+            known[0].nodes -= 1
+            if not known[0].nodes:
+                self._tokens -= len(known[0].token_ids)
 
     def recall(self, chain: Sequence[int]) -> tuple[TokenRun, int, int] | None:
         """The deepest known node: (run, tokens covered, nodes covered), or None."""
@@ -78,6 +90,10 @@ class TokenMemo:
 
     def check(self) -> None:
         assert len(self._known) <= self._max_nodes, f"{len(self._known)} nodes of {self._max_nodes}"
+        runs = {id(run): run for run, _ in self._known.values()}
+        assert sum(run.nodes for run in runs.values()) == len(self._known), "nodes of runs miscounted"
+        held = sum(len(run.token_ids) for run in runs.values())
+        assert held == self._tokens <= self._max_tokens, f"{held} tokens held, {self._tokens} counted"
         for run, covered in self._known.values():
             assert 0 <= covered <= len(run.token_ids), f"{covered} tokens covered of {len(run.token_ids)}"
         assert 0 <= self.tokens_per_byte <= 2, f"{self.tokens_per_byte} tokens per byte"

@@ -91,6 +91,8 @@ class TokenLearner:
             return "engine_failed"
         except orjson.JSONDecodeError:
             return "bad_answer"
+        except TypeError:  # nested deeper than orjson writes
+            return "too_deep"
         if not ids:
             return "bad_answer"
         self._knowledge.memo.learn(prompt.chain, len(prompt.text), ids, prompt.root)

@@ -26,13 +26,12 @@ class ResponseSink(Protocol):
 class UpstreamConnection(asyncio.Protocol):
     """One connection to an engine. Idle in the pool, or busy with one response."""
 
-    __slots__ = ("_loop", "_pool", "idle_since", "reader", "served", "sink", "transport")
+    __slots__ = ("_loop", "_pool", "idle_since", "reader", "sink", "transport")
 
     def __init__(self, pool: UpstreamPool) -> None:
         self._pool = pool
         self._loop = pool.loop
         self.transport: asyncio.Transport | None = None
-        self.served = 0
         self.idle_since = 0.0
         # per response
         self.sink: ResponseSink | None = None
@@ -47,7 +46,6 @@ class UpstreamConnection(asyncio.Protocol):
         assert self.transport is not None, "the connection is not open"
         assert self.sink is None, "the connection is not free"
         self.sink, self.reader = sink, reader
-        self.served += 1
         self.transport.write(request)
 
     def abandon(self) -> None:
@@ -99,10 +97,14 @@ class UpstreamConnection(asyncio.Protocol):
     def _end(self, event: EndOfMessage) -> None:
         sink, self.sink, self.reader = self.sink, None, None
         assert sink is not None
-        if event.reusable and self.is_open:
-            self._pool.put(self)
-        elif self.transport is not None:
-            self.transport.close()
+        transport = self.transport
+        if event.reusable and transport is not None and not transport.is_closing():
+            if transport.get_write_buffer_size():  # answered early: the rest of the request is in the way
+                transport.abort()
+            else:
+                self._pool.put(self)
+        elif transport is not None:
+            transport.close()
         sink.on_end()
 
     def _lost(self, reason: str) -> None:

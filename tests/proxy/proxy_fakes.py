@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from random import Random
 from typing import Any, TypeVar
@@ -27,7 +28,17 @@ QUICK = Timeouts(
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    return uvloop.run(work)
+    """Run a test's body. What a failed body left open must be a warning, not an error: an error in uvloop's
+    warning about an unclosed handle leaves its `close()` waiting for ever.
+    """
+
+    async def guarded() -> T:
+        try:
+            return await work
+        finally:
+            warnings.simplefilter("always", ResourceWarning)  # pytest restores the filters after each test
+
+    return uvloop.run(guarded())
 
 
 async def wait_until(condition: Callable[[], bool], what: str = "condition") -> None:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import AsyncIterator
 from typing import IO
 
@@ -82,11 +83,10 @@ def spawn(*arguments: str, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def started(*arguments: str) -> AsyncIterator[tuple[subprocess.Popen[bytes], int, list[str]]]:
-    """A proxy process, its port, and its stderr lines (whole after the end).
-
-    Not the loop's own spawning: uvloop forks with its loop running, and a stuck child would stop us.
-    """
+async def started(
+    *arguments: str, until: str = "listening on"
+) -> AsyncIterator[tuple[subprocess.Popen[bytes], int, list[str]]]:
+    """A proxy process that has said `until`, its port, and its stderr lines (whole after the end)."""
     with tempfile.TemporaryFile() as stderr:
         process = spawn(*arguments, stderr=stderr)
         lines: list[str] = []
@@ -95,7 +95,7 @@ async def started(*arguments: str) -> AsyncIterator[tuple[subprocess.Popen[bytes
             return os.pread(stderr.fileno(), 1 << 20, 0).decode()
 
         try:
-            await wait_until(lambda: "listening on" in written() or process.poll() is not None, "the proxy listens")
+            await wait_until(lambda: until in written() or process.poll() is not None, f"the proxy says {until!r}")
             found = re.search(r"listening on http://[^:]+:(\d+)", written())
             assert found is not None, written()
             yield process, int(found[1]), lines
@@ -122,7 +122,8 @@ def test_it_starts_without_its_engine_says_so_once_and_gets_ready() -> None:
     async def body() -> None:
         engine = await FakeEngine().start()
         await engine.stop()
-        async with started("--engine", engine.url) as (process, port, lines):
+        # The engine may start only when its absence was noticed.
+        async with started("--engine", engine.url, until="not reachable yet") as (process, port, lines):
             assert (await ask(port, get("/health"))).status == 503
             await engine.start(engine.port)
             await ready(port)
@@ -183,6 +184,18 @@ def test_a_stuck_stream_does_not_keep_it_alive(how: str) -> None:
         await engine.stop()
 
     run(body())
+
+
+def test_a_body_that_fails_with_its_engine_open_fails_and_does_not_hang() -> None:
+    async def body() -> None:
+        await FakeEngine().start()
+        raise AssertionError("told")
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("error")
+        with pytest.raises(AssertionError, match="told"):
+            run(body())
+    assert "unclosed" in str(warned[0].message)
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

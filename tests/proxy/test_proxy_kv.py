@@ -177,6 +177,54 @@ def test_ranks_hold_for_their_engine_and_a_window_group_does_not_count() -> None
     index.check()
 
 
+@pytest.mark.parametrize("kind", ["mamba", "chunked_local_attention", "sliding_window_mla", "of next year"])
+def test_groups_that_no_prefix_hit_hangs_on_neither_add_nor_remove(kind: str) -> None:
+    index = KvIndex()
+    chain = token_chain([1, 2], 2, ROOT)
+    index.apply(0, 0, stored([11], None, [1, 2], group_idx=0, kv_cache_spec_kind="full_attention"))
+    state = stored([11], None, [1, 2], group_idx=1, kv_cache_spec_kind=kind)
+    assert index.apply(0, 0, state) is Outcome.WINDOW_GROUP
+    assert index.apply(0, 0, BlocksRemoved((11,), "GPU", 1)) is Outcome.WINDOW_GROUP
+    assert index.walk(chain, 1) == {0: 1}
+    index.check()
+
+
+def test_a_tiers_events_have_no_group_and_are_not_taken_for_those_of_group_0() -> None:
+    index = KvIndex()
+    chain = token_chain([1, 2], 2, ROOT)
+    index.apply(0, 0, stored([11], None, [1, 2], group_idx=0, kv_cache_spec_sliding_window=128))
+    index.apply(0, 0, stored([11], None, [1, 2], medium="CPU"))
+    assert index.walk(chain, 1) == {0: 1}
+    (gone,) = decode_batch(
+        msgspec.msgpack.encode([0.0, [{"type": "BlockRemoved", "block_hashes": [11], "medium": "CPU"}]])
+    )[0]
+    assert index.apply(0, 0, gone) is Outcome.APPLIED
+    assert index.walk(chain, 1) == {}
+
+
+def test_only_a_first_block_can_carry_a_salt() -> None:
+    (event,) = [stored([2], 1, [3, 4], extra_keys=[["digest"]])]
+    assert event.cache_salt == ""
+    assert event.extra == (msgspec.msgpack.encode(["digest"]),)
+
+
+def test_our_connectors_events_one_block_each_follow_a_block_through_its_media() -> None:
+    index = KvIndex()
+    chain = token_chain([1, 2, 3, 4], 2, root_hash("ad", "S"))
+    index.apply(0, 0, stored([11, 12], None, [1, 2, 3, 4], lora_name="ad", extra_keys=[["ad", "S"], ["ad"]]))
+    index.apply(0, 0, stored([11], None, [1, 2], medium="CPU", lora_name="ad", extra_keys=[["ad", "S"]]))
+    index.apply(0, 0, stored([12], 11, [3, 4], medium="CPU", lora_name="ad", extra_keys=[["ad"]]))
+    for number in (12, 11):
+        index.apply(0, 0, removed([number]))
+    assert index.walk(chain, 1) == {0: 2}
+    index.apply(0, 0, stored([12], 11, [3, 4], medium="STORAGE", lora_name="ad", extra_keys=[["ad"]]))
+    index.apply(0, 0, removed([12], "CPU"))
+    assert index.walk(chain, 1) == {0: 2}
+    index.apply(0, 0, removed([12], "STORAGE"))
+    assert index.walk(chain, 1) == {0: 1}
+    index.check()
+
+
 def test_the_index_is_bounded() -> None:
     index = KvIndex(max_blocks_per_source=3)
     outcomes = [index.apply(0, 0, stored([number], None, [number, number])) for number in range(5)]

@@ -12,7 +12,7 @@ from dynamo_proxy.policy import (
     choose_least_loaded,
     choose_random,
     choose_round_robin,
-    cost_seconds,
+    costs_seconds,
     learn_prefill,
 )
 from hypothesis import given
@@ -49,7 +49,7 @@ def test_cost_by_hand() -> None:
     decode = 1e-4 * 2 + 3e-8 * 1000
     own = 1e-4 * 900 * (1 + 1 + 0.3 * 2)
     expected = 1e-4 * 500 + own + 1 * (0.01 + decode) + 0.3 * 300 * decode
-    assert abs(cost_seconds(candidate, 1000, MODEL) - expected) < 1e-12
+    assert abs(costs_seconds([candidate], 1000, MODEL)[0] - expected) < 1e-12
 
 
 def test_ties_spread() -> None:
@@ -76,7 +76,7 @@ def test_least_loaded_counts_requests_then_pending_tokens() -> None:
 @given(candidates, st.integers(0, 50_000))
 def test_the_choice_is_never_dearer_than_another(fleet: list[Candidate], tokens: int) -> None:
     decision = choose_kv(fleet, tokens, MODEL, Random(1))
-    assert decision.cost_seconds == min(cost_seconds(candidate, tokens, MODEL) for candidate in fleet)
+    assert decision.cost_seconds == min(costs_seconds(fleet, tokens, MODEL))
     assert 0 <= decision.new_tokens <= tokens
 
 
@@ -86,7 +86,7 @@ def test_more_cached_is_never_dearer(fleet: list[Candidate], tokens: int, more: 
     better = Candidate(
         first.slot, first.matched_tokens + more, first.in_flight, first.pending_tokens, first.active_tokens
     )
-    assert cost_seconds(better, tokens, MODEL) <= cost_seconds(first, tokens, MODEL)
+    assert sorted(costs := costs_seconds([better, first], tokens, MODEL)) == costs
 
 
 def test_learning_moves_towards_what_is_seen_and_ignores_noise() -> None:
