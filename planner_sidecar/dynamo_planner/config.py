@@ -6,6 +6,7 @@ Every mistake becomes one ConfigError line that names the key and says what to d
 from __future__ import annotations
 
 import shlex
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,6 +97,8 @@ class PlannerConfig(BaseModel):
             raise ValueError(f"cannot be split into words ({error}); check its quotes") from error
         if not words or "{port}" not in value:
             raise ValueError("must contain {port}, as in 'vllm serve MODEL --port {port}'")
+        if shutil.which(words[0]) is None:
+            raise ValueError(f"{words[0]!r} is not a program on this machine's PATH; name one that is")
         return value
 
     @model_validator(mode="after")

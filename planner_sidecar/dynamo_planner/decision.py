@@ -59,6 +59,8 @@ def _remembered(memory: Memory, now: float, down: int, window_seconds: float) ->
 
 def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need | None, stale: int) -> _Verdict:
     current, low, high = fleet.current, policy.min_replicas, policy.max_replicas
+    if not fleet.is_complete:
+        return _Verdict(current, "fleet_unknown", f"the proxy has not told its engines yet; holding {current}")
     if current < low:
         return _Verdict(low, "below_min", f"{current} replicas are fewer than the minimum of {low}")
     if need is None:

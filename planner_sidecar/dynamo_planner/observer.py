@@ -33,6 +33,7 @@ class Observer:
         self._trackers: dict[str, EngineTracker] = {}
         self._proxy_tracker = ProxyTracker()
         self._listed: dict[str, str] = {}
+        self._has_listing = False
 
     async def observe(self, now: float, own: Mapping[str, str]) -> tuple[FleetObservation, list[ObservationFailure]]:
         """Look once. `own` maps the URLs of replicas that the planner started to their states."""
@@ -44,7 +45,8 @@ class Observer:
         self._trackers = {url: tracker for url, tracker in self._trackers.items() if url in states}
         order = sorted(states)
         engines = await asyncio.gather(*(self._observe_engine(url, states[url], now, failures) for url in order))
-        return FleetObservation(now, tuple(engines), seen_proxy), failures
+        is_complete = self._proxy is None or self._has_listing
+        return FleetObservation(now, tuple(engines), seen_proxy, is_complete), failures
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
@@ -61,7 +63,7 @@ class Observer:
         except ObservationError as error:
             failures.append(ObservationFailure("proxy", error.reason, str(error)))
             return self._proxy_tracker.failed(error)
-        self._listed = _states(listing)
+        self._listed, self._has_listing = _states(listing), True
         in_flight = sum(engine.in_flight for engine in listing.engines)
         return self._proxy_tracker.read(listing.arrivals_total, listing.prompt_tokens_total, in_flight, now)
 

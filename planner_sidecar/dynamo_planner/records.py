@@ -77,6 +77,8 @@ class FleetObservation:
     time_seconds: float
     engines: tuple[EngineObservation, ...] = ()
     proxy: ProxyObservation | None = None
+    is_complete: bool = True
+    """False while the proxy, which knows the fleet, has never been read: there may be engines nobody has named."""
 
     @property
     def current(self) -> int:

@@ -242,7 +242,10 @@ class Exchange:
             message = f"The model `{self._prompt.model}` does not exist here; GET /v1/models lists what is served."
         else:
             status, code = 503, "no_engine_ready"
-            message = "no engine is ready to take this request; try again in a few seconds"
+            message = (
+                "no engine is ready to take this request, and not every engine has told its models yet; "
+                "try again in a few seconds, and check the model's name if this goes on"
+            )
         self._close(status, self._failure or code)
         self._client.refuse(status, code, message)
 

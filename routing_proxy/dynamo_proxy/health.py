@@ -112,11 +112,14 @@ class EngineWatch:
 
     def _knowledge_changed(self) -> None:
         engine, knowledge, bit = self.engine, self._monitor.knowledge, 1 << self.engine.slot
+        before = engine.knowledge
         engine.event_feeds = len(self.feeds)
         engine.events_lost = any(feed.lost for feed in self.feeds)
         engine.events_complete = bool(self.feeds) and all(feed.complete for feed in self.feeds)
         knowledge.event_mask = knowledge.event_mask | bit if self.feeds else knowledge.event_mask & ~bit
         knowledge.exact_mask = knowledge.exact_mask | bit if engine.events_complete else knowledge.exact_mask & ~bit
+        if engine.knowledge != before:
+            log.info("engine %s: KV knowledge is now %s", engine.address.url, engine.knowledge)
 
     def close_feeds(self) -> None:
         for feed in self.feeds:

@@ -187,4 +187,4 @@ def _listen_error(flag: str, host: str, port: int, error: OSError) -> ListenErro
     reason = (error.strerror or str(error)).lower()
     if "in use" in str(error).lower():
         reason = "the address is in use"
-    return ListenError(f"cannot listen on {host}:{port} ({reason}); choose another port with {flag}")
+    return ListenError(f"cannot listen on {host}:{port} ({reason}); choose another address or {flag}")

@@ -236,3 +236,11 @@ def test_a_log_replays_and_a_changed_rule_shows() -> None:
     lines[5] = lines[5].replace('"desired": 2', '"desired": 3')
     assert len(replay(lines).differences) == 1
     assert replay(lines).differences[0].startswith("line 6: was 3")
+
+
+def test_nothing_is_started_before_the_proxy_has_told_the_fleet() -> None:
+    """A planner that restarts while its proxy is away sees no engine: that is not an empty fleet."""
+    unknown = replace(fleet(), is_complete=False)
+    said = once(unknown, SizingPolicy(min_replicas=2))
+    assert (said.current, said.desired, said.reason) == (0, 0, "fleet_unknown")
+    assert once(fleet(), SizingPolicy(min_replicas=2)).desired == 2

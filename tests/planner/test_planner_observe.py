@@ -192,6 +192,7 @@ def test_the_proxy_names_engines_and_its_states_count() -> None:
                 assert fleet.proxy is not None
                 assert fleet.proxy.stale_reason == "proxy_status"
                 assert fleet.engines[0].usable
+                assert not fleet.is_complete
 
     asyncio.run(story())
 

@@ -154,7 +154,7 @@ BASE = ["--engine", "http://127.0.0.1:9"]
         ([*BASE, "--engine-port-range", "9-1"], "8100-8199"),
         ([*BASE, "--engine-port-range", "many"], "8100-8199"),
         ([*BASE, "--decision-log", "/nope/x.jsonl"], "--decision-log"),
-        ([*BASE, "--no-advisory", "--engine-command", "x {port}", "--port", "8150"], "move one of them"),
+        ([*BASE, "--no-advisory", "--engine-command", "sleep {port}", "--port", "8150"], "move one of them"),
         (["--config", "/nope.yaml"], "--config"),
         (["--config", "/"], "--config"),
         (["--bogus"], "--bogus"),
