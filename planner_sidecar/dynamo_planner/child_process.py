@@ -20,6 +20,7 @@ class ChildProcess:
         """Start `command` with `{port}` filled in. Raises ActuationError if it cannot be started."""
         self.log_path = log_path
         self.signalled: set[int] = set()
+        self._gone = False
         arguments = [part.replace("{port}", str(port)) for part in shlex.split(command)]
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,11 +38,12 @@ class ChildProcess:
 
     def gone(self) -> bool:
         """True once the leader is reaped and no process of its group runs. Orphans of a dead leader are
-        killed.
+        killed. It stays gone: its number may by then belong to somebody else's group.
         """
-        if self._process.poll() is None:
-            return False
+        if self._gone or self._process.poll() is None:
+            return self._gone
         if not group_alive(self.pid):
+            self._gone = True
             return True
         self._signal(signal.SIGKILL, once=False)
         return False
@@ -67,7 +69,7 @@ class ChildProcess:
         assert self.signalled <= {signal.SIGTERM, signal.SIGKILL}, "only SIGTERM and SIGKILL are ever sent"
 
     def _signal(self, number: int, once: bool) -> None:
-        if once and number in self.signalled:
+        if self._gone or (once and number in self.signalled):
             return
         self.signalled.add(number)
         try:

@@ -33,6 +33,7 @@ class State(str, Enum):
 class Event(str, Enum):
     HEALTHY = "healthy"
     DRAIN_ORDERED = "drain_ordered"
+    KEEP_ORDERED = "keep_ordered"  # it is needed after all
     ACCEPTED = "accepted"
     UNKNOWN = "unknown"  # the proxy does not know the replica, or there is no proxy
     BUSY = "busy"  # the proxy refuses to forget a replica with requests in flight
@@ -82,10 +83,12 @@ TABLE: dict[tuple[State, Event], tuple[State, Effect]] = {
     (S.UNROUTING, E.FAILED): (S.RESUMING, F.RESUME),
     (S.UNROUTING, E.DEADLINE): (S.RESUMING, F.RESUME),
     (S.UNROUTING, E.LAST_DEADLINE): (S.TERMINATING, F.TERMINATE),
+    (S.UNROUTING, E.KEEP_ORDERED): (S.RESUMING, F.RESUME),
     (S.UNROUTING, E.EXITED): (S.FORGETTING, F.REMOVE),
     (S.DRAINING, E.IDLE): (S.REMOVING, F.REMOVE),
     (S.DRAINING, E.DEADLINE): (S.RESUMING, F.RESUME),
     (S.DRAINING, E.LAST_DEADLINE): (S.TERMINATING, F.TERMINATE),
+    (S.DRAINING, E.KEEP_ORDERED): (S.RESUMING, F.RESUME),
     (S.DRAINING, E.EXITED): (S.FORGETTING, F.REMOVE),
     (S.REMOVING, E.ACCEPTED): (S.TERMINATING, F.TERMINATE),
     (S.REMOVING, E.UNKNOWN): (S.TERMINATING, F.TERMINATE),
@@ -93,6 +96,7 @@ TABLE: dict[tuple[State, Event], tuple[State, Effect]] = {
     (S.REMOVING, E.FAILED): (S.RESUMING, F.RESUME),
     (S.REMOVING, E.DEADLINE): (S.RESUMING, F.RESUME),
     (S.REMOVING, E.LAST_DEADLINE): (S.TERMINATING, F.TERMINATE),
+    (S.REMOVING, E.KEEP_ORDERED): (S.RESUMING, F.RESUME),
     (S.REMOVING, E.EXITED): (S.FORGETTING, F.REMOVE),
     (S.RESUMING, E.ACCEPTED): (S.READY, F.NOTHING),
     (S.RESUMING, E.UNKNOWN): (S.REGISTERING, F.REGISTER),

@@ -47,15 +47,22 @@ class LocalProcessActuator:
         self._happenings: list[Happening] = []
         self._failed_starts = 0
         self._not_before = 0.0
+        self._closing = False
 
     def states(self) -> Mapping[str, str]:
         return {url: replica.state for url, replica in self._replicas.items() if not replica.ended}
 
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
         """Start or drain as many as asked. An order by hand does not wait for the back-off."""
+        if self._closing:
+            return Outcome(False, "stopping", ("the planner is stopping; nothing is started or drained any more",))
         self.notice()
         if desired > current:
-            return self._start_some(desired - current, by_hand)
+            kept = self._keep_some(desired - current)
+            if len(kept) == desired - current:
+                return Outcome(True, "kept", kept)
+            started = self._start_some(desired - current - len(kept), by_hand)
+            return Outcome(started.accepted or bool(kept), started.reason, kept + started.actions)
         return await self._stop_some(current - desired)
 
     def happenings(self) -> list[Happening]:
@@ -75,6 +82,7 @@ class LocalProcessActuator:
 
     async def close(self) -> None:
         """Drain and stop all replicas at once; none is left when this returns, unless they are to be kept."""
+        self._closing = True  # an order that is still under way must start nothing now
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -94,6 +102,7 @@ class LocalProcessActuator:
         self.kill_now()
 
     def kill_now(self) -> None:
+        self._closing = True
         if self._plan.keep_on_exit:
             return
         for replica in self._replicas.values():
@@ -134,6 +143,8 @@ class LocalProcessActuator:
 
     async def _stop_some(self, count: int) -> Outcome:
         in_flight = await self._in_flight()
+        if self._closing:
+            return Outcome(False, "stopping", ())
         actions = []
         for _ in range(count):
             now = self._around.clock()
@@ -149,12 +160,24 @@ class LocalProcessActuator:
             return Outcome(False, "no_victim", ("none of the replicas was started by this planner",))
         return Outcome(True, "draining", tuple(actions))
 
-    def _stop_one(self, replica: Replica, in_flight: int | None) -> str:
+    def _keep_some(self, count: int) -> tuple[str, ...]:
+        """Take back up to `count` drains: a replica that still serves needs no start, and no second GPU."""
+        actions: list[str] = []
+        for replica in self._replicas.values():
+            if len(actions) < count and replica.order_keep():
+                self._drive_anew(replica)
+                actions.append(f"keeping {replica.url}: its drain is taken back")
+        return tuple(actions)
+
+    def _drive_anew(self, replica: Replica) -> None:
         running = self._tasks.pop(replica.url, None)
         if running is not None:
             running.cancel()
-        replica.order_stop()
         self._drive(replica)
+
+    def _stop_one(self, replica: Replica, in_flight: int | None) -> str:
+        replica.order_stop()
+        self._drive_anew(replica)
         known = "" if in_flight is None else f" with {in_flight} requests in flight"
         return f"draining {replica.url}{known}, then stopping it"
 

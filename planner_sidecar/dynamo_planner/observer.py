@@ -5,13 +5,17 @@ included.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from .errors import ObservationError
 from .peers import Peers, ProxyAdmin, ProxyListing
 from .records import DOWN, DRAINING, READY, STARTING, EngineObservation, FleetObservation, ProxyObservation
 from .tracking import EngineTracker, ProxyTracker
+
+
+# An engine that the proxy never saw ready stops counting as supply after this long.
+STARTING_PATIENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Observer:
         self._proxy_tracker = ProxyTracker()
         self._listed: dict[str, str] = {}
         self._has_listing = False
+        self._starting_since: dict[str, float] = {}
 
     async def observe(self, now: float, own: Mapping[str, str]) -> tuple[FleetObservation, list[ObservationFailure]]:
         """Look once. `own` maps the URLs of replicas that the planner started to their states."""
@@ -42,6 +47,7 @@ class Observer:
         # A replica of ours that is on its way in or out is the planner's to judge; else the proxy knows best.
         moving = {url: state for url, state in own.items() if state != READY}
         states = dict.fromkeys((*self._named, *own), READY) | self._listed | moving
+        states |= self._given_up(states.keys() - own.keys(), states, now)
         self._trackers = {url: tracker for url, tracker in self._trackers.items() if url in states}
         order = sorted(states)
         engines = await asyncio.gather(*(self._observe_engine(url, states[url], now, failures) for url in order))
@@ -54,6 +60,13 @@ class Observer:
             assert tracker.url == url, f"the tracker of {url} watches {tracker.url}"
             tracker.check()
         self._proxy_tracker.check()
+
+    def _given_up(self, foreign: Iterable[str], states: Mapping[str, str], now: float) -> dict[str, str]:
+        """Engines of others that are starting for too long; those of ours have a deadline in their life."""
+        starting = [url for url in foreign if states[url] == STARTING]
+        self._starting_since = {url: self._starting_since.get(url, now) for url in starting}
+        late = now - STARTING_PATIENCE_SECONDS
+        return {url: DOWN for url, since in self._starting_since.items() if since <= late}
 
     async def _observe_proxy(self, now: float, failures: list[ObservationFailure]) -> ProxyObservation | None:
         if self._proxy is None:

@@ -72,6 +72,13 @@ class Replica:
         self._feed(Event.DRAIN_ORDERED)
         return True
 
+    def order_keep(self) -> bool:
+        """Take a stop back; False if it is too late for that."""
+        if not self.life.can(Event.KEEP_ORDERED):
+            return False
+        self._feed(Event.KEEP_ORDERED)
+        return True
+
     def note_exit(self) -> bool:
         """True if a replica that was ready has died; its life then goes on to the proxy's list."""
         if self.life.state is not State.READY or not self.child.gone():

@@ -21,6 +21,7 @@ from .http_heads import (
 )
 
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+_PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 _EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 _MAX_CHUNK_LINE_BYTES = 4096
 _MAX_TRAILER_BYTES = 16 * 1024
@@ -74,6 +75,8 @@ class ChunkDecoder:
         `payload`.
         """
         position, end = 0, len(data)
+        if payload is None and self.at_boundary:
+            position = _whole_chunks(data)
         while position < end and self._state is not _Chunk.DONE:
             if self._state is _Chunk.DATA:
                 taken = min(self._left, end - position)
@@ -120,6 +123,17 @@ class ChunkDecoder:
         assert self._left >= 0, "negative chunk remainder"
         assert (self._state is _Chunk.DATA) == (self._left > 0), f"{self._left} bytes left in {self._state}"
         assert len(self._line) <= _MAX_CHUNK_LINE_BYTES, "chunk line beyond its bound"
+
+
+def _whole_chunks(data: bytes) -> int:
+    """Where the chunks end that `data` begins with and holds whole: a stream's tokens, nearly always."""
+    position, end = 0, len(data)
+    while (size := _PLAIN_SIZE.match(data, position)) is not None:
+        stop = size.end() + int(size[1], 16) + 2
+        if stop > end or stop == size.end() + 2 or data[stop - 2 : stop] != b"\r\n":
+            break
+        position = stop
+    return position
 
 
 class RequestReader:

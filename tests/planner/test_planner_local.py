@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import aiohttp
@@ -259,3 +260,49 @@ def test_closing_while_replicas_start_leaves_none(tmp_path: Path) -> None:
         assert kinds.count("actuation") == 3
 
     asyncio.run(story())
+
+
+def test_a_need_that_comes_back_takes_the_drain_back_instead_of_starting_one_more(tmp_path: Path) -> None:
+    async def story() -> None:
+        proxy = FakeProxy()
+        async with (
+            served(proxy.app()) as admin,
+            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
+        ):
+            await stand.planner.order(2)
+            await stand.eventually(lambda: two_ready(stand))
+            before = {replica.child.pid for replica in replicas(stand)._replicas.values()}
+            proxy.in_flight = dict.fromkeys(proxy.states, 1)
+            await stand.planner.order(1)
+            await stand.eventually(lambda: "draining" in proxy.states.values())
+            decision, outcome = await stand.planner.order(2)
+            assert (decision.current, outcome.reason) == (1, "kept")
+            await stand.until("kept http")
+            assert set(proxy.states.values()) == {"ready"}
+            assert {replica.child.pid for replica in replicas(stand)._replicas.values()} == before
+            proxy.in_flight = {}
+
+    asyncio.run(story())
+
+
+def test_an_order_that_meets_the_exit_starts_nothing(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, **actuate(tmp_path)) as stand:
+            await stand.planner.close()
+            _, outcome = await stand.planner.order(2)
+            assert (outcome.accepted, outcome.reason) == (False, "stopping")
+            assert not replicas(stand)._replicas
+
+    asyncio.run(story())
+
+
+def test_a_group_that_is_gone_is_never_signalled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = ChildProcess("true", 18150, tmp_path / "x.log")
+    while not child.gone():
+        time.sleep(0.01)
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "killpg", lambda group, number: signals.append((group, number)))
+    assert child.gone()  # even though its number is in use again
+    child.kill()
+    child.terminate()
+    assert signals == []

@@ -205,3 +205,19 @@ def test_an_admin_port_that_is_none_is_said_to_be_none() -> None:
         assert "admin port" in failures[0].text
 
     asyncio.run(story())
+
+
+def test_an_engine_of_others_that_starts_for_ever_stops_counting_as_supply() -> None:
+    async def story() -> None:
+        url = "http://127.0.0.1:9"
+        proxy = FakeProxy(states={url: "starting"})
+        async with served(proxy.app()) as admin, aiohttp.ClientSession() as session:
+            peers = Peers(session, 1.0)
+            observer = Observer((), peers, ProxyAdmin(peers, admin))
+            counts = [(await observer.observe(now, {}))[0].current for now in (0.0, 599.0, 601.0)]
+            assert counts == [1, 1, 0]
+            own = [(await observer.observe(now, {url: "starting"}))[0].current for now in (602.0, 2000.0)]
+            assert own == [1, 1]  # ours has a deadline of its own
+            observer.check()
+
+    asyncio.run(story())

@@ -38,7 +38,7 @@ async def _ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reques
 
 
 def test_pipelined_own_answers_that_nobody_reads_are_not_piled_up() -> None:
-    count = 20_000
+    count = 4_000
 
     async def body() -> None:
         engine = await FakeEngine().start()
