@@ -13,7 +13,6 @@ from .peers import Peers, ProxyAdmin, ProxyListing
 from .records import DOWN, DRAINING, READY, STARTING, EngineObservation, FleetObservation, ProxyObservation
 from .tracking import EngineTracker, ProxyTracker
 
-
 # An engine that the proxy never saw ready stops counting as supply after this long.
 STARTING_PATIENCE_SECONDS = 600.0
 
