@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import tracemalloc
 from dataclasses import replace
+from typing import cast
 
 import orjson
 import pytest
+from dynamo_proxy.client_connection import ClientConnection
 from dynamo_proxy.config import Limits
 from dynamo_proxy.errors import UnknownEngineError
 from dynamo_proxy.http1 import Request, RequestReader
@@ -107,7 +109,7 @@ def test_a_client_that_stops_reading_gives_its_engine_back(reads: bool) -> None:
 
 
 def test_a_body_in_tiny_chunks_costs_no_multiple_of_its_size() -> None:
-    body_bytes = 1 << 20
+    body_bytes = 1 << 17
     reader = RequestReader(Limits())
     reader.receive(b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
     reader.next_event()
@@ -290,5 +292,91 @@ def test_an_engine_that_is_leaving_cannot_be_resumed_or_left_half_removed() -> N
             await wait_until(lambda: fresh.takes_requests, "the new life is ready")
             assert proxy.monitor.watches[fresh.slot].engine is fresh
             assert orjson.loads((await ask(proxy.port, get("/health"))).body)["status"] == "ready"
+
+    run(body())
+
+
+# --- what happens to the connection and the load afterwards
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok",
+        b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok",
+        ANSWER + b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",
+    ],
+    ids=["close", "1.0", "surplus"],
+)
+def test_a_connection_that_should_end_carries_nothing_more(first: bytes) -> None:
+    async def body() -> None:
+        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+            writer.write(first if len(engine.requests) == 1 else ANSWER)
+
+        engine = await RawEngine(script).start()
+        async with proxy_before(engine) as proxy:
+            before = engine.connections
+            assert (await ask(proxy.port, get("/a"))).body == b"ok"
+            assert (await ask(proxy.port, get("/b"))).body == b"ok"
+            probes = engine.connections - before
+            assert probes >= 2
+            assert not any(b"retries_total{" in line for line in proxy.front_end.metrics().splitlines())
+
+    run(body())
+
+
+def test_the_prefill_stops_counting_at_the_first_token() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        engine.hold = asyncio.Event()
+        async with proxy_before(engine) as proxy, Client.to(proxy.port) as client:
+            client.send(post("/v1/chat/completions", chat("word " * 500, stream=True)))
+            await client.head()
+            load = proxy.ledger.load(0)
+            assert (load.in_flight, load.pending_tokens) == (1, 0)
+            assert load.active_tokens > 100
+            engine.hold.set()
+
+    run(body())
+
+
+class FullSocket:
+    """A client's transport whose buffer is over its mark at every write (kernel buffers are not so exact)."""
+
+    def __init__(self) -> None:
+        self.protocol: ClientConnection
+        self.sent = b""
+
+    def write(self, data: bytes) -> None:
+        self.sent += data
+        self.protocol.pause_writing()
+
+    def get_extra_info(self, name: str) -> None: ...
+    def set_write_buffer_limits(self, high: int) -> None: ...
+    def get_write_buffer_size(self) -> int:
+        return len(self.sent)
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def abort(self) -> None:
+        self.protocol.connection_lost(None)
+
+
+def test_an_engine_connection_whose_answer_filled_its_client_goes_back_reading() -> None:
+    async def body() -> None:
+        engine = await RawEngine(_ok).start()
+        async with proxy_before(engine) as proxy:
+            socket = FullSocket()
+            socket.protocol = ClientConnection(proxy.front_end, proxy.config.limits, QUICK)
+            socket.protocol.connection_made(cast(asyncio.Transport, socket))
+            socket.protocol.data_received(get("/full"))
+            await wait_until(lambda: socket.sent.endswith(b"ok"))
+            await asyncio.sleep(0)
+            proxy.check()
+            assert (await asyncio.wait_for(ask(proxy.port, get("/next")), 5)).body == b"ok"
+            socket.abort()
 
     run(body())
