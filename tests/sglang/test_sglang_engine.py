@@ -9,7 +9,7 @@ import pytest
 
 from tests.sglang.conftest import write_tiny_model
 from tests.sglang.server import Answer, Server, prompts
-from tools.server_process import members_of, shared_memory_names
+from tools.server_process import SHARED_MEMORY, members_of
 
 # Booting takes 35 s on a quiet machine of 2 cores and minutes on a busy one.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -112,7 +112,7 @@ def test_a_stopped_server_leaves_nothing_behind(server: Server) -> None:
     server.process.stop()
     assert not slab.exists()
     assert not members_of(session)
-    assert not [name for name in shared_memory_names() if "dynamo" in name or "kvbm" in name]
+    assert not [path for path in SHARED_MEMORY.iterdir() if "dynamo" in path.name or "kvbm" in path.name]
     assert "nvme_ssd tier closed" in server.process.log.read_text()
 
 
