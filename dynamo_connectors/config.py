@@ -13,7 +13,7 @@ from pathlib import Path
 from dynamo_connectors.errors import ConfigError
 
 GIGABYTE = 10**9
-#: Less would not hold one block of any served model: caught here, it costs no engine start.
+#: Less would not hold one block of any served model.
 SMALLEST_TIER_BYTES = 10**6
 HBM, HOST_DRAM, NVME_SSD = "hbm", "host_dram", "nvme_ssd"
 #: In order of speed. A tier may only be left out at the end: KV reaches the disk through host memory.
@@ -61,6 +61,7 @@ def parse_config(settings: Mapping[str, object]) -> KvbmConfig:
             raise ConfigError(f"unknown setting {key}; known: {', '.join(SETTINGS)}")
     tiers = _parse_tiers(ours.get("kvbm_storage_tiers", f"{HBM},{HOST_DRAM}"))
     _refuse_settings_without_tier(ours, tiers)
+    dram_gb = _parse_number(ours, "kvbm_host_dram_gb", DEFAULT_HOST_DRAM_GB)
     nvme_path = ours.get("kvbm_nvme_path")
     if NVME_SSD in tiers:
         for key in ("kvbm_nvme_path", "kvbm_nvme_gb"):
@@ -73,11 +74,19 @@ def parse_config(settings: Mapping[str, object]) -> KvbmConfig:
         raise ConfigError(f"--kvbm-offload-ratio {ratio:g} is above 1; it is the share of KV that may leave HBM")
     return KvbmConfig(
         storage_tiers=tiers,
-        host_dram_bytes=_parse_size(ours, "kvbm_host_dram_gb", DEFAULT_HOST_DRAM_GB) if HOST_DRAM in tiers else 0,
+        host_dram_bytes=int(dram_gb * GIGABYTE) if HOST_DRAM in tiers else 0,
         offload_ratio=ratio,
         nvme_path=Path(str(nvme_path)) if nvme_path is not None else None,
-        nvme_bytes=_parse_size(ours, "kvbm_nvme_gb", 1.0) if NVME_SSD in tiers else 0,
+        nvme_bytes=int(_parse_number(ours, "kvbm_nvme_gb", 1.0) * GIGABYTE) if NVME_SSD in tiers else 0,
     )
+
+
+def refuse_tiny(setting: str, size_bytes: int) -> None:
+    """Raises `ConfigError` for a size that can only be a slip of the unit, before it costs an engine start."""
+    if size_bytes < SMALLEST_TIER_BYTES:
+        raise ConfigError(
+            f"{flag_of(setting)} {size_bytes / GIGABYTE:g} is less than a megabyte; it is in GB, raise it"
+        )
 
 
 def _parse_tiers(value: object) -> tuple[str, ...]:
@@ -101,14 +110,6 @@ def _refuse_settings_without_tier(ours: Mapping[str, object], tiers: tuple[str, 
             raise ConfigError(
                 f"{flag_of(key)} contradicts --kvbm-storage-tiers {','.join(tiers)}: add {tier} there, or drop the flag"
             )
-
-
-def _parse_size(ours: Mapping[str, object], key: str, default_gb: float) -> int:
-    """Bytes."""
-    size = int(_parse_number(ours, key, default_gb) * GIGABYTE)
-    if size < SMALLEST_TIER_BYTES:
-        raise ConfigError(f"{flag_of(key)} {size / GIGABYTE:g} is less than a megabyte; it is a size in GB, raise it")
-    return size
 
 
 def _parse_number(ours: Mapping[str, object], key: str, default: float) -> float:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from dynamo_connectors.config import flag_of
+from dynamo_connectors.config import flag_of, refuse_tiny
 from dynamo_connectors.errors import DynamoConnectorsError, PluginError
 from dynamo_connectors.host_limits import check_host
 from dynamo_connectors.sglang import compat, live
@@ -108,6 +108,7 @@ def _translate(given: Any, flags: dict[str, object]) -> Translation | None:
     )
     translated = translate(launch)
     if translated is not None:
+        refuse_tiny("kvbm_nvme_gb", translated.config.nvme_bytes)
         check_host(translated.config)
         compat.require_storage_interface()
         compat.weight_update_hooks()
