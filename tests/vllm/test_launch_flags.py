@@ -114,7 +114,7 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
             ["--kvbm-nvme-path /proc/nothing", "cannot be used"],
         ),
         ([*DYNAMO, "--pipeline-parallel-size", "2"], ["--pipeline-parallel-size above 1"]),
-        ([*DYNAMO, "--kvbm-host-dram-gb", "1e-9"], ["--kvbm-host-dram-gb", "under a megabyte"]),
+        ([*DYNAMO, "--kvbm-host-dram-gb", "1e-9"], ["--kvbm-host-dram-gb", "less than a megabyte"]),
         (
             [*DYNAMO, "--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'],
             ["--kv-connector dynamo", "NixlConnector"],
