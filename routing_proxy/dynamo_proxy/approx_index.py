@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from .prefix_walk import leading_runs
+
 DEFAULT_CAPACITY_NODES = 8192  # about 500k tokens at four bytes a token
 
 
@@ -46,19 +48,7 @@ class ApproxIndex:
 
     def matched(self, chain: Sequence[int], mask: int) -> dict[int, int]:
         """How many leading nodes each engine of `mask` holds (engines with none are left out)."""
-        found: dict[int, int] = {}
-        masks = self._masks
-        live = mask
-        for depth, node in enumerate(chain):
-            holders = masks.get(node, 0) & live
-            if holders != live:
-                if depth:
-                    _note(found, live & ~holders, depth)
-                live = holders
-                if not live:
-                    return found
-        _note(found, live, len(chain))
-        return found
+        return leading_runs(self._masks, chain, mask)
 
     def fresh(self, slot: int, chain: Sequence[int], depth: int, since: float) -> int:
         """How many of the first `depth` nodes were sent to the engine at or after `since`."""
@@ -104,10 +94,3 @@ class ApproxIndex:
             for node in order:
                 expected[node] = expected.get(node, 0) | 1 << slot
         assert expected == self._masks, "the mask index and the per-engine orders differ"
-
-
-def _note(found: dict[int, int], mask: int, depth: int) -> None:
-    while mask and depth:
-        low = mask & -mask
-        found[low.bit_length() - 1] = depth
-        mask ^= low

@@ -12,6 +12,7 @@ from enum import Enum
 
 from .block_hash import block_hash, root_hash
 from .kv_events import AllCleared, BlocksRemoved, BlocksStored, EngineHash, KvEvent
+from .prefix_walk import leading_runs
 
 MEDIUM_BITS = {"GPU": 1, "CPU": 2, "CPU_PINNED": 2, "STORAGE": 4, "DISK": 4, "EXTERNAL": 4}
 _OTHER_MEDIUM_BIT = 8
@@ -75,19 +76,7 @@ class KvIndex:
 
     def walk(self, chain: Sequence[int], mask: int) -> dict[int, int]:
         """How many leading blocks of `chain` each engine of `mask` holds (engines with none are left out)."""
-        found: dict[int, int] = {}
-        live = mask
-        for depth, node in enumerate(chain):
-            holders = self._holders.get(node, 0) & live
-            if holders != live:
-                if depth:
-                    _note(found, live & ~holders, depth)
-                live = holders
-                if not live:
-                    return found
-        if chain:
-            _note(found, live, len(chain))
-        return found
+        return leading_runs(self._holders, chain, mask)
 
     def clear_source(self, slot: int, rank: int) -> None:
         """Forget one source's blocks."""
@@ -191,10 +180,3 @@ class KvIndex:
                 for node in source.media:
                     expected[node] = expected.get(node, 0) | 1 << slot
         assert expected == self._holders, "the holder index and the sources differ"
-
-
-def _note(found: dict[int, int], mask: int, depth: int) -> None:
-    while mask:
-        low = mask & -mask
-        found[low.bit_length() - 1] = depth
-        mask ^= low
