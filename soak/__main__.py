@@ -12,17 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 from soak.faults import System, break_things
-from soak.object_store import BUCKET, BreakablePipe, s3_server
+from soak.object_store import BUCKET, SECRETS, BreakablePipe, make_bucket, s3_server
 from soak.workload import Clients, ask, prompts
 from tools.server_process import ServerProcess, members_of
 from tools.tiny_model import make_model
 from tools.vllm_server import VllmOptions, vllm_server
-
-_S3_SECRETS = {"AWS_ACCESS_KEY_ID": "soak", "AWS_SECRET_ACCESS_KEY": "soak", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +44,7 @@ def run(folder: Path, options: argparse.Namespace) -> int:
     engine = tiered_engine(model, folder, pipe.url)
     system = System(engine, folder / "kv", pipe, threading.Event(), random.Random(options.seed))
     try:
-        urllib.request.urlopen(urllib.request.Request(f"{s3.url}/{BUCKET}", method="PUT"), timeout=10).close()
+        make_bucket(s3.url)
         engine.start().wait_ready(600)
         return soak(system, right, options)
     finally:
@@ -78,7 +75,7 @@ def tiered_engine(model: Path, folder: Path, s3_url: str) -> ServerProcess:
     extra += ["--kvbm-object-url", f"s3://{BUCKET}/kv", "--kvbm-object-endpoint-url", s3_url]
     extra += ["--kvbm-object-gb", "1", "--kvbm-object-min-touches", "1", "--kvbm-load-gate", "off"]
     engine = vllm_server("tiered", model, folder / "tiered.log", VllmOptions(extra=extra))
-    engine.env = {**engine.env, **_S3_SECRETS}
+    engine.env = {**engine.env, **SECRETS}
     return engine
 
 
@@ -105,7 +102,9 @@ def leaks_of(system: System, right: list[tuple[int, ...]]) -> list[str]:
     """What grows or stays when the same load runs twice without faults, and then ends."""
     before = _held(system.engine, right)
     after = _held(system.engine, right)
-    grown = [f"{what}: {before[what]} -> {after[what]}" for what in ("threads", "descriptors") if after[what] > before[what]]
+    grown = [
+        f"{what}: {before[what]} -> {after[what]}" for what in ("threads", "descriptors") if after[what] > before[what]
+    ]
     return grown + [f"{what}: {amount}" for what, amount in after.items() if what not in before and amount]
 
 

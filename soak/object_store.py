@@ -7,11 +7,14 @@ import socket
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 from tools.server_process import ServerProcess, free_port
 
 BUCKET = "soak"
+#: moto takes any; the client library asks for some.
+SECRETS = {"AWS_ACCESS_KEY_ID": "soak", "AWS_SECRET_ACCESS_KEY": "soak", "AWS_DEFAULT_REGION": "us-east-1"}
 MODES = ("fine", "refuse", "hang", "slow", "cut", "flip", "busy")
 
 
@@ -20,6 +23,10 @@ def s3_server(log: Path) -> ServerProcess:
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     return ServerProcess("s3", command, f"http://127.0.0.1:{port}", log, {"PYTHONWARNINGS": "ignore"})
+
+
+def make_bucket(url: str) -> None:
+    urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"), timeout=10).close()
 
 
 class BreakablePipe:
