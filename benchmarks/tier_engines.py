@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
+from tools.sglang_server import PAGE_TOKENS, sglang_server
 
 from soak.object_store import BUCKET, SECRETS
 from tools.server_process import ServerProcess
-from tools.sglang_server import PAGE_TOKENS, sglang_server
 from tools.vllm_server import BLOCK_TOKENS, CHUNK_TOKENS, MODEL_NAME, VllmOptions, vllm_server
 
 #: Ends four tokens behind a prefill chunk, so that the last chunk has the same shape cold and on a hit.
@@ -70,8 +70,9 @@ class Engine(ABC):
     def offloaded(self, url: str, tier: str) -> float:
         return _metric(url, "dynamo_kvbm_offloaded_blocks_total", tier)
 
-    def recovered(self, url: str, tier: str) -> float:
-        return _metric(url, "dynamo_kvbm_recovered_blocks_total", tier)
+    def knows(self, url: str, tier: str) -> bool:
+        """Whether it has found out what the servers before it left in `tier`."""
+        return _metric(url, "dynamo_kvbm_recovered_blocks_total", tier) > 0
 
 
 class Vllm(Engine):

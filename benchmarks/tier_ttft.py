@@ -1,8 +1,9 @@
-"""TTFT of a prompt whose KV lies in each tier, against computing it, on real CPU engines; answers must equal the cold ones.
+"""TTFT of a prompt whose KV lies in each tier, against computing it, on real CPU engines.
 
-`python -m benchmarks tier_ttft [vllm] [sglang]`. Each engine starts three times over one disk and one S3 server: with all
-tiers (cold, HBM, DRAM), with an empty memory (NVMe), and with an empty memory and no disk (object store). The load gate is
-off: a model this small may be computed faster than it is read, which the gate would see.
+`python -m benchmarks tier_ttft [vllm] [sglang]`. Each engine starts three times over one disk and one S3 server: with
+all tiers (cold, HBM, DRAM), with an empty memory (NVMe), and with an empty memory and no disk (object store). The load
+gate is off: a model this small may be computed faster than it is read, which the gate would see. Answers must equal
+the cold ones.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import statistics
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.tier_engines import ENGINES, PROMPT_TOKENS, Answer, Engine, Prompt
@@ -52,7 +53,7 @@ def measure(engine: Engine, folder: Path, s3_url: str) -> list[Row]:
     for source, tiers in (("NVMe", DISK), ("object store", OBJECTS)):
         with started(engine, folder, tiers, s3_url) as server:
             engine.ask(server.url, random_prompt(rng))
-            wait_until(lambda: engine.recovered(server.url, tiers[0]) > 0, f"{engine.name} knows what {source} holds")
+            wait_until(partial(engine.knows, server.url, tiers[0]), f"{engine.name} knows what the {source} holds")
             rows.append(hits(engine, server.url, source, prompts))
     return rows
 

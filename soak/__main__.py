@@ -1,4 +1,4 @@
-"""`python -m soak`: load and faults on a real vLLM with every tier; exit status 1 for one wrong or lost answer, or a leak.
+"""`python -m soak`: load and faults on a real vLLM with every tier; status 1 for a wrong or lost answer, or a leak.
 
 The right answers come from the same vLLM without us. Everything runs in float32: rounding then does not depend on which
 requests share a batch, so answers are compared token for token.
