@@ -334,8 +334,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         del self.bytes_in[erasure.tier, erasure.slot]
         self.manager.end_erasure(erasure)
 
-    @rule(chain=chains)
-    def store_and_sink(self, chain: list[BlockKey]) -> None:
+    @rule(chain=chains, finish=st.booleans())
+    def store_and_sink(self, chain: list[BlockKey], finish: bool) -> None:
         """What random single steps reach too seldom: every tier full of readable blocks."""
         for _ in range(max(shape.min_touches for shape in self.shapes.values())):
             self.note_use(chain)
@@ -344,7 +344,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.commit_at(0)
         self.manager.offload(chain)
         self.take_moves()
-        while self.moves:
+        while self.moves and finish:
             self.end_move_at(0, "ok")
 
     # -- pins -------------------------------------------------------------------------------------------------------
