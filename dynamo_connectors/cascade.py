@@ -108,16 +108,13 @@ class Cascade:
 
     def offload(self, chain: Sequence[BlockKey]) -> None:
         """Offers all blocks of a chain, given from its first block on, to every tier that admits them by now."""
-        first = self._stack.first.index
+        touches = self._stack.first.index.readable_touches(chain)
         for target in self._stack.lower:
-            size, least = target.chunk_blocks, self._min_touches[target.name]
-            known = target.index.is_known
+            size, least, below = target.chunk_blocks, self._min_touches[target.name], target.index.readable
             for end in range(size, len(chain) + 1, size):
-                if known(chain[end - 1]):
-                    continue
-                blocks = tuple(chain[end - size : end])
-                if all(key in first and first.touches(key) >= least for key in blocks):
-                    self._queue_down(_Down(target.name, blocks, chain[end - size - 1] if end > size else None))
+                if chain[end - 1] not in below and min(touches[end - size : end]) >= least:
+                    parent = chain[end - size - 1] if end > size else None
+                    self._queue_down(_Down(target.name, tuple(chain[end - size : end]), parent))
 
     def prefetch(self, chain: Sequence[BlockKey]) -> int:
         """Brings the leading run of a chain, given from its first block on, into the first tier.
@@ -245,7 +242,7 @@ class Cascade:
         if up.place.name not in source.index:
             self._stack.dropped["source_gone"] += 1
             return []
-        slot = self._reserve(first, up.key, max(1, self._stack.touches(up.key)), 1)
+        slot = self._reserve(first, up.key, max(1, self._stack.touches_below(up.key)), 1)
         if slot is None:
             return []
         chunk = up.place.name if source.chunk_blocks > 1 else None

@@ -59,6 +59,7 @@ class TierStack:
         if len(self.by_name) != len(tiers):
             raise ValueError(f"two tiers have one name: {[tier.name for tier in tiers]}")
         self._readable = tuple((tier, tier.index.readable) for tier in tiers)
+        self._single_below = tuple(tier for tier in self.lower if tier.chunk_blocks == 1)
         self.changes: list[Change] = []
         self.dropped: Counter[str] = Counter()
         #: Chunk tier -> chunk -> its blocks, and how many chunks have a block: chains that part inside a chunk share
@@ -81,9 +82,9 @@ class TierStack:
                 return tier, place
         return None
 
-    def touches(self, key: BlockKey) -> int:
-        """How many requests have used a block, as far as the tiers of single blocks know."""
-        return max(tier.index.touches(key) for tier in self.tiers if tier.chunk_blocks == 1)
+    def touches_below(self, key: BlockKey) -> int:
+        """How many requests have used a block, as far as the tiers of single blocks below the first know."""
+        return max((tier.index.touches(key) for tier in self._single_below), default=0)
 
     def reserve(self, tier: NamedTier, name: BlockKey, touches: int) -> int | None:
         """A slot to fill. Counts what was evicted for it."""

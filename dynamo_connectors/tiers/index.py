@@ -93,6 +93,11 @@ class TierIndex:
             slot = self._filling.get(key)
         return 0 if slot is None else self._touches[slot]
 
+    def readable_touches(self, keys: Sequence[BlockKey]) -> list[int]:
+        """`touches` of every block that can be read now, 0 for the others."""
+        find, touches = self._ready.get, self._touches
+        return [0 if (slot := find(key)) is None else touches[slot] for key in keys]
+
     @property
     def readable(self) -> Mapping[BlockKey, int]:
         """key -> slot of what can be read now: a live view, for lookups without a call per block."""
