@@ -96,6 +96,28 @@ def test_a_count_goes_along_with_the_block_when_it_comes_back_up() -> None:
     assert manager.tiers[0].index.touches(CHAIN[0]) == 3
 
 
+def test_a_chain_that_is_offered_goes_down_as_far_as_it_was_used() -> None:
+    manager = with_disk(dram=32, nvme_ssd=3)
+    request(manager, CHAIN)
+    manager.note_use(CHAIN[:4])
+    manager.note_use(CHAIN[:2])
+    manager.offload(CHAIN)
+    assert [move.key for move in finish(manager)] == CHAIN[:2]
+
+
+def test_a_chunk_goes_down_when_its_least_used_block_may() -> None:
+    manager = with_store(dram=32, object_store=2)
+    request(manager, CHAIN[:6])
+    manager.note_use(CHAIN[:5])
+    manager.offload(CHAIN[:6])
+    assert [move.key for move in finish(manager)] == CHAIN[:3]
+    index = manager.tiers[0].index
+    index.use(CHAIN[5])
+    index.discard(CHAIN[4])
+    manager.offload(CHAIN[:6])
+    assert not manager.has_moves_waiting, "a block of the chunk is gone"
+
+
 # -- chunks ---------------------------------------------------------------------------------------------------------
 def test_a_chunk_goes_down_in_one_job_named_by_its_last_block() -> None:
     manager = with_store(dram=32, object_store=2)
