@@ -154,7 +154,7 @@ _T1, _T2 = 0, 1
 
 
 class ArcPolicy:
-    """Adaptive replacement. The ghosts hold at most `capacity` keys, about 180 bytes each."""
+    """Adaptive replacement. The ghosts hold at most `capacity` keys, about 260 bytes each."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
