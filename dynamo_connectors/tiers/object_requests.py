@@ -54,6 +54,8 @@ class ObjectRequests:
 
     async def request(self, circuit: Circuit, ask: Callable[[], Awaitable[T]], seconds: float) -> T:
         """One request, on the loop's thread. The circuit hears how it ended, however it ends."""
+        if self._ended is not None:
+            raise self.cancelled()
         if not circuit.admits(self._clock()):
             raise StoreError("circuit_open", f"{self.client.name} has failed; it is asked again soon")
         failure: str | None = "it does not answer in time"

@@ -10,7 +10,16 @@ from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
 
 @pytest.mark.parametrize(
     ("row_bytes", "blocks"),
-    [(1, 32), (64 << 10, 32), (256 << 10, 32), (500_000, 32), (512 << 10, 16), (2 << 20, 4), (9 << 20, 1), (1 << 30, 1)],
+    [
+        (1, 32),
+        (64 << 10, 32),
+        (256 << 10, 32),
+        (500_000, 32),
+        (512 << 10, 16),
+        (2 << 20, 4),
+        (9 << 20, 1),
+        (1 << 30, 1),
+    ],
 )
 def test_objects_are_8_to_16_mib_where_rows_allow_it(row_bytes: int, blocks: int) -> None:
     assert chunk_blocks_for(row_bytes) == blocks
