@@ -68,7 +68,6 @@ class ObjectStore:
         self.row_bytes = row_bytes
         self.chunk_blocks = chunk_blocks
         self.object_bytes = object_format.object_bytes(row_bytes, chunk_blocks)
-        #: What a whole load may wait for this tier.
         self.deadline_seconds = settings.deadline_seconds
         self._max_queued_bytes = settings.upload_queue_bytes
         self._namespace = namespace.digest
@@ -180,7 +179,7 @@ class ObjectStore:
 
     def _take_queue_space(self) -> StoreError | None:
         if self._requests.refuses_writes():
-            return StoreError("circuit_open", "the object store has failed; it is asked again soon")
+            return StoreError("tier_off", "the object store has failed; it is asked again soon")
         with self._lock:
             if self._queued_bytes + self.object_bytes > self._max_queued_bytes:
                 return StoreError("upload_backlog", "the object store is slower than what is to be stored")

@@ -57,7 +57,7 @@ class ObjectRequests:
         if self._ended is not None:
             raise self.cancelled()
         if not circuit.admits(self._clock()):
-            raise StoreError("circuit_open", f"{self.client.name} has failed; it is asked again soon")
+            raise StoreError("tier_off", f"{self.client.name} has failed; it is asked again soon")
         failure: str | None = "it does not answer in time"
         try:
             answer = await asyncio.wait_for(ask(), seconds)
@@ -66,7 +66,7 @@ class ObjectRequests:
             failure = None if error.reason in _ANSWERS else str(error)
             raise
         except asyncio.TimeoutError:
-            raise StoreError("deadline", f"{self.client.name} did not answer in {seconds:.3g} s") from None
+            raise StoreError("timeout", f"{self.client.name} did not answer in {seconds:.3g} s") from None
         finally:
             if self._ended is None:
                 self._report(circuit, failure)

@@ -79,7 +79,7 @@ class ObjectUpkeep:
         try:
             return await self._requests.request(circuit, ask, _UPKEEP_SECONDS)
         except StoreError as error:
-            if error.reason != "circuit_open":
+            if error.reason != "tier_off":
                 self._requests.count(error.reason)
             await asyncio.sleep(_RETRY_SECONDS)
             raise

@@ -120,8 +120,8 @@ def test_a_service_that_never_ends_is_left_at_the_deadline(
 ) -> None:
     server = serve(behave)
     with object_store(server.url, SOON) as store:
-        assert refusal(store) == "deadline"
-        assert store.stats().failures == {"deadline": 1}
+        assert refusal(store) == "timeout"
+        assert store.stats().failures == {"timeout": 1}
         assert server.left.acquire(timeout=60), "the connection was left open"
 
 
@@ -141,7 +141,7 @@ def test_a_peer_that_accepts_nothing_is_left_at_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, socket.socket() as filler:
         filler.connect(listener.getsockname())  # the queue is full: the next SYN gets no answer
         with object_store(f"http://127.0.0.1:{listener.getsockname()[1]}", SOON) as store:
-            assert refusal(store) == "deadline"
+            assert refusal(store) == "timeout"
 
 
 def test_a_late_answer_writes_into_no_buffer(serve: Callable[[Behaviour], FaultServer]) -> None:
@@ -157,7 +157,7 @@ def test_a_late_answer_writes_into_no_buffer(serve: Callable[[Behaviour], FaultS
     server = serve(answer_late)
     with object_store(server.url, SOON) as store:
         into = buffers(CHUNK_BLOCKS)
-        assert reason(start_read(store, into)) == "deadline"
+        assert reason(start_read(store, into)) == "timeout"
         given_up.set()
         assert sent.wait(60)
         server.behave = say(part(BODY))
@@ -185,8 +185,8 @@ def test_a_dead_store_is_asked_three_times_and_then_left_alone(
     server = serve(say(answer("503 Slow Down")))
     with object_store(server.url) as store:
         reasons = [refusal(store) for _ in range(50)]
-        assert reasons == ["unavailable"] * 3 + ["circuit_open"] * 47
-        assert store.stats().failures == {"unavailable": 3, "circuit_open": 47}
+        assert reasons == ["unavailable"] * 3 + ["tier_off"] * 47
+        assert store.stats().failures == {"unavailable": 3, "tier_off": 47}
         assert store.stats().circuits_opened == 1
     assert len(server.requests) == 3
     assert caplog.text.count("left alone") == 1, "one line, not one per request"
@@ -200,12 +200,12 @@ def test_a_store_that_comes_back_is_found_by_one_probe(
     server = serve(say(answer("503 Slow Down")))
     store = ObjectStore(replace(SETTINGS, endpoint_url=server.url), ROW, CHUNK_BLOCKS, NAMESPACE, lambda: now[0])
     try:
-        assert [refusal(store) for _ in range(4)][-1] == "circuit_open"
+        assert [refusal(store) for _ in range(4)][-1] == "tier_off"
         now[0] = 10.0
-        assert [refusal(store) for _ in range(2)] == ["unavailable", "circuit_open"], "the probe failed"
+        assert [refusal(store) for _ in range(2)] == ["unavailable", "tier_off"], "the probe failed"
         now[0] = 29.0
         server.behave = say(part(BODY))
-        assert refusal(store) == "circuit_open", "twice the pause"
+        assert refusal(store) == "tier_off", "twice the pause"
         now[0] = 30.0
         for _ in range(2):
             assert read(store) == ROWS
@@ -219,7 +219,7 @@ def test_hung_reads_keep_no_thread_and_no_connection(serve: Callable[[Behaviour]
     with object_store(server.url, replace(SETTINGS, deadline_seconds=0.05)) as store:
         threads = set(threading.enumerate())
         for _ in range(3):
-            assert refusal(store) == "deadline"
+            assert refusal(store) == "timeout"
             assert server.left.acquire(timeout=60)
         ours = {thread for thread in set(threading.enumerate()) - threads if "_serve" not in thread.name}
         assert ours == set()
@@ -231,7 +231,7 @@ def test_hung_reads_keep_no_thread_and_no_connection(serve: Callable[[Behaviour]
 
 @pytest.mark.parametrize(
     ("behave", "reason"),
-    [(say(answer("503 Slow Down")), "unavailable"), (say(answer("403 Forbidden")), "forbidden"), (hang, "deadline")],
+    [(say(answer("503 Slow Down")), "unavailable"), (say(answer("403 Forbidden")), "forbidden"), (hang, "timeout")],
     ids=["503", "403", "hang"],
 )
 def test_an_upload_that_fails_says_so_once_and_gives_its_space_back(
@@ -274,7 +274,7 @@ def test_uploads_to_a_dead_store_are_not_even_copied(serve: Callable[[Behaviour]
             error = put(store, key(number), KEYS, ROWS)
             assert error is not None
             reasons.append(error.reason)
-        assert reasons == ["unavailable"] * 3 + ["circuit_open"] * 3
+        assert reasons == ["unavailable"] * 3 + ["tier_off"] * 3
     assert len(server.requests) == 3
 
 

@@ -202,7 +202,7 @@ def test_credentials_that_may_not_write_do_not_close_the_store_to_reads(moto: Mo
         with moto.refusing_everybody():
             for number in range(10, 16):
                 put(store, key(number), KEYS, ROWS)
-        assert store.stats().failures == {"forbidden": 3, "circuit_open": 3}
+        assert store.stats().failures == {"forbidden": 3, "tier_off": 3}
         assert read(store) == ROWS
 
 
