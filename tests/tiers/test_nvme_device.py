@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -148,10 +148,10 @@ def test_a_disk_without_room_for_the_log_serves_what_it_has_and_goes_on(
         store = make(tmp_path)
         fill(store, range(16))
         store.close()
-        with pytest.raises(OSError, match="No space left"), (tmp_path / "filler").open("wb", buffering=0) as filler:
-            while filler.write(bytes(4096)) == 4096:
+        with suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
                 pass
-            raise OSError("No space left")
+        assert os.statvfs(tmp_path).f_bavail == 0
         store = make(tmp_path)
         assert read_all(store) == {"right": 16}
         fill(store, range(16, 18))
