@@ -176,7 +176,7 @@ def test_a_read_that_is_cancelled_hangs_up_and_leaves_its_buffers_alone(
         while not server.requests:
             threading.Event().wait(0.01)
         assert outcome.cancel()
-        assert server.left.acquire(timeout=60), "the connection was left open"
+        assert server.left.acquire(timeout=20), "the connection was left open"
         assert into == buffers(CHUNK_BLOCKS)
 
 
