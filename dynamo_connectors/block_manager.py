@@ -289,8 +289,8 @@ class BlockManager:
 
     def _touches(self, key: BlockKey) -> int:
         """How many requests have used a block that the first tier does not know, the one that brings it included."""
-        known = self._stack.touches(key)
-        return max(known, 1 if self._sketch is None else self._sketch.uses(key))
+        seen = 1 if self._sketch is None else self._sketch.uses(key)
+        return max(seen, self._stack.touches_below(key))
 
     def _end_fill(self, target: Target) -> BlockKey | None:
         # A late second report would otherwise end the fill of whoever has the slot now.

@@ -52,20 +52,26 @@ class _Down(NamedTuple):
 
 
 class _Up(NamedTuple):
-    """Into the first tier."""
+    """Into the first tier. `above` is the entry before it in the source."""
 
     source: str
     key: BlockKey
     place: Place
     parent: BlockKey | None
+    above: BlockKey | None
 
 
 @dataclass
 class _Fill:
-    """A target slot on its way: it is complete when all moves into it have ended well."""
+    """A target slot on its way: it is complete when all moves into it have ended well.
+
+    A chain stays in order (its tail is evicted first) in the target, by the entry before it, `parent`, and in the
+    source, by the entry before each block's, `above`.
+    """
 
     blocks: tuple[BlockKey, ...]
     parent: BlockKey | None
+    above: tuple[BlockKey | None, ...]
     moves_left: int
     reason: str | None = None
 
@@ -102,16 +108,13 @@ class Cascade:
 
     def offload(self, chain: Sequence[BlockKey]) -> None:
         """Offers all blocks of a chain, given from its first block on, to every tier that admits them by now."""
-        first = self._stack.first.index
+        touches = self._stack.first.index.readable_touches(chain)
         for target in self._stack.lower:
-            size, least = target.chunk_blocks, self._min_touches[target.name]
-            known = target.index.is_known
+            size, least, below = target.chunk_blocks, self._min_touches[target.name], target.index.readable
             for end in range(size, len(chain) + 1, size):
-                if known(chain[end - 1]):
-                    continue
-                blocks = tuple(chain[end - size : end])
-                if all(key in first and first.touches(key) >= least for key in blocks):
-                    self._queue_down(_Down(target.name, blocks, chain[end - size - 1] if end > size else None))
+                if chain[end - 1] not in below and min(touches[end - size : end]) >= least:
+                    parent = chain[end - size - 1] if end > size else None
+                    self._queue_down(_Down(target.name, tuple(chain[end - size : end]), parent))
 
     def prefetch(self, chain: Sequence[BlockKey]) -> int:
         """Brings the leading run of a chain, given from its first block on, into the first tier.
@@ -130,7 +133,15 @@ class Cascade:
                 self._stack.dropped["prefetch_backlog"] += 1
                 break
             tier, place = found
-            self._ups.setdefault(key, _Up(tier.name, key, place, chain[position - 1] if position else None))
+            above = position - position % tier.chunk_blocks - 1
+            up = _Up(
+                tier.name,
+                key,
+                place,
+                parent=chain[position - 1] if position else None,
+                above=chain[above] if above >= 0 else None,
+            )
+            self._ups.setdefault(key, up)
             waiting += 1
         return waiting
 
@@ -163,7 +174,7 @@ class Cascade:
             fill.reason = fill.reason or "source_gone"
         if not ok:
             fill.reason = "move_failed"
-        source.index.unpin(move.source_slot)
+        source.index.unpin(move.source_slot, fill.above[0 if is_up else move.row])
         if fill.moves_left:
             return None
         del self._fills[target.name, move.target_slot]
@@ -220,7 +231,7 @@ class Cascade:
             Move(key, first.name, target.name, _pin(first, key), slot, chunk, row)
             for row, key in enumerate(down.blocks)
         ]
-        self._fills[target.name, slot] = _Fill(down.blocks, down.parent, len(moves))
+        self._fills[target.name, slot] = _Fill(down.blocks, down.parent, (down.parent, *down.blocks[:-1]), len(moves))
         self._moves.update(moves)
         return moves
 
@@ -231,12 +242,12 @@ class Cascade:
         if up.place.name not in source.index:
             self._stack.dropped["source_gone"] += 1
             return []
-        slot = self._reserve(first, up.key, max(1, self._stack.touches(up.key)), 1)
+        slot = self._reserve(first, up.key, max(1, self._stack.touches_below(up.key)), 1)
         if slot is None:
             return []
         chunk = up.place.name if source.chunk_blocks > 1 else None
         move = Move(up.key, source.name, first.name, _pin(source, up.place.name), slot, chunk, up.place.row)
-        self._fills[first.name, slot] = _Fill((up.key,), up.parent, 1)
+        self._fills[first.name, slot] = _Fill((up.key,), up.parent, (up.above,), 1)
         self._moves.add(move)
         self._moves_up += 1
         return [move]

@@ -58,6 +58,8 @@ class TierStack:
         self.by_name = {tier.name: tier for tier in tiers}
         if len(self.by_name) != len(tiers):
             raise ValueError(f"two tiers have one name: {[tier.name for tier in tiers]}")
+        self._readable = tuple((tier, tier.index.readable) for tier in tiers)
+        self._single_below = tuple(tier for tier in self.lower if tier.chunk_blocks == 1)
         self.changes: list[Change] = []
         self.dropped: Counter[str] = Counter()
         #: Chunk tier -> chunk -> its blocks, and how many chunks have a block: chains that part inside a chunk share
@@ -69,15 +71,20 @@ class TierStack:
 
     def find(self, chain: Sequence[BlockKey], position: int) -> tuple[NamedTier, Place] | None:
         """The fastest tier that can serve block `position` of `chain`, and where it lies there."""
-        for tier in self.tiers:
+        key = chain[position]
+        for tier, readable in self._readable:
+            if tier.chunk_blocks == 1:
+                if key in readable:
+                    return tier, Place(key, 0)
+                continue
             place = tier.place_of(chain, position)
-            if place is not None and place.name in tier.index:
+            if place is not None and place.name in readable:
                 return tier, place
         return None
 
-    def touches(self, key: BlockKey) -> int:
-        """How many requests have used a block, as far as the tiers of single blocks know."""
-        return max(tier.index.touches(key) for tier in self.tiers if tier.chunk_blocks == 1)
+    def touches_below(self, key: BlockKey) -> int:
+        """How many requests have used a block, as far as the tiers of single blocks below the first know."""
+        return max((tier.index.touches(key) for tier in self._single_below), default=0)
 
     def reserve(self, tier: NamedTier, name: BlockKey, touches: int) -> int | None:
         """A slot to fill. Counts what was evicted for it."""

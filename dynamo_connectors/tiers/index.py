@@ -93,6 +93,11 @@ class TierIndex:
             slot = self._filling.get(key)
         return 0 if slot is None else self._touches[slot]
 
+    def readable_touches(self, keys: Sequence[BlockKey]) -> list[int]:
+        """`touches` of every block that can be read now, 0 for the others."""
+        find, touches = self._ready.get, self._touches
+        return [0 if (slot := find(key)) is None else touches[slot] for key in keys]
+
     @property
     def readable(self) -> Mapping[BlockKey, int]:
         """key -> slot of what can be read now: a live view, for lookups without a call per block."""
@@ -150,11 +155,7 @@ class TierIndex:
             return False
         key = self._key(slot)
         self._ready[key] = self._filling.pop(key)
-        above = None if parent is None else self._ready.get(parent)
-        if above is not None and above in self._order:
-            self._order.add_below(slot, above)
-        else:
-            self._order.add(slot)
+        self._order_below(slot, parent)
         return True
 
     def abort(self, slot: int) -> None:
@@ -181,8 +182,8 @@ class TierIndex:
         self._pins[slot] = self._pins.get(slot, 0) + 1
         return slot
 
-    def unpin(self, slot: int) -> None:
-        """Ends one pin. After the last the block counts as just used."""
+    def unpin(self, slot: int, parent: BlockKey | None = None) -> None:
+        """Ends one pin. After the last the block is placed as by `commit`."""
         pins = self._pins.get(slot, 0)
         if pins < 1:
             raise AssertionError(f"slot {slot} is not pinned")
@@ -191,7 +192,7 @@ class TierIndex:
             return
         del self._pins[slot]
         if self._step("unpin", slot) == READY:
-            self._order.add(slot)
+            self._order_below(slot, parent)
         else:
             self._quarantined -= 1
             self._leave(slot)
@@ -326,6 +327,13 @@ class TierIndex:
         key = self._key_of[slot]
         assert key is not None, f"slot {slot} is {self.state_of(slot).name} and holds no block"
         return key
+
+    def _order_below(self, slot: int, parent: BlockKey | None) -> None:
+        above = None if parent is None else self._ready.get(parent)
+        if above is not None and above in self._order:
+            self._order.add_below(slot, above)
+        else:
+            self._order.add(slot)
 
     def _has_free(self) -> bool:
         while self._fresh < self.capacity_blocks and self._state[self._fresh] != ABSENT:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import pytest
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.tiers.circuit import Circuit
 from dynamo_connectors.tiers.nvme import NvmeStore
-from tests.tiers.factories import NAMESPACE
+from tests.tiers.factories import NAMESPACE, mounted
 from tests.tiers.slabs import ROW, fill, key_of, make, read_all
 
 #: An engine that loses its rights: as root it becomes nobody, else the directory is closed to its owner.
@@ -139,6 +139,29 @@ def test_damage_is_not_an_error_of_the_device(store: NvmeStore) -> None:
 def test_a_file_cut_short_under_a_running_engine_turns_it_off(store: NvmeStore) -> None:
     os.truncate(store.path, 0)
     assert [reason_of_read(store, 1) for _ in range(9)] == ["short_read"] * 8 + ["tier_off"]
+
+
+def test_a_disk_without_room_for_the_log_serves_what_it_has_and_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with mounted("tmpfs", tmp_path, "size=2m"):
+        store = make(tmp_path)
+        fill(store, range(16))
+        store.close()
+        with suppress(OSError), (tmp_path / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        assert os.statvfs(tmp_path).f_bavail == 0
+        store = make(tmp_path)
+        assert read_all(store) == {"right": 16}
+        fill(store, range(16, 18))
+        store.read(0, key_of(16), memoryview(bytearray(ROW)))
+        assert caplog.text.count("cannot be written (") == 1
+        store.close()
+        (tmp_path / "filler").unlink()
+        store = make(tmp_path)
+        assert read_all(store) == {"right": 14, "wrong_key": 2}
+        store.close()
 
 
 def test_rights_that_are_lost_cost_the_log_and_nothing_else(tmp_path: Path) -> None:

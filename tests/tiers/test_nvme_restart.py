@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import ConfigError, StoreError
-from dynamo_connectors.tiers import slab_format
+from dynamo_connectors.tiers import nvme, slab_format
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_offset
 from dynamo_connectors.tiers.slab_files import log_path
 from tests.tiers.factories import NAMESPACE, mounted
@@ -289,6 +289,27 @@ def test_a_write_that_ends_after_forgetting_is_forgotten(tmp_path: Path, monkeyp
     writer.join()
     unreadable(store, [0])
     store.close()
+
+
+def test_forgetting_does_not_wait_for_a_disk_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make(tmp_path)
+    fill(store, range(4))
+    go_on, real = threading.Event(), os.pwrite
+    monkeypatch.setattr(nvme, "_FORGET_SECONDS", 0.1)
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: go_on.wait(60) and real(*arguments))
+    store.forget()
+    assert caplog.text.count("does not answer") == 1
+    unreadable(store, range(4))
+    store.close()
+    assert store._fd >= 0, "closed under the write that still hangs"
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "kvbm-disk-forget":
+            thread.join(20)
+    assert store._fd < 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_slab_that_cannot_be_marked_as_forgotten_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
