@@ -76,6 +76,7 @@ class Cascade:
     def __init__(self, stack: TierStack, min_touches: Mapping[str, int]) -> None:
         self._stack = stack
         self._min_touches = {tier.name: min_touches.get(tier.name, 1) for tier in stack.tiers}
+        self._max_waiting = MAX_WAITING
         self._max_moves = min(MAX_MOVES, max(1, stack.first.index.capacity_blocks // 4))
         #: (target tier, entry) -> what shall go down, and block -> what shall come up; oldest first.
         self._downs: OrderedDict[tuple[str, BlockKey], _Down] = OrderedDict()
@@ -125,7 +126,7 @@ class Cascade:
             found = self._stack.find(chain, position)
             if found is None:
                 break
-            if key not in self._ups and len(self._ups) >= MAX_WAITING:
+            if key not in self._ups and len(self._ups) >= self._max_waiting:
                 self._stack.dropped["prefetch_backlog"] += 1
                 break
             tier, place = found
@@ -187,8 +188,8 @@ class Cascade:
         assert targets == {place: fill.moves_left for place, fill in self._fills.items()}, "moves and fills disagree"
         first = self._stack.first.name
         assert self._moves_up == sum(1 for move in self._moves if move.target_tier == first), "moves up are miscounted"
-        assert len(self._ups) <= MAX_WAITING, "too many copies up wait"
-        assert len(self._downs) <= MAX_WAITING, "too many copies down wait"
+        assert len(self._ups) <= self._max_waiting, "too many copies up wait"
+        assert len(self._downs) <= self._max_waiting, "too many copies down wait"
         assert self._moves_up <= self._max_moves, "too many copies up at one time"
         most = max([self._max_moves, *(tier.chunk_blocks for tier in self._stack.lower)])
         assert len(self._moves) - self._moves_up <= most, "too many copies down at one time"
@@ -197,7 +198,7 @@ class Cascade:
         entry = (down.target, down.blocks[-1])
         if entry in self._downs or self._stack.by_name[down.target].index.is_known(down.blocks[-1]):
             return
-        if len(self._downs) >= MAX_WAITING:
+        if len(self._downs) >= self._max_waiting:
             self._stack.dropped["move_backlog"] += len(down.blocks)
             return
         self._downs[entry] = down
