@@ -165,7 +165,7 @@ class ObjectStore:
                 read_bytes=self._read_bytes,
                 written_bytes=self._written_bytes,
                 queued_bytes=self._queued_bytes,
-                circuits_opened=self._requests.reads.opened_total + self._requests.writes.opened_total,
+                circuits_opened=self._requests.opened_total,
                 failures=self._requests.failures(),
             )
 

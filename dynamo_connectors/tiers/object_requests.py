@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from dynamo_connectors.errors import StoreError
-from dynamo_connectors.tiers.object_circuit import Circuit
+from dynamo_connectors.tiers.circuit import Circuit
 from dynamo_connectors.tiers.object_client import ObjectClient
 from dynamo_connectors.tiers.object_loop import LoopThread
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 #: The store answered: it is alive, whatever it said about this object.
 _ANSWERS = ("not_found", "cut_body")
+_ERRORS_TO_OPEN, _RETRY_SECONDS, _MAX_RETRY_SECONDS = 3, 1.0, 60.0
 
 
 class ObjectRequests:
@@ -30,7 +31,9 @@ class ObjectRequests:
 
     def __init__(self, client: ObjectClient, clock: Callable[[], float]) -> None:
         self.client = client
-        self.reads, self.writes = Circuit(), Circuit()
+        self.reads = Circuit(_ERRORS_TO_OPEN, _RETRY_SECONDS, _MAX_RETRY_SECONDS)
+        self.writes = Circuit(_ERRORS_TO_OPEN, _RETRY_SECONDS, _MAX_RETRY_SECONDS)
+        self.opened_total = 0
         self._clock = clock
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
@@ -65,7 +68,7 @@ class ObjectRequests:
 
     async def request(self, circuit: Circuit, ask: Callable[[], Awaitable[T]], seconds: float) -> T:
         """One request, on the loop's thread. The circuit hears how it ended, however it ends."""
-        if not circuit.allow(self._clock()):
+        if not circuit.admits(self._clock()):
             raise StoreError("circuit_open", f"{self.client.name} has failed; it is asked again soon")
         failure: str | None = "it does not answer in time"
         try:
@@ -114,9 +117,8 @@ class ObjectRequests:
 
     def _report(self, circuit: Circuit, failure: str | None) -> None:
         if failure is None:
-            circuit.succeeded()
-            return
-        opened = circuit.opened_total
-        circuit.failed(self._clock())
-        if circuit.opened_total != opened:
+            if circuit.note_success():
+                log.warning("dynamo: %s answers again", self.client.name)
+        elif circuit.note_error(self._clock()):
+            self.opened_total += 1
             log.warning("dynamo: %s is left alone for a while: %s", self.client.name, failure)

@@ -15,7 +15,7 @@ from typing import TypeVar
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.tiers import object_client, object_format
-from dynamo_connectors.tiers.object_circuit import Circuit
+from dynamo_connectors.tiers.circuit import Circuit
 from dynamo_connectors.tiers.object_requests import ObjectRequests
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from dynamo_connectors.errors import StoreError
 from dynamo_connectors.tiers import object as object_module
 from dynamo_connectors.tiers import object_format, object_requests, object_upkeep
 from dynamo_connectors.tiers.object import ObjectStore, RowRead
-from dynamo_connectors.tiers.object_circuit import Circuit
 from tests.tiers.object_stores import (
     CHUNK,
     CHUNK_BLOCKS,
@@ -201,7 +200,7 @@ def test_a_dead_store_is_asked_three_times_and_then_left_alone(
 def test_a_store_that_comes_back_is_found_by_one_probe(
     serve: Callable[[Behaviour], FaultServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_requests, "Circuit", lambda: Circuit(first_pause_seconds=10.0))
+    monkeypatch.setattr(object_requests, "_RETRY_SECONDS", 10.0)
     now = [0.0]
     server = serve(say(answer("503 Slow Down")))
     store = ObjectStore(replace(SETTINGS, endpoint_url=server.url), ROW, CHUNK_BLOCKS, NAMESPACE, lambda: now[0])
@@ -307,7 +306,7 @@ def test_a_change_of_weights_cancels_what_is_being_uploaded(serve: Callable[[Beh
 def test_listing_starts_again_until_the_store_answers(
     serve: Callable[[Behaviour], FaultServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_requests, "Circuit", lambda: Circuit(first_pause_seconds=0.05))
+    monkeypatch.setattr(object_requests, "_RETRY_SECONDS", 0.05)
     empty = b'<?xml version="1.0"?><ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>'
     left = [answer("503 Slow Down")] * 5
 
