@@ -9,8 +9,8 @@ from itertools import chain, count
 from dynamo_connectors.block_manager import Erasure, Move, Source, Target
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.cascade import jobs_of
-from dynamo_connectors.jobs import LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreItem, StoreJob
-from dynamo_connectors.vllm.messages import EraseJob, StepPlan, WorkerReports
+from dynamo_connectors.jobs import EraseJob, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreItem, StoreJob
+from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Running:
     stores: tuple[tuple[Target, int], ...] = ()
     loads: tuple[Source, ...] = ()
     moves: tuple[Move, ...] = ()
-    erasure: Erasure | None = None
+    erasures: tuple[Erasure, ...] = ()
     moved: list[Moved] = field(default_factory=list)
     #: The request that waits for `loads`.
     loading: str | None = None
@@ -63,10 +63,11 @@ class JobLedger:
             job_id = self._start(Running(self._num_workers, moves=tuple(parts)))
             self._moves.append(MoveJob(job_id, parts[0].source_tier, parts[0].target_tier, items))
 
-    def erase(self, erasures: Iterable[Erasure]) -> None:
-        for erasure in erasures:
-            job_id = self._start(Running(self._num_workers, erasure=erasure))
-            self._erasures.append(EraseJob(job_id, erasure.key))
+    def erase(self, erasures: Sequence[Erasure]) -> None:
+        for tier in dict.fromkeys(erasure.tier for erasure in erasures):
+            parts = tuple(erasure for erasure in erasures if erasure.tier == tier)
+            job_id = self._start(Running(self._num_workers, erasures=parts))
+            self._erasures.append(EraseJob(job_id, tier, tuple(part.key for part in parts)))
 
     def take_plan(self, forget: bool, is_idle: bool) -> StepPlan:
         plan = StepPlan(self._loads, self._stores, self._moves, self._erasures, forget, is_idle)

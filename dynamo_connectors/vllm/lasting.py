@@ -5,6 +5,8 @@ The disk knows at once; an object store lists its objects in its own time, step 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.nvme import NvmeStore
@@ -45,6 +47,8 @@ class LastingTiers:
             if store is not None:
                 store.forget()
 
-    def erase(self, chunk: BlockKey) -> None:
+    def erase(self, chunks: Sequence[BlockKey]) -> None:
+        """Queues objects for deletion; the store sees to it in its own time."""
         if self._objects is not None:
-            self._objects.delete_chunk(chunk)
+            for chunk in chunks:
+                self._objects.delete_chunk(chunk)

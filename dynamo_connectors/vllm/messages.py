@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.jobs import JobReport, LoadJob, Moved, MoveJob, StoreJob
+from dynamo_connectors.jobs import EraseJob, JobReport, LoadJob, Moved, MoveJob, StoreJob
 from dynamo_connectors.vllm.recovery import Finds, in_common
-
-
-class EraseJob(NamedTuple):
-    """Asks for an object to be deleted; it ends when the store's queue has it."""
-
-    job_id: int
-    chunk: BlockKey
 
 
 @dataclass

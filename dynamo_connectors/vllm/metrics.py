@@ -42,7 +42,7 @@ Transfers = Mapping[tuple[str, str], Sequence[tuple[int, float]]]
 class KvbmStats(KVConnectorStats):
     """Keys of `data`, each of them optional and a dict whose keys are "what|label":
 
-    counts: amounts to add. transfers: lists of [bytes, seconds]. used: share of a tier, 0 to 1. pinned: blocks of a tier.
+    counts: amounts to add. transfers: lists of [bytes, seconds]. used: share of a tier, 0 to 1. pinned: blocks there.
     """
 
     data: dict[str, Any]

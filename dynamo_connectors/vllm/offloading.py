@@ -1,7 +1,7 @@
 """Offers a request's computed blocks to the block manager, and holds them in HBM until they are copied.
 
-What is offered follows `request.block_hashes`, not what a step computed: blocks that arrived by a load, or that HBM held
-all along, are kept too.
+What is offered follows `request.block_hashes`, not what a step computed: blocks that arrived by a load, or that HBM
+held all along, are kept too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ class Offloading:
     """`counts` goes by (what, label)."""
 
     def __init__(
-        self, manager: BlockManager, limits: Limits, ledger: JobLedger, events: ChangeSink, counts: Counter[tuple[str, str]]
+        self,
+        manager: BlockManager,
+        limits: Limits,
+        ledger: JobLedger,
+        events: ChangeSink,
+        counts: Counter[tuple[str, str]],
     ) -> None:
         self._manager = manager
         self._limits = limits

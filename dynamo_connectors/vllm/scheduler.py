@@ -73,19 +73,21 @@ class SchedulerHalf:
         """The request has HBM blocks; `external_tokens` of what was offered shall be loaded into them."""
         self._onboarding.after_alloc(self._live(request), tables, external_tokens)
 
-    def offer(self, request_id: str, computed_tokens: int, tables: Callable[[], Tables]) -> None:
-        """Offloads what is not kept below HBM yet. `computed_tokens` have their KV in HBM when this step has run.
+    def offer(self, request_id: str, computed_tokens: int, scheduled_tokens: int, tables: Callable[[], Tables]) -> None:
+        """Offloads what is not kept below HBM yet, of the computed tokens and of those that this step computes.
 
+        Of the latter only the prompt's: they are final, and a sliding window lets go of their blocks in the next step.
         A request whose load is still running is left alone: its blocks count as computed, but their bytes are not there.
         """
         live = self._requests.get(request_id)
         if live is not None and request_id not in self._onboarding.loading:
-            self._offloading.offer(live, computed_tokens, tables)
+            certain = min(computed_tokens + scheduled_tokens, live.request.num_prompt_tokens)
+            self._offloading.offer(live, max(computed_tokens, certain), tables)
 
     def finished(self, request: Any, tables: Tables, computed_tokens: int) -> None:
         """Offers the last blocks. vLLM may free them all now: the ones being copied are held until they are copied."""
         request_id = request.request_id
-        self.offer(request_id, computed_tokens, lambda: tables)
+        self.offer(request_id, computed_tokens, 0, lambda: tables)
         live = self._requests.pop(request_id, None)
         self._onboarding.leave(request_id)
         if live is not None and request_id not in self._onboarding.loading:
@@ -93,8 +95,14 @@ class SchedulerHalf:
             if live.hints.pin_ttl_seconds:
                 self._offloading.pin(live, self._clock() + live.hints.pin_ttl_seconds)
 
-    def step_planned(self, prefill_tokens: int, num_tokens: int) -> None:
-        self._steps.planned(self._clock(), prefill_tokens, num_tokens)
+    def step_planned(self, computed: Mapping[str, int], scheduled: Mapping[str, int]) -> None:
+        """Tokens of each request that were computed before the step, and that are computed in it."""
+        prefill = 0
+        for request_id, tokens in scheduled.items():
+            live = self._requests.get(request_id)
+            if live is not None:
+                prefill += max(0, min(tokens, live.request.num_prompt_tokens - computed.get(request_id, 0)))
+        self._steps.planned(self._clock(), prefill, sum(scheduled.values()))
 
     def step_ended(self) -> None:
         prefill = self._steps.ended(self._clock())
@@ -117,8 +125,8 @@ class SchedulerHalf:
             self._offloading.end(job)
             self._onboarding.end(job)
             self._end_moves(job)
-            if job.erasure is not None:
-                self._manager.end_erasure(job.erasure)
+            for erasure in job.erasures:
+                self._manager.end_erasure(erasure)
         self._publish()
 
     def reset(self) -> bool:

@@ -57,7 +57,7 @@ class WorkerHalf:
         for move in plan.moves:
             self._start(move, "prefetch" if move.target_tier == HOST_DRAM else "offload")
         for erasure in plan.erasures:
-            self._lasting.erase(erasure.chunk)
+            self._lasting.erase(erasure.chunks)
             self._reports.append(JobReport(erasure.job_id, {}))
         if plan.is_idle and self._running:
             self._collect(_IDLE_WAIT_SECONDS)

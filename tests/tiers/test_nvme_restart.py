@@ -291,9 +291,7 @@ def test_a_write_that_ends_after_forgetting_is_forgotten(tmp_path: Path, monkeyp
     store.close()
 
 
-def test_a_slab_that_cannot_be_marked_as_forgotten_is_removed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_slab_that_cannot_be_marked_as_forgotten_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = make(tmp_path)
     fill(store, range(4))
     good = os.dup(store._fd)
@@ -316,9 +314,7 @@ def test_a_slab_that_is_not_to_last_is_not_found_again_even_after_a_kill(tmp_pat
     store.close()
 
 
-def test_leftovers_are_named_and_make_room_when_it_is_needed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_leftovers_are_named_and_make_room_when_it_is_needed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A disk for three slabs: the oldest idle one goes, the newer idle and the living ones stay."""
     caplog.set_level("INFO")
     size = 4096 * (3 * (1 + 4 * CAPACITY) + 40)
