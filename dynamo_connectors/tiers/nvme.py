@@ -352,7 +352,7 @@ class NvmeStore:
             turned_off = self._circuit.note_error(self._clock())
         if turned_off:
             log.error(
-                "dynamo: nvme_ssd tier off: %s failed %d times in a row; the engine goes on without it and tries in %d s",
+                "dynamo: nvme_ssd tier off: %s failed %d times in a row; the engine goes on, next try in %d s",
                 self.path,
                 _ERRORS_TO_TURN_OFF,
                 _RETRY_SECONDS,
