@@ -73,9 +73,8 @@ def _window(spec: Any) -> int | None:
 
 def planned_row_bytes(kv_cache_config: Any) -> int:
     """Bytes of one block over all layers of one worker, as vLLM plans them: those of its largest group."""
-    return max(
-        sum(spec.page_size_bytes for spec in _layer_specs(group).values()) for group in kv_cache_config.kv_cache_groups
-    )
+    groups = kv_cache_config.kv_cache_groups
+    return max(sum(int(spec.page_size_bytes) for spec in _layer_specs(group).values()) for group in groups)
 
 
 def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> Pages:

@@ -18,7 +18,7 @@ from dynamo_connectors.vllm.live import ChangeSink, Holds, Limits, Live, Tables
 
 
 class Offloading:
-    """`counts` goes by (what, label)."""
+    """Adds to `counts`, by (what, label)."""
 
     def __init__(
         self,

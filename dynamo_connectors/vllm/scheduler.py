@@ -77,7 +77,7 @@ class SchedulerHalf:
         """Offloads what is not kept below HBM yet, of the computed tokens and of those that this step computes.
 
         Of the latter only the prompt's: they are final, and a sliding window lets go of their blocks in the next step.
-        A request whose load is still running is left alone: its blocks count as computed, but their bytes are not there.
+        A request whose load is still running is left alone: its blocks count as computed, their bytes are not there.
         """
         live = self._requests.get(request_id)
         if live is not None and request_id not in self._onboarding.loading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from dynamo_connectors.block_manager import BlockManager, NamedTier
 from dynamo_connectors.blocks import Namespace
 from dynamo_connectors.config import ARC, HOST_DRAM, LRU, NVME_SSD, OBJECT_STORE, KvbmConfig, flag_of
 from dynamo_connectors.errors import ConfigError
-from dynamo_connectors.eviction import ArcPolicy, LruPolicy
+from dynamo_connectors.eviction import ArcPolicy, EvictionPolicy, LruPolicy
 from dynamo_connectors.load_gate import LoadGate
 from dynamo_connectors.pinning import pin_host_memory
 from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
@@ -39,7 +39,7 @@ log = engine_logger(__name__)
 
 #: Offloads may hold at most this share of HBM away from new requests.
 _MAX_HELD_SHARE = 0.25
-_POLICIES = {LRU: LruPolicy, ARC: ArcPolicy}
+_POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {LRU: LruPolicy, ARC: ArcPolicy}
 
 
 def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -136,7 +136,7 @@ def namespace(vllm_config: Any, geometry: Geometry, pages: Pages) -> Namespace:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     load = vllm_config.load_config
     # vLLM's block hashes carry LoRA, multimodal items and cache salt; the algorithm decides what equal hashes mean.
-    # What a page means inside is the engine's own business and may change with its version; so may what a model computes.
+    # What a page means inside is the engine's business and may change with its version; so may what a model computes.
     rules = (getattr(cache, "prefix_caching_hash_algo", ""), geometry, vllm.__version__, model.compute_hash())
     return Namespace(
         engine="vllm",

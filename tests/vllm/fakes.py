@@ -111,12 +111,18 @@ def offer_all(half: SchedulerHalf, what: FakeRequest, *tables: list[int]) -> Ste
     return half.plan(is_idle=False)
 
 
+def settle(half: SchedulerHalf) -> None:
+    """Lets everything that is under way come to its end."""
+    while half.has_work:
+        end(half, half.plan(is_idle=True))
+
+
 def keep(half: SchedulerHalf, name: str, *tables: list[int], **hints: Any) -> FakeRequest:
     """A request comes, its blocks are kept, and it goes."""
     what = request(name, len(tables[0]), **hints)
     end(half, offer_all(half, what, *tables))
     half.finished(what, tables, len(tables[0]) * BLOCK)
-    end(half, half.plan(is_idle=True))
+    settle(half)
     return what
 
 

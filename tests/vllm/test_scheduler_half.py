@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from dynamo_connectors.vllm.messages import WorkerReports
-from tests.vllm.fakes import BLOCK, end, load, make, offer_all, request
+from tests.vllm.fakes import BLOCK, end, keep, load, make, offer_all, request, settle
 
 
 def test_offloaded_blocks_are_matched_after_every_worker_has_them() -> None:
@@ -51,9 +51,8 @@ def test_a_load_names_sources_and_targets_and_pins_until_its_end() -> None:
 def test_blocks_whose_load_is_running_are_never_offered() -> None:
     """vLLM counts them as computed from the start; their bytes are garbage until the load ends."""
     half, holds = make(dram=4, disk=8)
-    end(half, offer_all(half, request("a", 2), [1, 2]))
-    end(half, half.plan(is_idle=True))
-    end(half, offer_all(half, request("evicts", 4), [3, 4, 5, 6]))
+    keep(half, "a", [1, 2])
+    keep(half, "evicts", [3, 4, 5, 6])
     loading = request("b", 2, prefix="a")
     plan = load(half, loading, [8, 9])
     assert [item.tier for item in plan.loads[0].items] == ["nvme_ssd", "nvme_ssd"]
@@ -153,9 +152,10 @@ def test_blocks_sink_to_disk_and_are_loaded_from_there() -> None:
     end(half, offer_all(half, request("a", 2), [1, 2]))
     assert half.has_work
     sinking = half.plan(is_idle=True)
-    assert len(sinking.moves) == 2
+    assert {(move.source_tier, move.target_tier) for move in sinking.moves} == {("host_dram", "nvme_ssd")}
     end(half, sinking)
-    end(half, offer_all(half, request("b", 4), [3, 4, 5, 6]))
+    settle(half)
+    keep(half, "b", [3, 4, 5, 6])
     plan = load(half, request("c", 2, prefix="a"), [8, 9])
     assert [item.tier for item in plan.loads[0].items] == ["nvme_ssd", "nvme_ssd"]
     end(half, plan)
