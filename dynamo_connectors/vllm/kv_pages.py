@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ def read_geometry(kv_cache_config: Any) -> Geometry:
     if not groups:
         raise ConfigError(f"this model has no KV cache, nothing can be tiered; {_REMEDY}")
     read = tuple(_read_group(group) for group in groups)
-    hash_tokens = getattr(kv_cache_config, "hash_block_size", None) or min(group.block_tokens for group in read)
+    hash_tokens = getattr(kv_cache_config, "hash_block_size", None) or math.gcd(*(group.block_tokens for group in read))
     try:
         return Geometry(read, hash_tokens)
     except ValueError:
