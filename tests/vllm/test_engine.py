@@ -11,6 +11,8 @@ import msgspec
 import pytest
 import zmq
 
+from dynamo_connectors.tiers.nvme import slot_bytes, slot_offset
+from dynamo_connectors.tiers.slot_header import HEADER_BYTES
 from tests.vllm.client import Answer, VllmClient, prompt, wait_until
 from tools.server_process import ServerProcess
 from tools.vllm_server import BLOCK_TOKENS, MODEL_NAME
@@ -19,6 +21,8 @@ pytestmark = pytest.mark.engine
 
 #: 28 blocks a prompt: six prompts fill the 160 blocks of HBM, eleven the 305 of DRAM, twenty-five the disk.
 BLOCKS_PER_PROMPT = 28
+#: One block of the tiny model over all layers.
+ROW_BYTES = 65536
 
 
 def hits(client: VllmClient, tier: str) -> float:
@@ -64,8 +68,9 @@ def test_damaged_bytes_on_disk_are_recomputed_and_counted(client: VllmClient, nv
     wait_idle(client)
     (slab,) = nvme_directory.glob("*.slab")
     with slab.open("r+b") as file:
-        # One flipped byte in the payload of every slot: 4 KiB header, 64 KiB payload.
-        for offset in range(4096 + 777, slab.stat().st_size, 4096 + 65536):
+        # One flipped byte in the payload of every slot.
+        first, step = slot_offset(0, ROW_BYTES) + HEADER_BYTES + 777, slot_bytes(ROW_BYTES)
+        for offset in range(first, slab.stat().st_size, step):
             file.seek(offset)
             byte = file.read(1)[0]
             file.seek(offset)
