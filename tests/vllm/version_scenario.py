@@ -214,7 +214,7 @@ def speaks_to_metrics_and_routers(engine: SimulatedEngine, config: Any) -> None:
         prometheus.observe(stats)
         logging.observe(stats)
     hits = REGISTRY.get_sample_value("dynamo_kvbm_hit_blocks_total", {"engine": "0", "tier": "host_dram"})
-    assert hits and hits > 0
+    assert hits
     lines: list[str] = []
     logging.log(lambda text, *args: lines.append(text % args))
     assert "hit_blocks|host_dram" in lines[0]
