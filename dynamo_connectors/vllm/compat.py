@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def tokens_in_flight(request: Any) -> int:
 
 
 class BlockTables:
-    """The HBM blocks of the requests that a step schedules, first KV cache group.
+    """The HBM blocks of the requests that a step schedules, one table per KV cache group.
 
     From 0.32 the step itself answers (`kv_connector_block_state`). Before, it tells only what changed, so the tables
     are kept here: a request that starts or resumes comes with all its blocks, one that goes on with the added ones.
@@ -49,7 +50,7 @@ class BlockTables:
 
     def __init__(self) -> None:
         self._state: Any = None
-        self._tables: dict[str, list[int]] = {}
+        self._tables: dict[str, tuple[list[int], ...]] = {}
 
     def follow(self, scheduler_output: Any) -> None:
         """Call it once for every step, in order."""
@@ -59,20 +60,29 @@ class BlockTables:
         for request_id in scheduler_output.finished_req_ids:
             self._tables.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
-            self._tables[new.req_id] = list(new.block_ids[0])
+            self._tables[new.req_id] = tuple(list(table) for table in new.block_ids)
         cached = scheduler_output.scheduled_cached_reqs
         for request_id, added in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if request_id in cached.resumed_req_ids:
-                self._tables[request_id] = []
+                for table in self._tables[request_id]:
+                    table.clear()
             if added is not None:
-                self._tables[request_id].extend(added[0])
+                for table, blocks in zip(self._tables[request_id], added, strict=True):
+                    table.extend(blocks)
 
-    def blocks_of(self, request_id: str) -> Sequence[int]:
+    def blocks_of(self, request_id: str) -> Sequence[Sequence[int]]:
         """Of a request that the last step schedules; read it before the next one."""
         if self._state is None:
             return self._tables[request_id]
-        blocks: Sequence[int] = self._state.get_block_ids(request_id)[0]
+        blocks: Sequence[Sequence[int]] = self._state.get_block_ids(request_id)
         return blocks
+
+
+def tells_block_tables() -> bool:
+    """Whether each step tells the block tables as they are (0.32), blocks that a window has left included."""
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    return "kv_connector_block_state" in {field.name for field in dataclasses.fields(SchedulerOutput)}
 
 
 class HbmHolds:
