@@ -109,7 +109,7 @@ def build_worker_half(
                 store.close()
         raise
     lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0))
-    return WorkerHalf(pages.view, Stores(dram, disk), lasting, len(geometry.groups))
+    return WorkerHalf(pages.view, Stores(dram, disk, objects), lasting, len(geometry.groups))
 
 
 def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dict[str, int]:

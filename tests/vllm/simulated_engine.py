@@ -218,9 +218,10 @@ class SimulatedEngine:
         self.planned.update(stores=sum(len(store.items) for store in plan.stores))
         outputs = []
         for worker in self.workers:
+            outputs.append(self._model_output(step, worker.execute(step, self._truths)))
+            # Some of them were computed in this very step; all of them are held until they are copied.
             for item in (item for store in plan.stores for item in store.items):
                 worker.assert_kv([item.block], self._block_numbers[item.key], f"block {item.block} to store")
-            outputs.append(self._model_output(step, worker.execute(step, self._truths)))
         combined = self._aggregator.aggregate(outputs) if len(outputs) > 1 else outputs[0]
         for client_outputs in self.scheduler.update_from_output(step.output, combined).values():
             for output in client_outputs.outputs:
