@@ -142,6 +142,12 @@ class SchedulerHalf:
         return not self._onboarding.loading
 
     @property
+    def held_blocks(self) -> int:
+        """HBM blocks that are kept from new requests until they are copied."""
+        holds = self._offloading.holds
+        return holds.held_blocks if holds is not None else 0
+
+    @property
     def has_work(self) -> bool:
         """Whether an idle engine must keep stepping: to see a job end, to start one, or to hear what survived."""
         return bool(
@@ -170,8 +176,7 @@ class SchedulerHalf:
         self._ledger.check()
         self._onboarding.check()
         self._recovery.check()
-        holds = self._offloading.holds
-        assert holds is None or holds.held_blocks == self._ledger.held_blocks(), "HBM holds and running stores disagree"
+        assert self.held_blocks == self._ledger.held_blocks(), "HBM holds and running stores disagree"
 
     def _live(self, request: Any) -> Live:
         live = self._requests.get(request.request_id)

@@ -146,3 +146,50 @@ def test_routers_hear_of_blocks_below_hbm(client: VllmClient, events_port: int) 
 def test_utilisation_is_published_under_the_name_operators_know(client: VllmClient, engine: ServerProcess) -> None:
     assert 0 < client.metric("dynamo_kvbm_memory_utilization_percent", tier="host_dram") <= 100
     assert "Traceback" not in engine.log.read_text()
+
+
+def test_requests_that_share_a_prefix_share_its_load(client: VllmClient) -> None:
+    text = prompt(8000)
+    alone = client.complete(text, max_tokens=1)
+    fill(client, 8100, 8)
+    read_before = client.metric("dynamo_kvbm_onboarded_bytes_total")
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda _: client.complete(text, max_tokens=1), range(8)))
+    # A batch rounds differently from a single request, on stock vLLM too; another prompt's KV is far off.
+    assert all(abs(answer.logprobs[0] - alone.logprobs[0]) < 0.2 for answer in together)
+    read = client.metric("dynamo_kvbm_onboarded_bytes_total") - read_before
+    assert read == BLOCKS_PER_PROMPT * ROW_BYTES
+
+
+def test_hints_reach_the_tiers_and_bad_ones_hurt_nobody(client: VllmClient) -> None:
+    stored_before = client.metric("dynamo_kvbm_offloaded_blocks_total", tier="host_dram")
+    ignored_before = client.metric("dynamo_kvbm_ignored_hints_total")
+    hidden = client.complete(prompt(8200), kv_transfer_params={"kvbm_no_store": True, "somebody_else": 1})
+    wait_idle(client)
+    assert client.metric("dynamo_kvbm_offloaded_blocks_total", tier="host_dram") == stored_before
+    bad = {"kvbm_pin_ttl_seconds": "soon", "kvbm_prefetch": [], "kvbm_whatever": None}
+    assert client.complete(prompt(8200), kv_transfer_params=bad) == hidden
+    assert client.metric("dynamo_kvbm_ignored_hints_total") - ignored_before == 3
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_nothing_from_before_a_sleep_is_served_after_it(client: VllmClient, level: int) -> None:
+    """The weights may be others when the engine wakes: vLLM resets every cache, and the disk is made to forget."""
+    cold = fill(client, 8300 + level, 2)
+    client.post(f"/sleep?level={level}")
+    client.post("/wake_up")
+    before = hits(client, "host_dram") + hits(client, "nvme_ssd")
+    assert fill(client, 8300 + level, 2) == cold
+    assert hits(client, "host_dram") + hits(client, "nvme_ssd") == before
+
+
+def test_an_engine_at_rest_holds_nothing(client: VllmClient) -> None:
+    wait_idle(client)
+    client.complete(prompt(8400, chunks=1), max_tokens=1)
+    wait_until(lambda: client.metric("dynamo_kvbm_pinned_blocks") == 0 or _step(client), "no block is pinned")
+
+
+def _step(client: VllmClient) -> bool:
+    """Gauges are published by steps."""
+    client.complete(prompt(8500, chunks=1), max_tokens=1)
+    return False

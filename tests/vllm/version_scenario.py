@@ -50,10 +50,10 @@ def engine_config(model: str, *flags: str) -> Any:
 
 def dynamo_config(model: str) -> Any:
     # 8 KiB a block and worker: some 120 blocks, five times HBM.
-    config = engine_config(model, "--kv-connector", "dynamo", "--kvbm-host-dram-gb", "0.001")
+    config = engine_config(model, "--kv-connector", "dynamo", "--kvbm-host-dram-gb", "0.001", "--kvbm-load-gate", "off")
     transfer = config.kv_transfer_config
     assert (transfer.kv_connector, transfer.kv_role) == ("dynamo", "kv_both")
-    assert transfer.kv_connector_extra_config == {"kvbm_host_dram_gb": "0.001"}
+    assert transfer.kv_connector_extra_config == {"kvbm_host_dram_gb": "0.001", "kvbm_load_gate": "off"}
     assert transfer.kv_load_failure_policy == "recompute"
     return config
 
@@ -83,7 +83,7 @@ def assert_nothing_left(engine: SimulatedEngine) -> None:
         half = connector._scheduler or connector._worker
         half.check()
     scheduler = engine.scheduler.connector._scheduler
-    assert scheduler._holds.held_blocks == 0
+    assert scheduler.held_blocks == 0
     assert not scheduler.has_work
     assert not scheduler._requests, "finished requests are still known"
     assert not engine.scheduler.connector._block_tables._tables, "block tables of finished requests are still kept"
