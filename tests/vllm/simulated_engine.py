@@ -84,14 +84,16 @@ class SimulatedWorker:
     def __init__(self, vllm_config: Any, kv_cache_config: Any, mode: Mode) -> None:
         self._vllm_config = vllm_config
         self._v2_runner = mode.v2_runner
-        shape = (kv_cache_config.num_blocks, 1, BLOCK, 16)
-        self.kv = {layer: torch.full(shape, -1.0) for layer in LAYERS}
+        self.kv = self.allocate((kv_cache_config.num_blocks, 1, BLOCK, 16))
         self.connector = KVConnectorFactory.create_connector(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
         with self._as_current_rank():
             if mode.v2_runner:
                 self._hooks = ActiveKVConnector(vllm_config, self.kv)
             else:
                 self.connector.register_kv_caches(self.kv)
+
+    def allocate(self, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        return {layer: torch.full(shape, -1.0) for layer in LAYERS}
 
     def execute(self, step: Step, truths: dict[str, Truth]) -> Any:
         """Returns the step's `KVConnectorOutput`, as it arrives in the scheduler's process."""
@@ -152,15 +154,18 @@ class SimulatedWorker:
 
 
 class SimulatedEngine:
+    worker_class = SimulatedWorker
+    groups = (KVCacheGroupSpec(list(LAYERS), SPEC),)
+
     def __init__(self, vllm_config: Any, mode: Mode, num_blocks: int) -> None:
         vllm_config.scheduler_config.async_scheduling = mode.async_scheduling
         vllm_config.parallel_config.world_size = mode.workers
         vllm_config.parallel_config.tensor_parallel_size = mode.workers
         vllm_config.cache_config.num_gpu_blocks = num_blocks
-        kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(list(LAYERS), SPEC)])
+        kv_cache_config = KVCacheConfig(num_blocks, [], list(self.groups))
         init_none_hash(sha256)
         self._block_hasher = get_request_block_hasher(BLOCK, sha256)
-        self.workers = [SimulatedWorker(vllm_config, kv_cache_config, mode) for _ in range(mode.workers)]
+        self.workers = [self.worker_class(vllm_config, kv_cache_config, mode) for _ in range(mode.workers)]
         self._aggregator = KVOutputAggregator.from_connector(self.workers[0].connector, mode.workers)
         scheduler_class = AsyncScheduler if mode.async_scheduling else Scheduler
         structured = StructuredOutputManager(vllm_config)
@@ -182,6 +187,12 @@ class SimulatedEngine:
     def block_pool(self) -> Any:
         return self.scheduler.kv_cache_manager.block_pool
 
+    def table_of(self, request_id: str) -> Any:
+        return list(self.scheduler.kv_cache_manager.get_block_ids(request_id)[0])
+
+    def assert_stored(self, worker: SimulatedWorker, item: Any) -> None:
+        worker.assert_kv([item.block], self._block_numbers[item.key], f"block {item.block} to store")
+
     def submit(self, request_id: str, prompt: Sequence[int], answer_tokens: int) -> Request:
         sampling = SamplingParams(max_tokens=answer_tokens, ignore_eos=True)
         request = Request(request_id, list(prompt), sampling, None, block_hasher=self._block_hasher)
@@ -200,7 +211,7 @@ class SimulatedEngine:
         scheduled = output.num_scheduled_tokens
         step = Step(
             output,
-            {name: list(self.scheduler.kv_cache_manager.get_block_ids(name)[0]) for name in scheduled},
+            {name: self.table_of(name) for name in scheduled},
             {name: requests[name].num_computed_tokens - tokens for name, tokens in scheduled.items()},
             {name for name in scheduled if not requests[name].is_prefill_chunk},
         )
@@ -221,7 +232,7 @@ class SimulatedEngine:
             outputs.append(self._model_output(step, worker.execute(step, self._truths)))
             # Some of them were computed in this very step; all of them are held until they are copied.
             for item in (item for store in plan.stores for item in store.items):
-                worker.assert_kv([item.block], self._block_numbers[item.key], f"block {item.block} to store")
+                self.assert_stored(worker, item)
         combined = self._aggregator.aggregate(outputs) if len(outputs) > 1 else outputs[0]
         for client_outputs in self.scheduler.update_from_output(step.output, combined).values():
             for output in client_outputs.outputs:
