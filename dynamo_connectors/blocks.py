@@ -38,6 +38,8 @@ class Namespace:
     pp_rank: int = 0
     pp_size: int = 1
     key_rules: str = ""
+    #: Which weights computed the KV, as far as their files tell.
+    weights: str = ""
     format_version: int = FORMAT_VERSION
 
     @property
