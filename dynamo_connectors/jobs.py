@@ -1,4 +1,8 @@
-"""What the owner of the index asks the owner of the bytes to do, and what it hears back. Plain records, picklable."""
+"""What the owner of the index asks the owner of the bytes to do, and what it hears back. Plain records, picklable.
+
+Tiers go by name (`config.TIER_ORDER`). An object of the object_store tier is a chunk of blocks: `chunk` is its name and
+`row` the place of the block in it; in the other tiers a slot says it all.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dynamo_connectors.blocks import BlockKey
-
-#: Positions in the block manager's order of tiers.
-DRAM_TIER = 0
-DISK_TIER = 1
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD
 
 
 class StoreItem(NamedTuple):
@@ -21,20 +22,24 @@ class StoreItem(NamedTuple):
 
 class LoadItem(NamedTuple):
     key: BlockKey
-    tier: int
+    tier: str
     slot: int
     block: int
+    chunk: BlockKey | None = None
+    row: int = 0
 
 
-class SpillItem(NamedTuple):
+class MoveItem(NamedTuple):
     key: BlockKey
     source_slot: int
     target_slot: int
+    chunk: BlockKey | None = None
+    row: int = 0
 
 
 @dataclass(frozen=True)
 class StoreJob:
-    """Copies HBM blocks to DRAM slots."""
+    """Copies HBM blocks to host_dram slots."""
 
     job_id: int
     items: tuple[StoreItem, ...]
@@ -42,7 +47,7 @@ class StoreJob:
 
 @dataclass(frozen=True)
 class LoadJob:
-    """Copies DRAM or disk slots to the HBM blocks of one waiting request."""
+    """Copies blocks of the tiers below to the HBM blocks of one waiting request."""
 
     job_id: int
     request_id: str
@@ -52,11 +57,21 @@ class LoadJob:
 
 
 @dataclass(frozen=True)
-class SpillJob:
-    """Copies DRAM slots to disk slots."""
+class MoveJob:
+    """Copies blocks between two tiers below HBM: down (offload) or up (prefetch)."""
 
     job_id: int
-    items: tuple[SpillItem, ...]
+    source_tier: str
+    target_tier: str
+    items: tuple[MoveItem, ...]
+
+
+class Moved(NamedTuple):
+    """Bytes read from `tier` (load, prefetch) or written to it (store, offload), and how long that took."""
+
+    tier: str
+    num_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -65,3 +80,17 @@ class JobReport:
 
     job_id: int
     failed: Mapping[BlockKey, str]
+    moved: tuple[Moved, ...] = ()
+
+
+# -- names from before moves went both ways: gone once the adapters say MoveJob --------------------------------------
+DRAM_TIER, DISK_TIER = HOST_DRAM, NVME_SSD
+SpillItem = MoveItem
+
+
+@dataclass(frozen=True)
+class SpillJob:
+    """Copies DRAM slots to disk slots."""
+
+    job_id: int
+    items: tuple[MoveItem, ...]

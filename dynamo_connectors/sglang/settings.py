@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from dynamo_connectors.config import SETTINGS, TIER_ORDER, KvbmConfig, flag_of, parse_config
+from dynamo_connectors.config import HBM, HOST_DRAM, NVME_SSD, SETTINGS, KvbmConfig, flag_of, parse_config
 from dynamo_connectors.errors import ConfigError
 
 BACKEND = "dynamo"
@@ -81,7 +81,7 @@ def parse_storage_settings(settings: Mapping[str, object]) -> KvbmConfig:
     if settings.get("kvbm_nvme_path") is None:
         raise ConfigError(f"{BACKEND_FLAG} {BACKEND} needs --kvbm-nvme-path DIR")
     size_gb = settings.get("kvbm_nvme_gb")
-    tiers = ",".join(TIER_ORDER)
+    tiers = ",".join((HBM, HOST_DRAM, NVME_SSD))
     config = parse_config(
         {
             "kvbm_storage_tiers": tiers,
