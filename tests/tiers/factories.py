@@ -39,7 +39,18 @@ def nvme_buffered(directory: Path, capacity_blocks: int, row_bytes: int) -> Tier
     return store
 
 
-FACTORIES: dict[str, Factory] = {"dram": dram, "nvme": nvme, "nvme_buffered": nvme_buffered}
+def nvme_volatile(directory: Path, capacity_blocks: int, row_bytes: int) -> TierStore:
+    return NvmeStore(directory, capacity_blocks, row_bytes, NAMESPACE, persistent=False)
+
+
+FACTORIES: dict[str, Factory] = {
+    "dram": dram,
+    "nvme": nvme,
+    "nvme_buffered": nvme_buffered,
+    "nvme_volatile": nvme_volatile,
+}
+#: Suffixes of the files that a closed store leaves for the next engine.
+KEPT_FILES = {"nvme": {".slab", ".log"}, "nvme_buffered": {".slab", ".log"}}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
