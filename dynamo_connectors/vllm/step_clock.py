@@ -1,0 +1,43 @@
+"""How fast this engine prefills, learnt from when steps are planned and when they end. Pure: time is an argument."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+#: Smaller steps say more about decoding and launch overhead than about prefill.
+_FEWEST_PREFILL_TOKENS = 64
+
+
+class _Step(NamedTuple):
+    planned_at: float
+    prefill_tokens: int
+    num_tokens: int
+
+
+class Prefill(NamedTuple):
+    tokens: int
+    seconds: float
+
+
+class StepClock:
+    """Steps end in the order in which they were planned; with async scheduling two are under way at a time."""
+
+    def __init__(self) -> None:
+        self._steps: deque[_Step] = deque()
+        self._last_end = float("-inf")
+
+    def planned(self, now: float, prefill_tokens: int, num_tokens: int) -> None:
+        self._steps.append(_Step(now, prefill_tokens, num_tokens))
+
+    def ended(self, now: float) -> Prefill | None:
+        """What the oldest open step says about prefill, if it was mostly prefill."""
+        if not self._steps:
+            return None
+        step = self._steps.popleft()
+        # A step that was planned while the one before it ran started when that one ended.
+        seconds = now - max(step.planned_at, self._last_end)
+        self._last_end = now
+        if step.prefill_tokens < _FEWEST_PREFILL_TOKENS or 2 * step.prefill_tokens < step.num_tokens or seconds <= 0:
+            return None
+        return Prefill(step.num_tokens, seconds)
