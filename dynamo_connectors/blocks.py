@@ -38,6 +38,8 @@ class Namespace:
     pp_rank: int = 0
     pp_size: int = 1
     key_rules: str = ""
+    #: Identity of the weights: KV computed with others is another model's.
+    weights: str = ""
     format_version: int = FORMAT_VERSION
 
     @property

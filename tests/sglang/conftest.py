@@ -44,6 +44,7 @@ def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
         made.append(backend)
         if pool is not None:
             backend.register_mem_pool_host(pool)
+            backend.open()
         return backend
 
     yield make
@@ -51,7 +52,7 @@ def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
         backend.check()
         backend.close()
         backend.check()
-    assert not list((tmp_path / "kv").glob("*")), "a slab was left behind"
+    assert not list((tmp_path / "kv").glob("*.tmp")), "half a file was left behind"
 
 
 @pytest.fixture(scope="session")
