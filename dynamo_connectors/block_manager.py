@@ -1,21 +1,28 @@
 """The KV block manager: one answer to "where is this block", over all tiers below HBM. Pure, no I/O, no threads.
 
-Blocks enter at the first tier (`reserve`, then `commit` or `abort`), sink towards the last one (`take_spills`, then
-`end_spill`), and are read from the fastest tier that holds them (`lease`, then `release`). Whoever moves the bytes is
-told slots, and reports back; until it does, the slots it works on can neither be evicted nor re-used.
+Blocks enter at the first tier (`reserve`, then `commit` or `abort`), are copied to the tiers below once enough requests
+have used them and back up ahead of a request (`take_moves`, then `end_move`), and are read from the fastest tier that
+holds them (`lease`, then `release`). Whoever moves the bytes is told slots, and reports back; until it does, the slots
+it works on can neither be evicted nor re-used.
+
+A `chain` is the keys of a request from its first block on.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from dynamo_connectors.admission import TouchSketch
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.tiers.index import IndexStats, TierIndex
+from dynamo_connectors.cascade import Cascade, Move
+from dynamo_connectors.pins import TimedPins
+from dynamo_connectors.tier_stack import Change, NamedTier, TierStack
+from dynamo_connectors.tiers.index import IndexStats
+
+__all__ = ["BlockManager", "Change", "Erasure", "Move", "NamedTier", "Source", "Target"]
 
 
 class Target(NamedTuple):
@@ -26,240 +33,282 @@ class Target(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A leased block: `tier` is its position in the manager's order, 0 the fastest."""
+    """A leased block. With `chunk` it is row `row` of that object, and `slot` is the object's."""
 
     key: BlockKey
-    tier: int
+    tier: str
+    slot: int
+    chunk: BlockKey | None = None
+    row: int = 0
+
+
+class Erasure(NamedTuple):
+    """An object that has left the index; its place is taken until it is erased."""
+
+    tier: str
+    key: BlockKey
     slot: int
 
 
-class Spill(NamedTuple):
-    """A copy from one tier to the next one down."""
-
-    key: BlockKey
-    tier: int
-    source_slot: int
-    target_slot: int
-
-
-class Change(NamedTuple):
-    """A block appeared in a tier, or left it."""
-
-    kind: Literal["stored", "removed"]
-    tier: int
-    key: BlockKey
-
-
-@dataclass(frozen=True)
-class NamedTier:
-    name: str
-    index: TierIndex
-
-
-#: Copies down that may wait, and that may run, at one time; of the first tier at most half is pinned by them. Beyond it
-#: the newest are dropped: a slow disk must not take DRAM away from requests.
-MAX_SPILLS = 256
-
-
 class BlockManager:
-    """Tiers in order of speed, fastest first."""
+    """Tiers in order of speed, fastest first; the first takes single blocks.
 
-    def __init__(self, tiers: Sequence[NamedTier]) -> None:
-        if not tiers:
-            raise ValueError("a block manager needs at least one tier")
-        self.tiers = tuple(tiers)
-        self._max_spills = min(MAX_SPILLS, max(1, tiers[0].index.capacity_blocks // 2))
-        #: Blocks that may still sink: (tier, key), oldest first.
-        self._sinking: deque[tuple[int, BlockKey]] = deque()
+    `min_touches`: tier -> how many requests must have used a block before the tier takes it; 1 where it says nothing.
+    """
+
+    def __init__(self, tiers: Sequence[NamedTier], min_touches: Mapping[str, int] | None = None) -> None:
+        self._stack = TierStack(tiers)
+        self._min_touches = {tier.name: (min_touches or {}).get(tier.name, 1) for tier in tiers}
+        self._cascade = Cascade(self._stack, self._min_touches)
+        self._pins = TimedPins(self._stack)
+        first = self._stack.first
+        #: Counts what no tier holds; nobody asks where the first use is enough.
+        self._sketch = TouchSketch(first.index.capacity_blocks) if self._min_touches[first.name] > 1 else None
         #: Per tier: slot -> number of leases.
-        self._leases: tuple[dict[int, int], ...] = tuple({} for _ in tiers)
-        self._targets: set[Target] = set()
-        self._spills: set[Spill] = set()
-        self._changes: list[Change] = []
-        #: Blocks that were not kept, by reason.
-        self.dropped: Counter[str] = Counter()
+        self._leases: dict[str, dict[int, int]] = {tier.name: {} for tier in tiers}
+        #: Target -> the block before it in its chain.
+        self._targets: dict[Target, BlockKey | None] = {}
+        self._single = tuple(tier.index.readable for tier in tiers if tier.chunk_blocks == 1)
+        self._chunked = tuple(tier for tier in tiers if tier.chunk_blocks > 1)
 
-    def match(self, keys: Sequence[BlockKey]) -> int:
-        """Length of the leading run of `keys` that can be read from some tier. Changes nothing."""
-        run = self.tiers[0].index.lookup(keys)
-        indexes = [tier.index for tier in self.tiers]
-        for key in islice(keys, run, None):
-            if not any(key in index for index in indexes):
+    @property
+    def tiers(self) -> tuple[NamedTier, ...]:
+        return self._stack.tiers
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Blocks that were not kept, by reason; whoever reports them clears it."""
+        return self._stack.dropped
+
+    def match(self, chain: Sequence[BlockKey], start: int = 0) -> int:
+        """Length of the run of `chain` from `start` on that can be read from some tier. Changes nothing."""
+        position = start
+        while position < len(chain):
+            reached = self._chunk_end(chain, self._single_run(chain, position))
+            if reached == position:
                 break
-            run += 1
-        return run
+            position = reached
+        return position - start
 
-    def lease(self, keys: Sequence[BlockKey]) -> list[Source]:
-        """Protects the leading run of `keys`; every source goes back through `release`, whatever happens."""
+    def lease(self, chain: Sequence[BlockKey], start: int = 0, count: int | None = None) -> list[Source]:
+        """Protects the run of `chain` from `start` on, at most `count` blocks.
+
+        Every source goes back through `release`, whatever happens.
+        """
+        end = len(chain) if count is None else min(len(chain), start + count)
         sources: list[Source] = []
-        for key in keys:
-            source = self._lease_one(key)
-            if source is None:
+        for position in range(start, end):
+            found = self._stack.find(chain, position)
+            if found is None:
                 break
-            sources.append(source)
+            tier, place = found
+            slot = tier.index.pin(place.name)
+            assert slot is not None, f"a readable block of {tier.name} could not be pinned"
+            leases = self._leases[tier.name]
+            leases[slot] = leases.get(slot, 0) + 1
+            chunk = place.name if tier.chunk_blocks > 1 else None
+            sources.append(Source(chain[position], tier.name, slot, chunk, place.row))
         return sources
 
     def release(self, sources: Iterable[Source], damaged: AbstractSet[BlockKey] = frozenset()) -> None:
         """Ends leases. Blocks named in `damaged` gave no bytes, or wrong ones: they are never served again."""
-        released = list(sources)
-        for source in released:
+        for source in reversed(list(sources)):  # the head of the chain becomes the newest
             leases = self._leases[source.tier]
             if source.slot not in leases:
                 raise AssertionError(f"{source} is not leased")
             leases[source.slot] -= 1
             if not leases[source.slot]:
                 del leases[source.slot]
-            index = self.tiers[source.tier].index
-            if source.key in damaged and index.slot_of(source.key) == source.slot:
-                self._discard(source.tier, source.key)
-                self.dropped["damaged"] += 1
-            index.unpin(source.slot)
-        self.touch([source.key for source in released])
+            tier = self._stack.by_name[source.tier]
+            if source.key in damaged:
+                self._discard_damaged(tier, source.chunk or source.key, source.slot)
+            tier.index.unpin(source.slot)
+
+    def note_use(self, chain: Sequence[BlockKey]) -> None:
+        """A request uses these blocks. Once per request and block, before its new blocks are reserved.
+
+        Counts for admission to every tier, starts the copies down that are due, and makes the chain just used.
+        """
+        if self._sketch is not None:
+            for key in chain:
+                self._sketch.use(key)
+        for tier in self._stack.tiers:
+            size = tier.chunk_blocks
+            for last in range(len(chain) // size * size - 1, -1, -size):  # the head becomes the newest
+                tier.index.use(chain[last])
+        self._cascade.offload(chain)
+
+    def offload(self, chain: Sequence[BlockKey]) -> None:
+        """Starts the copies down of a chain that are due: what was still being filled when the request came."""
+        self._cascade.offload(chain)
 
     def touch(self, chain: Sequence[BlockKey]) -> None:
         """Marks a chain as just used in every tier, so that its tail is evicted before the head it hangs on."""
-        for tier in self.tiers:
-            tier.index.touch(chain)
+        for tier in self._stack.tiers:
+            size = tier.chunk_blocks
+            tier.index.touch(chain if size == 1 else chain[size - 1 :: size])
 
-    def reserve(self, keys: Iterable[BlockKey]) -> list[Target]:
-        """Slots for those of `keys` that the first tier does not know yet, in order.
+    def prefetch(self, chain: Sequence[BlockKey]) -> int:
+        """Brings a chain into the first tier ahead of its request; returns how many copies wait for that."""
+        return self._cascade.prefetch(chain)
 
-        Stops at the first block that finds no room, because the blocks behind it could not be used without it. Every
-        target goes back through `commit` or `abort`.
+    def pin(self, chain: Sequence[BlockKey], until: float) -> int:
+        """Keeps the leading run of a chain where it lies until that time; returns its length. See `TimedPins`."""
+        return self._pins.pin(chain, until)
+
+    def expire_pins(self, now: float) -> int:
+        """Ends the pins whose time has come; returns how many."""
+        return self._pins.expire(now)
+
+    def reserve(self, keys: Iterable[BlockKey], parent: BlockKey | None = None) -> list[Target]:
+        """Slots for those of `keys`, consecutive blocks of a chain behind `parent`, that the first tier does not know.
+
+        Stops at the first block that finds no room or was not used often enough, because the blocks behind it could not
+        be used without it. Every target goes back through `commit` or `abort`.
         """
-        index = self.tiers[0].index
-        wanted = [key for key in dict.fromkeys(keys) if not index.is_known(key)]
+        first = self._stack.first
+        wanted: dict[BlockKey, BlockKey | None] = {}
+        for key in keys:
+            if key not in wanted and not first.index.is_known(key):
+                wanted[key] = parent
+            parent = key
         targets: list[Target] = []
-        for key in wanted:
-            slot = index.reserve(key)
+        for key, before in wanted.items():
+            touches = self._touches(key)
+            is_admitted = touches >= self._min_touches[first.name]
+            slot = self._stack.reserve(first, key, max(1, touches)) if is_admitted else None
             if slot is None:
-                self.dropped["tier_busy"] += len(wanted) - len(targets)
+                self.dropped["tier_busy" if is_admitted else "not_admitted"] += len(wanted) - len(targets)
                 break
             targets.append(Target(key, slot))
-        self._targets.update(targets)
-        self._note_evictions(0)
+            self._targets[targets[-1]] = before
         return targets
 
     def commit(self, target: Target) -> None:
-        """The bytes of `target` are complete: the block can be read, and sinks one tier further."""
-        self._end_fill(target)
-        self._committed(0, target.key, target.slot)
+        """The bytes of `target` are complete: the block can be read, and goes on down where it is admitted."""
+        parent = self._end_fill(target)
+        if self._stack.commit(self._stack.first, target.slot, (target.key,), parent):
+            self._arrived(target.key, parent)
 
     def abort(self, target: Target, reason: str) -> None:
         self._end_fill(target)
-        self.tiers[0].index.abort(target.slot)
+        self._stack.first.index.abort(target.slot)
+        self._abandoned(target.key)
         self.dropped[reason] += 1
 
-    def take_spills(self) -> list[Spill]:
-        """Copies to start now. Each one goes back through `end_spill`."""
-        started: list[Spill] = []
-        while self._sinking and len(self._spills) < self._max_spills:
-            tier, key = self._sinking.popleft()
-            spill = self._start_spill(tier, key)
-            if spill is not None:
-                started.append(spill)
-        return started
+    def take_moves(self) -> list[Move]:
+        """Copies to start now, by jobs: see `cascade.jobs_of`. Each one goes back through `end_move`."""
+        return self._cascade.take()
 
-    def end_spill(self, spill: Spill, ok: bool) -> None:
-        self._spills.remove(spill)
-        source = self.tiers[spill.tier].index
-        # The source leaves the index when it is found damaged, or reset: what was copied from it is in doubt too.
-        trusted = source.slot_of(spill.key) == spill.source_slot
-        source.unpin(spill.source_slot)
-        if ok and trusted:
-            self._committed(spill.tier + 1, spill.key, spill.target_slot)
-        else:
-            self.tiers[spill.tier + 1].index.abort(spill.target_slot)
-            self.dropped["spill_failed" if not ok else "source_gone"] += 1
+    def end_move(self, move: Move, ok: bool, damaged: bool = False) -> None:
+        """`damaged`: the source gave wrong bytes, or lost them for good; it is never served again."""
+        if damaged:
+            is_up = move.target_tier == self._stack.first.name
+            name = move.chunk if is_up and move.chunk is not None else move.key
+            self._discard_damaged(self._stack.by_name[move.source_tier], name, move.source_slot)
+        arrived = self._cascade.end(move, ok and not damaged)
+        if arrived is not None:
+            self._arrived(*arrived)
+        elif move.target_tier == self._stack.first.name:
+            self._abandoned(move.key)
+
+    def take_erasures(self) -> list[Erasure]:
+        """Objects to erase now. Each one goes back through `end_erasure`."""
+        return [Erasure(tier.name, key, slot) for tier in self._stack.tiers for key, slot in tier.index.take_erasures()]
+
+    def end_erasure(self, erasure: Erasure) -> None:
+        self._stack.by_name[erasure.tier].index.erased(erasure.slot)
+
+    def restore(self, tier: str, entries: Iterable[tuple[int, BlockKey]]) -> int:
+        """Takes in what an earlier process left in a tier, oldest first; returns how many entries were taken.
+
+        Before any block goes there. An entry was admitted once, so it counts as used as often as that takes.
+        """
+        named = self._stack.by_name[tier]
+        touches = self._min_touches[tier]
+        return sum(self._stack.restore(named, slot, key, touches) for slot, key in entries)
 
     def clear(self) -> None:
         """Forgets every block (weights changed, cache reset). Transfers in flight end in peace and are not kept."""
-        self._sinking.clear()
-        for position, tier in enumerate(self.tiers):
-            for key in tier.index.readable_keys():
-                self._changes.append(Change("removed", position, key))
-            tier.index.clear()
+        self._cascade.clear()
+        self._pins.drop_all()
+        self._stack.clear()
 
     def take_changes(self) -> list[Change]:
         """What appeared and left since the last call, in order."""
-        changes, self._changes = self._changes, []
+        changes, self._stack.changes = self._stack.changes, []
         return changes
 
     @property
-    def spills_in_flight(self) -> int:
-        return len(self._spills)
+    def moves_in_flight(self) -> int:
+        return self._cascade.in_flight
 
     @property
-    def has_spills_waiting(self) -> bool:
-        return bool(self._sinking)
+    def has_moves_waiting(self) -> bool:
+        return self._cascade.has_waiting
 
     def stats(self) -> dict[str, IndexStats]:
-        return {tier.name: tier.index.stats() for tier in self.tiers}
+        return {tier.name: tier.index.stats().times(tier.chunk_blocks) for tier in self._stack.tiers}
 
     def check(self) -> None:
         """Asserts every invariant. O(capacity)."""
-        expected: Counter[tuple[int, int]] = Counter()
-        for position, leases in enumerate(self._leases):
+        self._stack.check()
+        self._cascade.check()
+        self._pins.check()
+        expected = self._cascade.pins() + self._pins.slots()
+        for tier, leases in self._leases.items():
             for slot, count in leases.items():
-                assert count > 0, f"tier {position} slot {slot} is leased {count} times"
-                expected[position, slot] += count
-        for spill in self._spills:
-            expected[spill.tier, spill.source_slot] += 1
-        for position, tier in enumerate(self.tiers):
-            tier.index.check()
-            pinned = tier.index.pinned_slots()
-            wanted = {slot: count for (where, slot), count in expected.items() if where == position}
-            assert pinned == wanted, f"{tier.name}: pins {pinned} differ from leases and spills {wanted}"
-        assert len(self._spills) <= self._max_spills, "too many spills in flight"
+                assert count > 0, f"{tier} slot {slot} is leased {count} times"
+                expected[tier, slot] += count
+        for named in self._stack.tiers:
+            pinned = named.index.pinned_slots()
+            wanted = {slot: count for (where, slot), count in expected.items() if where == named.name}
+            assert pinned == wanted, f"{named.name}: pins {pinned} differ from leases, moves and timed pins {wanted}"
 
-    def _end_fill(self, target: Target) -> None:
+    def _single_run(self, chain: Sequence[BlockKey], start: int) -> int:
+        """The end of the run from `start` on that tiers of single blocks can serve."""
+        # Neighbours mostly lie in the same tier, so that one is asked first.
+        readable = self._single[0]
+        for position in range(start, len(chain)):
+            key = chain[position]
+            if key not in readable:
+                for readable in self._single:
+                    if key in readable:
+                        break
+                else:
+                    return position
+        return len(chain)
+
+    def _chunk_end(self, chain: Sequence[BlockKey], position: int) -> int:
+        """The end of the chunk that block `position` can be read from; `position` when there is none."""
+        for tier in self._chunked:
+            place = tier.place_of(chain, position)
+            if place is not None and place.name in tier.index:
+                return position - place.row + tier.chunk_blocks
+        return position
+
+    def _touches(self, key: BlockKey) -> int:
+        """How many requests have used a block that the first tier does not know, the one that brings it included."""
+        known = self._stack.touches(key)
+        return max(known, 1 if self._sketch is None else self._sketch.uses(key))
+
+    def _end_fill(self, target: Target) -> BlockKey | None:
         # A late second report would otherwise end the fill of whoever has the slot now.
         if target not in self._targets:
             raise AssertionError(f"{target} is not being filled")
-        self._targets.remove(target)
+        return self._targets.pop(target)
 
-    def _lease_one(self, key: BlockKey) -> Source | None:
-        for position, tier in enumerate(self.tiers):
-            slot = tier.index.pin(key)
-            if slot is not None:
-                leases = self._leases[position]
-                leases[slot] = leases.get(slot, 0) + 1
-                return Source(key, position, slot)
-        return None
+    def _arrived(self, key: BlockKey, parent: BlockKey | None) -> None:
+        self._pins.arrived(key)
+        self._cascade.offer(key, parent)
 
-    def _start_spill(self, tier: int, key: BlockKey) -> Spill | None:
-        below = self.tiers[tier + 1].index
-        if below.is_known(key):
-            return None
-        if key not in self.tiers[tier].index:
-            self.dropped["source_gone"] += 1
-            return None
-        target_slot = below.reserve(key)
-        self._note_evictions(tier + 1)
-        if target_slot is None:
-            self.dropped["tier_busy"] += 1
-            return None
-        source_slot = self.tiers[tier].index.pin(key)
-        assert source_slot is not None, "a readable block could not be pinned"
-        spill = Spill(key, tier, source_slot, target_slot)
-        self._spills.add(spill)
-        return spill
+    def _abandoned(self, key: BlockKey) -> None:
+        """A fill of the first tier came to nothing; a pin that waited for it ends, unless there is another one."""
+        if not self._stack.first.index.is_known(key):
+            self._pins.drop(self._stack.first, key)
 
-    def _committed(self, tier: int, key: BlockKey, slot: int) -> None:
-        if not self.tiers[tier].index.commit(slot):
-            self.dropped["reset"] += 1
-            return
-        self._changes.append(Change("stored", tier, key))
-        if tier + 1 < len(self.tiers):
-            if len(self._sinking) >= MAX_SPILLS:
-                self.dropped["spill_backlog"] += 1
-                return
-            self._sinking.append((tier, key))
-
-    def _discard(self, tier: int, key: BlockKey) -> None:
-        self._changes.append(Change("removed", tier, key))
-        self.tiers[tier].index.discard(key)
-
-    def _note_evictions(self, tier: int) -> None:
-        for key in self.tiers[tier].index.take_evicted():
-            self._changes.append(Change("removed", tier, key))
+    def _discard_damaged(self, tier: NamedTier, name: BlockKey, slot: int) -> None:
+        if tier.index.slot_of(name) == slot:
+            self._pins.drop(tier, name)
+            self._stack.discard(tier, name)
+            self.dropped["damaged"] += 1

@@ -1,52 +1,249 @@
-"""Which unused block goes first. Pinned blocks are not in the order at all.
+"""Which unused block goes first. Policies order slots; a slot that is read or filled is not in the order at all.
 
 LRU is the default: on production prefix traces it stays within a few points of ARC at every size, and frequency
-policies keep dead conversations hot (docs/design.md).
+policies keep dead conversations hot (benchmarks/eviction.py measures both). Every call is O(1).
+
+A block is *used* when a request comes that wants it; being read, and being moved back to the newest end together with
+its chain, is not one more use. ARC (Megiddo & Modha, FAST 2003) keeps blocks used once (T1) and more often (T2) in two
+orders, remembers the keys it evicted from each (ghosts B1, B2), and lets ghosts that come back shift the share of T1.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.config import ARC, LRU
+
+
+class SlotLists:
+    """Doubly linked lists over slots 0 .. capacity - 1, a slot in one of them at most. 16 bytes a slot."""
+
+    def __init__(self, capacity: int, count: int) -> None:
+        # Behind the slots, one anchor per list: the anchor's `_newer` is the oldest slot, its `_older` the newest.
+        anchors = range(capacity, capacity + count)
+        self._capacity = capacity
+        self._newer: list[int | None] = [None] * capacity + list(anchors)
+        self._older: list[int | None] = [None] * capacity + list(anchors)
+        self._anchors = tuple(anchors)
+
+    def __contains__(self, slot: int) -> bool:
+        return self._newer[slot] is not None
+
+    def append(self, which: int, slot: int) -> None:
+        """Puts `slot`, which is in no list, at the newest end."""
+        self.insert_below(self._anchors[which], slot)
+
+    def insert_below(self, other: int, slot: int) -> None:
+        """Puts `slot`, which is in no list, where it is the next older one to `other`."""
+        older = self._older[other]
+        assert older is not None, f"slot {other} is in no list"
+        self._older[slot], self._newer[slot] = older, other
+        self._newer[older] = self._older[other] = slot
+
+    def remove(self, slot: int) -> None:
+        older, newer = self._older[slot], self._newer[slot]
+        assert older is not None, f"slot {slot} is in no list"
+        assert newer is not None, f"slot {slot} is in no list"
+        self._newer[older], self._older[newer] = newer, older
+        self._newer[slot] = self._older[slot] = None
+
+    def oldest(self, which: int) -> int | None:
+        slot = self._newer[self._anchors[which]]
+        return None if slot == self._anchors[which] else slot
+
+    def check(self) -> None:
+        """Asserts every invariant. O(capacity)."""
+        seen = 0
+        for anchor in self._anchors:
+            slot, newer = anchor, self._newer[anchor]
+            while newer != anchor:
+                assert newer is not None, f"the list of anchor {anchor} is broken behind slot {slot}"
+                assert self._older[newer] == slot, f"slots {slot} and {newer} disagree about who is older"
+                slot, newer = newer, self._newer[newer]
+                seen += 1
+            assert self._older[anchor] == slot, f"anchor {anchor} does not know its newest slot"
+        linked = sum(1 for slot in range(self._capacity) if slot in self)
+        assert seen == linked, f"{linked} slots are linked, {seen} can be reached"
 
 
 class EvictionPolicy(Protocol):
-    """An order over the blocks that may be evicted. Every call is O(1)."""
+    """An order over the slots that may be evicted. Every call is O(1)."""
 
-    def add(self, key: BlockKey) -> None:
-        """`key` may be evicted from now on; it counts as just used."""
+    def expect(self, key: BlockKey) -> None:
+        """`key` is about to enter: whatever is asked of `victim` until `enter` makes room for it."""
 
-    def remove(self, key: BlockKey) -> None:
-        """`key` may no longer be evicted (pinned or gone)."""
+    def enter(self, slot: int) -> None:
+        """The expected block has `slot` now; it is not in the order before `add`."""
 
-    def victim(self) -> BlockKey | None:
-        """The block to evict next, or None when nothing may go. The order keeps it until `remove`."""
+    def use(self, slot: int) -> None:
+        """One more request uses the block in `slot`. In the order it becomes the last; outside it stays outside."""
 
-    def __contains__(self, key: BlockKey) -> bool: ...
+    def add(self, slot: int) -> None:
+        """The block in `slot` may be evicted from now on, last of all; or it is in the order, and becomes the last."""
+
+    def add_below(self, slot: int, other: int) -> None:
+        """Like `add` for a slot that is not in the order, but to be evicted right before `other`, which is."""
+
+    def remove(self, slot: int) -> None:
+        """The block in `slot` may no longer be evicted: it is read, or gone. No-op when it is not in the order."""
+
+    def victim(self) -> int | None:
+        """The slot to evict next, or None when nothing may go. The order keeps it until `remove`."""
+
+    def evicted(self, slot: int, key: BlockKey) -> None:
+        """`slot` was the victim, held `key` and is removed already."""
+
+    def __contains__(self, slot: int) -> bool: ...
 
     def __len__(self) -> int: ...
+
+    def check(self) -> None: ...
 
 
 class LruPolicy:
     """Least recently used first."""
 
-    def __init__(self) -> None:
-        self._order: OrderedDict[BlockKey, None] = OrderedDict()
+    def __init__(self, capacity: int) -> None:
+        self._lists = SlotLists(capacity, 1)
+        self._size = 0
 
-    def add(self, key: BlockKey) -> None:
-        self._order[key] = None
-        self._order.move_to_end(key)
-
-    def remove(self, key: BlockKey) -> None:
-        self._order.pop(key, None)
-
-    def victim(self) -> BlockKey | None:
-        return next(iter(self._order), None)
-
-    def __contains__(self, key: BlockKey) -> bool:
-        return key in self._order
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._lists
 
     def __len__(self) -> int:
-        return len(self._order)
+        return self._size
+
+    def expect(self, key: BlockKey) -> None:
+        """Nothing to learn."""
+
+    def enter(self, slot: int) -> None:
+        """Nothing to learn."""
+
+    def use(self, slot: int) -> None:
+        if slot in self._lists:
+            self.add(slot)
+
+    def add(self, slot: int) -> None:
+        self.remove(slot)
+        self._lists.append(0, slot)
+        self._size += 1
+
+    def add_below(self, slot: int, other: int) -> None:
+        self._lists.insert_below(other, slot)
+        self._size += 1
+
+    def remove(self, slot: int) -> None:
+        if slot in self._lists:
+            self._lists.remove(slot)
+            self._size -= 1
+
+    def victim(self) -> int | None:
+        return self._lists.oldest(0)
+
+    def evicted(self, slot: int, key: BlockKey) -> None:
+        """Nothing to remember."""
+
+    def check(self) -> None:
+        self._lists.check()
+
+
+_T1, _T2 = 0, 1
+
+
+class ArcPolicy:
+    """Adaptive replacement. The ghosts hold at most `capacity` keys, about 180 bytes each."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._lists = SlotLists(capacity, 2)
+        self._sizes = [0, 0]
+        #: Which of T1 and T2 a slot belongs to, also while it is not in the order.
+        self._home = bytearray(capacity)
+        self._ghosts: tuple[OrderedDict[BlockKey, None], ...] = (OrderedDict(), OrderedDict())
+        #: How many slots T1 may have before it is the one that gives.
+        self._target = 0
+        #: What the expected block was found to be.
+        self._ghost_of: int | None = None
+        self._forget_victim = False
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._lists
+
+    def __len__(self) -> int:
+        return self._sizes[_T1] + self._sizes[_T2]
+
+    def expect(self, key: BlockKey) -> None:
+        once, often = self._ghosts
+        self._ghost_of, self._forget_victim = None, False
+        if key in once:
+            self._target = min(self._capacity, self._target + max(1, len(often) // len(once)))
+            del once[key]
+            self._ghost_of = _T1
+        elif key in often:
+            self._target = max(0, self._target - max(1, len(once) // len(often)))
+            del often[key]
+            self._ghost_of = _T2
+        elif self._sizes[_T1] + len(once) >= self._capacity:
+            if once:
+                once.popitem(last=False)
+            else:
+                # T1 alone fills the cache: blocks that came once and are gone say nothing.
+                self._forget_victim = True
+        elif often and len(self) + len(once) + len(often) >= 2 * self._capacity:
+            often.popitem(last=False)
+
+    def enter(self, slot: int) -> None:
+        self._home[slot] = _T1 if self._ghost_of is None else _T2
+        self._ghost_of, self._forget_victim = None, False
+
+    def use(self, slot: int) -> None:
+        is_evictable = slot in self
+        self.remove(slot)
+        self._home[slot] = _T2
+        if is_evictable:
+            self.add(slot)
+
+    def add(self, slot: int) -> None:
+        self.remove(slot)
+        self._lists.append(self._home[slot], slot)
+        self._sizes[self._home[slot]] += 1
+
+    def add_below(self, slot: int, other: int) -> None:
+        if self._home[slot] != self._home[other]:
+            self.add(slot)
+            return
+        self._lists.insert_below(other, slot)
+        self._sizes[self._home[slot]] += 1
+
+    def remove(self, slot: int) -> None:
+        if slot in self._lists:
+            self._lists.remove(slot)
+            self._sizes[self._home[slot]] -= 1
+
+    def victim(self) -> int | None:
+        recent = self._sizes[_T1]
+        gives = recent > self._target or (self._ghost_of == _T2 and recent == self._target)
+        first = _T1 if self._forget_victim or gives else _T2
+        slot = self._lists.oldest(first)
+        return slot if slot is not None else self._lists.oldest(1 - first)
+
+    def evicted(self, slot: int, key: BlockKey) -> None:
+        if self._forget_victim:
+            return
+        once, often = self._ghosts
+        self._ghosts[self._home[slot]][key] = None
+        if len(once) + len(often) > self._capacity:
+            (often or once).popitem(last=False)
+
+    def check(self) -> None:
+        self._lists.check()
+        once, often = self._ghosts
+        assert once.keys().isdisjoint(often), "a key is a ghost twice"
+        assert len(once) + len(often) <= self._capacity, "more ghosts than slots"
+        assert 0 <= self._target <= self._capacity, f"the share of T1 is {self._target}"
+
+
+POLICIES: Mapping[str, Callable[[int], EvictionPolicy]] = {LRU: LruPolicy, ARC: ArcPolicy}

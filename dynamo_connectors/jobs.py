@@ -66,6 +66,15 @@ class MoveJob:
     items: tuple[MoveItem, ...]
 
 
+@dataclass(frozen=True)
+class EraseJob:
+    """Erases chunks that have left the index of a tier; their places are taken until this job has ended."""
+
+    job_id: int
+    tier: str
+    chunks: tuple[BlockKey, ...]
+
+
 class Moved(NamedTuple):
     """Bytes read from `tier` (load, prefetch) or written to it (store, offload), and how long that took."""
 

@@ -1,65 +1,74 @@
-"""One tier's index: which block lies in which slot, and in which state. Pure bookkeeping, O(1) per block, no I/O.
-
-States of a slot:
-
-    FREE --reserve--> FILLING --commit--> READY --evict--> FREE
-                         |                  |  ^
-                       abort            pin |  | unpin (last)
-                         v                  v  |
-                        FREE              READY with pins > 0 (leased: never evicted)
-
-A slot whose content must not be served any more, but which somebody still reads or fills, is DOOMED: it has left the
-index, and its slot becomes free at the last unpin, commit or abort.
-"""
+"""One tier's index: which block lies in which slot, in which state (`block_state.py`). O(1) per block, no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import takewhile
+from typing import NoReturn
 
 from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.config import MOST_TOUCHES
 from dynamo_connectors.eviction import EvictionPolicy, LruPolicy
-
-
-class SlotState(IntEnum):
-    FREE = 0
-    FILLING = 1
-    READY = 2
-    DOOMED = 3
+from dynamo_connectors.tiers.block_state import (
+    ABSENT,
+    EVICTING,
+    FILLING,
+    LEASED,
+    QUARANTINED,
+    READY,
+    TRANSITIONS,
+    BlockState,
+)
 
 
 @dataclass(frozen=True)
 class IndexStats:
-    """A snapshot. Counts are blocks."""
+    """A snapshot. Counts are blocks; `pinned_blocks` are those somebody reads, served or quarantined."""
 
     capacity_blocks: int
     ready_blocks: int
     filling_blocks: int
     pinned_blocks: int
-    doomed_blocks: int
+    evicting_blocks: int
+    quarantined_blocks: int
     evicted_blocks_total: int
+
+    def times(self, blocks: int) -> IndexStats:
+        """Of a tier whose entries hold that many blocks each."""
+        return IndexStats(**{name: blocks * entries for name, entries in asdict(self).items()})
 
 
 class TierIndex:
     """Slots 0 .. capacity_blocks - 1 of one tier. Not thread-safe: its owner serialises the calls."""
 
-    def __init__(self, capacity_blocks: int, policy: EvictionPolicy | None = None) -> None:
+    def __init__(self, capacity_blocks: int, policy: EvictionPolicy | None = None, erases: bool = False) -> None:
         if capacity_blocks < 1:
             raise ValueError(f"a tier needs at least one slot, not {capacity_blocks}")
         self.capacity_blocks = capacity_blocks
-        self._order = policy if policy is not None else LruPolicy()
-        #: key -> slot of the FILLING and of the READY blocks. Apart, so that a lookup is one membership test.
-        self._filling: dict[BlockKey, int] = {}
+        self._order = policy if policy is not None else LruPolicy(capacity_blocks)
+        self._erases = erases
+        #: A store that erases slowly must not have the whole tier evicted by those who wait for room.
+        self._most_evicting = 1 + capacity_blocks // 64
+        #: key -> slot of the READY and LEASED blocks. Apart from the others, so that a lookup is one membership test.
         self._ready: dict[BlockKey, int] = {}
-        #: The key of every slot that is not FREE.
+        self._filling: dict[BlockKey, int] = {}
+        #: What has left the index but may have bytes in the store still: QUARANTINED and EVICTING, where `erases`.
+        self._leaving: dict[BlockKey, int] = {}
+        #: The key of every slot that is not ABSENT.
         self._key_of: list[BlockKey | None] = [None] * capacity_blocks
         self._state = bytearray(capacity_blocks)
+        #: How many requests have used the block of a slot, up to 255.
+        self._touches = bytearray(capacity_blocks)
         #: slot -> number of readers; absent means none.
         self._pins: dict[int, int] = {}
-        self._free = list(range(capacity_blocks - 1, -1, -1))
+        #: ABSENT slots: those that were in use once, and all from `_fresh` on unless a block was restored there.
+        self._free: list[int] = []
+        self._fresh = 0
+        self._quarantined = 0
+        self._evicting = 0
         self._evicted: list[BlockKey] = []
+        self._erasures: list[tuple[BlockKey, int]] = []
         self._evicted_total = 0
 
     def __contains__(self, key: BlockKey) -> bool:
@@ -74,54 +83,106 @@ class TierIndex:
         """The slot of a block that can be read now, else None."""
         return self._ready.get(key)
 
+    def state_of(self, slot: int) -> BlockState:
+        return BlockState(self._state[slot])
+
+    def touches(self, key: BlockKey) -> int:
+        """How many requests have used a block that is here or on its way here, at most 255; 0 for others."""
+        slot = self._ready.get(key)
+        if slot is None:
+            slot = self._filling.get(key)
+        return 0 if slot is None else self._touches[slot]
+
+    @property
+    def readable(self) -> Mapping[BlockKey, int]:
+        """key -> slot of what can be read now: a live view, for lookups without a call per block."""
+        return self._ready
+
     def lookup(self, keys: Iterable[BlockKey]) -> int:
         """Length of the leading run of `keys` that can be read now."""
         return sum(1 for _ in takewhile(self._ready.__contains__, keys))
 
-    def reserve(self, key: BlockKey) -> int | None:
+    def reserve(self, key: BlockKey, touches: int = 1) -> int | None:
         """A slot to fill with `key`, evicting the oldest unpinned block if need be.
 
         None when `key` is already known or every slot is in use: the caller drops the block.
         """
-        if self.is_known(key):
+        if key in self._ready or key in self._filling or key in self._leaving:
             return None
-        if not self._free and not self._evict_one():
+        self._order.expect(key)
+        slot = self._take_free()
+        if slot is None:
             return None
-        slot = self._free.pop()
+        if self._erases and not self._has_free():
+            self._evict_one()  # ahead: the place takes a while to become free
+        self._order.enter(slot)
+        self._step("reserve", slot)
         self._filling[key] = slot
         self._key_of[slot] = key
-        self._state[slot] = SlotState.FILLING
+        self._touches[slot] = min(touches, MOST_TOUCHES)
         return slot
 
-    def commit(self, slot: int) -> bool:
-        """The bytes of `slot` are complete. False when the block was dropped meanwhile."""
-        if self._state[slot] == SlotState.DOOMED:
-            self._release(slot)
+    def restore(self, slot: int, key: BlockKey, touches: int = 1) -> bool:
+        """Takes in a block that an earlier process left in `slot`, as the newest. False when either is taken."""
+        if not 0 <= slot < self.capacity_blocks or self._state[slot] != ABSENT or slot < self._fresh:
             return False
-        key = self._expect(slot, SlotState.FILLING)
-        self._state[slot] = SlotState.READY
+        if key in self._ready or key in self._filling or key in self._leaving:
+            return False
+        self._order.expect(key)
+        self._order.enter(slot)
+        self._step("restore", slot)
+        self._ready[key] = slot
+        self._key_of[slot] = key
+        self._touches[slot] = min(touches, MOST_TOUCHES)
+        self._order.add(slot)
+        return True
+
+    def commit(self, slot: int, parent: BlockKey | None = None) -> bool:
+        """The bytes of `slot` are complete. False when the block was dropped meanwhile.
+
+        `parent` is the block before it in its chain: the new one is placed to be evicted right before it, because it
+        is worth nothing without it. Without one, or while the parent is read, it counts as just used.
+        """
+        self._refuse_pinned(slot, "commit")
+        if self._step("commit", slot) == EVICTING:
+            self._quarantined -= 1
+            self._leave(slot)
+            return False
+        key = self._key(slot)
         self._ready[key] = self._filling.pop(key)
-        self._order.add(key)
+        above = None if parent is None else self._ready.get(parent)
+        if above is not None and above in self._order:
+            self._order.add_below(slot, above)
+        else:
+            self._order.add(slot)
         return True
 
     def abort(self, slot: int) -> None:
         """The bytes of `slot` never came."""
-        if self._state[slot] != SlotState.DOOMED:
-            key = self._expect(slot, SlotState.FILLING)
+        self._refuse_pinned(slot, "abort")
+        was_quarantined = self._state[slot] == QUARANTINED
+        self._step("abort", slot)
+        key = self._key(slot)
+        if was_quarantined:
+            self._quarantined -= 1
+            self._leaving.pop(key, None)
+        else:
             del self._filling[key]
-        self._release(slot)
+        self._free_slot(slot)
 
     def pin(self, key: BlockKey) -> int | None:
         """Protects a readable block until `unpin`; returns its slot, or None when it cannot be read."""
-        slot = self.slot_of(key)
+        slot = self._ready.get(key)
         if slot is None:
             return None
+        if self._state[slot] == READY:
+            self._order.remove(slot)
+        self._step("pin", slot)
         self._pins[slot] = self._pins.get(slot, 0) + 1
-        self._order.remove(key)
         return slot
 
     def unpin(self, slot: int) -> None:
-        """Ends one pin. The block counts as just used."""
+        """Ends one pin. After the last the block counts as just used."""
         pins = self._pins.get(slot, 0)
         if pins < 1:
             raise AssertionError(f"slot {slot} is not pinned")
@@ -129,38 +190,52 @@ class TierIndex:
             self._pins[slot] = pins - 1
             return
         del self._pins[slot]
-        if self._state[slot] == SlotState.DOOMED:
-            self._release(slot)
+        if self._step("unpin", slot) == READY:
+            self._order.add(slot)
         else:
-            self._order.add(self._expect(slot, SlotState.READY))
+            self._quarantined -= 1
+            self._leave(slot)
+
+    def use(self, key: BlockKey) -> int:
+        """One more request uses `key`: just used. Returns how many have by now, 0 when the block is not known here."""
+        slot = self._ready.get(key)
+        if slot is None:
+            slot = self._filling.get(key)
+            if slot is None:
+                return 0
+        count = min(self._touches[slot] + 1, MOST_TOUCHES)
+        self._touches[slot] = count
+        self._order.use(slot)
+        return count
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Marks a chain as just used, its head last, so that tails are evicted before the heads they hang on."""
         for key in reversed(keys):
-            if key in self._order:
-                self._order.add(key)
+            slot = self._ready.get(key)
+            if slot is not None and slot in self._order:
+                self._order.add(slot)
 
     def discard(self, key: BlockKey) -> None:
         """Never serve `key` from here again (bad bytes, reset). Readers and writers in flight finish in peace."""
         slot = self._ready.pop(key, None)
-        if slot is not None:
-            self._order.remove(key)
-            busy = slot in self._pins
-        else:
-            slot = self._filling.pop(key, None)
-            busy = True
         if slot is None:
-            return
-        self._state[slot] = SlotState.DOOMED
-        if not busy:
-            self._release(slot)
+            slot = self._filling.pop(key, None)
+            if slot is None:
+                return
+        if self._step("discard", slot) == QUARANTINED:
+            self._quarantined += 1
+            if self._erases:
+                self._leaving[key] = slot
+        else:
+            self._order.remove(slot)
+            self._leave(slot)
 
     def evict(self, blocks: int) -> int:
-        """Frees up to `blocks` slots, oldest first; returns how many."""
-        freed = 0
-        while freed < blocks and self._evict_one():
-            freed += 1
-        return freed
+        """Evicts up to `blocks` blocks, oldest first; returns how many."""
+        evicted = 0
+        while evicted < blocks and self._evict_one():
+            evicted += 1
+        return evicted
 
     def clear(self) -> None:
         """Forgets every block."""
@@ -179,55 +254,120 @@ class TierIndex:
         evicted, self._evicted = self._evicted, []
         return evicted
 
+    def take_erasures(self) -> list[tuple[BlockKey, int]]:
+        """What is to be erased, with the slot that `erased` wants back then. Empty unless the tier `erases`."""
+        erasures, self._erasures = self._erasures, []
+        return erasures
+
+    def erased(self, slot: int) -> None:
+        """The bytes of an EVICTING block are gone."""
+        self._step("erased", slot)
+        self._evicting -= 1
+        del self._leaving[self._key(slot)]
+        self._free_slot(slot)
+
     def stats(self) -> IndexStats:
         return IndexStats(
             capacity_blocks=self.capacity_blocks,
             ready_blocks=len(self._ready),
             filling_blocks=len(self._filling),
             pinned_blocks=len(self._pins),
-            doomed_blocks=self.capacity_blocks - len(self._free) - len(self._ready) - len(self._filling),
+            evicting_blocks=self._evicting,
+            quarantined_blocks=self._quarantined,
             evicted_blocks_total=self._evicted_total,
         )
 
     def check(self) -> None:
         """Asserts every invariant. O(capacity)."""
-        used = self.capacity_blocks - len(self._free)
-        assert len(set(self._free)) == len(self._free), "a slot is free twice"
-        for slot in self._free:
-            assert self._state[slot] == SlotState.FREE, f"slot {slot} is in the free list but not FREE"
-            assert self._key_of[slot] is None, f"free slot {slot} still has a key"
-            assert slot not in self._pins, f"free slot {slot} is pinned"
-        assert sum(1 for state in self._state if state != SlotState.FREE) == used, "a used slot is in no list"
-        assert self._ready.keys().isdisjoint(self._filling), "a block is readable and being filled"
-        for blocks, state in ((self._ready, SlotState.READY), (self._filling, SlotState.FILLING)):
+        absent = [slot for slot in range(self.capacity_blocks) if self._state[slot] == ABSENT]
+        fresh = [slot for slot in absent if slot >= self._fresh]
+        assert sorted([*self._free, *fresh]) == absent, "the free slots and the ABSENT ones differ"
+        for slot in absent:
+            assert self._key_of[slot] is None, f"ABSENT slot {slot} still has a key"
+        gone = {QUARANTINED, EVICTING}
+        for blocks, states in ((self._ready, {READY, LEASED}), (self._filling, {FILLING}), (self._leaving, gone)):
             for key, slot in blocks.items():
+                state = self._state[slot]
                 assert self._key_of[slot] == key, f"slot {slot} is indexed under a key it does not hold"
-                assert self._state[slot] == state, (
-                    f"slot {slot} is {SlotState(self._state[slot]).name}, not {state.name}"
-                )
-                evictable = state == SlotState.READY and slot not in self._pins
-                assert (key in self._order) == evictable, f"slot {slot}: eviction order and state disagree"
-        assert len(self._order) <= len(self._ready), "the eviction order holds unknown blocks"
-        for slot, pins in self._pins.items():
-            assert pins > 0, f"slot {slot} has {pins} pins"
-            assert self._state[slot] in (SlotState.READY, SlotState.DOOMED), f"slot {slot} is pinned while not readable"
+                assert state in states, f"slot {slot} is indexed as what it is not: {BlockState(state).name}"
+        assert len(self._ready) == self._state.count(READY) + self._state.count(LEASED), "a served slot is in no list"
+        assert len(self._filling) == self._state.count(FILLING), "a FILLING slot is in no list"
+        assert self._quarantined == self._state.count(QUARANTINED), "QUARANTINED slots are miscounted"
+        assert self._evicting == self._state.count(EVICTING), "EVICTING slots are miscounted"
+        known = [*self._ready, *self._filling, *self._leaving]
+        assert len(set(known)) == len(known), "a block is here twice"
+        assert len(self._leaving) == (self._quarantined + self._evicting if self._erases else 0), (
+            "what is to be erased is miscounted"
+        )
+        for slot in range(self.capacity_blocks):
+            state, pins = self._state[slot], self._pins.get(slot, 0)
+            assert (slot in self._order) == (state == READY), f"slot {slot}: eviction order and state disagree"
+            is_right = state in (LEASED, QUARANTINED) if pins else state != LEASED
+            assert is_right, f"slot {slot} is {BlockState(state).name} with {pins} pins"
+        assert len(self._order) == self._state.count(READY), "the eviction order is miscounted"
+        self._order.check()
 
-    def _evict_one(self) -> bool:
-        key = self._order.victim()
-        if key is None:
-            return False
-        self._evicted.append(key)
-        self._evicted_total += 1
-        self.discard(key)
-        return True
+    def _step(self, event: str, slot: int) -> int:
+        state = TRANSITIONS[event].get(self._state[slot])
+        if state is None:
+            self._refuse(event, slot)
+        self._state[slot] = state
+        return state
 
-    def _expect(self, slot: int, state: SlotState) -> BlockKey:
+    def _refuse(self, event: str, slot: int) -> NoReturn:
+        expected = " or ".join(BlockState(state).name for state in TRANSITIONS[event])
+        raise AssertionError(f"{event} of slot {slot}, which is {self.state_of(slot).name}, expected {expected}")
+
+    def _refuse_pinned(self, slot: int, event: str) -> None:
+        if slot in self._pins:  # QUARANTINED by a reader: nobody fills it
+            self._refuse(event, slot)
+
+    def _key(self, slot: int) -> BlockKey:
         key = self._key_of[slot]
-        if self._state[slot] != state or key is None:
-            raise AssertionError(f"slot {slot} is {SlotState(self._state[slot]).name}, expected {state.name}")
+        assert key is not None, f"slot {slot} is {self.state_of(slot).name} and holds no block"
         return key
 
-    def _release(self, slot: int) -> None:
-        self._state[slot] = SlotState.FREE
+    def _has_free(self) -> bool:
+        while self._fresh < self.capacity_blocks and self._state[self._fresh] != ABSENT:
+            self._fresh += 1  # a block was restored there
+        return bool(self._free) or self._fresh < self.capacity_blocks
+
+    def _take_free(self) -> int | None:
+        if not self._has_free():
+            self._evict_one()
+            if not self._free:
+                return None
+        if self._free:
+            return self._free.pop()
+        self._fresh += 1
+        return self._fresh - 1
+
+    def _evict_one(self) -> bool:
+        slot = self._order.victim()
+        if slot is None or self._evicting >= self._most_evicting:
+            return False
+        key = self._key(slot)
+        self._step("evict", slot)
+        del self._ready[key]
+        self._order.remove(slot)
+        self._order.evicted(slot, key)
+        self._evicted.append(key)
+        self._evicted_total += 1
+        self._leave(slot)
+        return True
+
+    def _leave(self, slot: int) -> None:
+        """What happens to a slot when it becomes EVICTING."""
+        if self._erases:
+            key = self._key(slot)
+            self._evicting += 1
+            self._leaving[key] = slot
+            self._erasures.append((key, slot))
+            return
+        self._state[slot] = ABSENT
+        self._free_slot(slot)
+
+    def _free_slot(self, slot: int) -> None:
         self._key_of[slot] = None
-        self._free.append(slot)
+        if slot < self._fresh:
+            self._free.append(slot)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_connectors.block_manager import MAX_SPILLS, BlockManager, NamedTier, Spill
+from dynamo_connectors import cascade
+from dynamo_connectors.block_manager import BlockManager, Move, NamedTier
 from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.cascade import MAX_MOVES
 from dynamo_connectors.tiers.index import TierIndex
 
 A, B, C, D = (BlockKey(letter.encode() * 32) for letter in "abcd")
@@ -20,11 +22,11 @@ def store(manager: BlockManager, *keys: BlockKey) -> None:
         manager.commit(target)
 
 
-def spill_all(manager: BlockManager) -> list[Spill]:
-    spills = manager.take_spills()
-    for spill in spills:
-        manager.end_spill(spill, ok=True)
-    return spills
+def move_all(manager: BlockManager) -> list[Move]:
+    moves = manager.take_moves()
+    for move in moves:
+        manager.end_move(move, ok=True)
+    return moves
 
 
 def test_a_key_named_twice_is_reserved_once() -> None:
@@ -37,21 +39,21 @@ def test_a_key_named_twice_is_reserved_once() -> None:
 def test_bytes_found_damaged_while_they_sink_are_not_kept_below() -> None:
     manager = manager_of(2, 2)
     store(manager, A)
-    (spill,) = manager.take_spills()
+    (move,) = manager.take_moves()
     sources = manager.lease([A])
     manager.release(sources, damaged={A})
-    manager.end_spill(spill, ok=True)
+    manager.end_move(move, ok=True)
     assert manager.match([A]) == 0, "the copy of the damaged bytes is served"
     assert manager.dropped == {"damaged": 1, "source_gone": 1}
     assert [change.kind for change in manager.take_changes()] == ["stored", "removed"]
-    assert manager.stats()["tier1"].doomed_blocks == 0
+    assert manager.stats()["tier1"].quarantined_blocks == 0
 
 
 def test_a_block_that_leaves_before_it_could_sink_is_counted() -> None:
     manager = manager_of(1, 2)
     store(manager, A)
     store(manager, B)
-    assert [spill.key for spill in spill_all(manager)] == [B]
+    assert [move.key for move in move_all(manager)] == [B]
     assert manager.dropped == {"source_gone": 1}
     assert manager.match([B]) == 1
 
@@ -60,7 +62,7 @@ def test_a_block_that_is_below_already_is_not_counted() -> None:
     manager = manager_of(1, 2)
     for _ in range(2):
         store(manager, A)
-        spill_all(manager)
+        move_all(manager)
         manager.tiers[0].index.discard(A)
     assert not manager.dropped
 
@@ -93,12 +95,12 @@ def test_a_lease_ends_once() -> None:
         manager.release(sources)
 
 
-def test_a_spill_ends_once() -> None:
+def test_a_move_ends_once() -> None:
     manager = manager_of(1, 1)
     store(manager, A)
-    (spill,) = spill_all(manager)
+    (move,) = move_all(manager)
     with pytest.raises(KeyError):
-        manager.end_spill(spill, ok=True)
+        manager.end_move(move, ok=True)
 
 
 def test_reserve_stops_at_the_first_block_without_room() -> None:
@@ -118,27 +120,28 @@ def test_a_leased_block_survives_any_pressure() -> None:
     manager.release(sources * 2)
 
 
-def test_a_full_backlog_drops_the_newest_and_counts_them() -> None:
-    manager = manager_of(2 * MAX_SPILLS + 10, 2 * MAX_SPILLS + 10)
-    keys = [BlockKey(number.to_bytes(32, "big")) for number in range(2 * MAX_SPILLS + 10)]
-    store(manager, *keys[: MAX_SPILLS + 5])
-    assert manager.dropped == {"spill_backlog": 5}
-    first = manager.take_spills()
-    assert [spill.key for spill in first] == keys[:MAX_SPILLS]
-    store(manager, *keys[MAX_SPILLS + 5 :])
-    assert manager.take_spills() == [], "more copies run at one time than allowed"
-    assert manager.has_spills_waiting
-    manager.end_spill(first[0], ok=False)
-    assert len(manager.take_spills()) == 1
-    assert manager.spills_in_flight == MAX_SPILLS
+def test_a_full_backlog_drops_the_newest_and_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cascade, "MAX_WAITING", 300)
+    manager = manager_of(4 * MAX_MOVES, 4 * MAX_MOVES)
+    keys = [BlockKey(number.to_bytes(32, "big")) for number in range(400)]
+    store(manager, *keys[:305])
+    assert manager.dropped == {"move_backlog": 5}
+    first = manager.take_moves()
+    assert [move.key for move in first] == keys[:MAX_MOVES]
+    store(manager, *keys[305:])
+    assert manager.take_moves() == [], "more copies run at one time than allowed"
+    assert manager.has_moves_waiting
+    manager.end_move(first[0], ok=False)
+    assert len(manager.take_moves()) == 1
+    assert manager.moves_in_flight == MAX_MOVES
 
 
 def test_a_tier_whose_slots_are_all_in_use_drops_the_copy() -> None:
-    manager = manager_of(4, 1)
+    manager = manager_of(8, 1)
     store(manager, A, B)
-    (spill,) = manager.take_spills()
+    (move,) = manager.take_moves()
     assert manager.dropped == {"tier_busy": 1}
-    manager.end_spill(spill, ok=True)
+    manager.end_move(move, ok=True)
     assert [A in tier.index for tier in manager.tiers] == [True, True]
     assert [B in tier.index for tier in manager.tiers] == [True, False]
 
@@ -146,31 +149,31 @@ def test_a_tier_whose_slots_are_all_in_use_drops_the_copy() -> None:
 def test_a_block_is_read_from_the_fastest_tier_that_has_it() -> None:
     manager = manager_of(1, 2)
     store(manager, A)
-    spill_all(manager)
+    move_all(manager)
     store(manager, B)
     sources = manager.lease([A, B])
-    assert [(source.key, source.tier) for source in sources] == [(A, 1), (B, 0)]
+    assert [(source.key, source.tier) for source in sources] == [(A, "tier1"), (B, "tier0")]
     manager.release(sources)
 
 
 def test_a_damaged_block_below_leaves_the_copy_above_alone() -> None:
     manager = manager_of(1, 1)
     store(manager, A)
-    spill_all(manager)
+    move_all(manager)
     manager.tiers[0].index.discard(A)
     below = manager.lease([A])
-    assert below[0].tier == 1
+    assert below[0].tier == "tier1"
     store(manager, A)
     manager.release(below, damaged={A})
     above = manager.lease([A])
-    assert above[0].tier == 0
+    assert above[0].tier == "tier0"
     manager.release(above)
 
 
 def test_a_reset_lets_transfers_end_and_keeps_none_of_them() -> None:
     manager = manager_of(4, 4)
     store(manager, A)
-    spills = manager.take_spills()
+    moves = manager.take_moves()
     sources = manager.lease([A])
     targets = manager.reserve([B])
     manager.clear()
@@ -178,30 +181,30 @@ def test_a_reset_lets_transfers_end_and_keeps_none_of_them() -> None:
     (again,) = manager.reserve([A])
     manager.release(sources)
     manager.commit(targets[0])
-    manager.end_spill(spills[0], ok=True)
+    manager.end_move(moves[0], ok=True)
     assert manager.match([A]) == manager.match([B]) == 0
     manager.commit(again)
     assert manager.match([A, B]) == 1
     assert manager.dropped == {"reset": 1, "source_gone": 1}
-    assert all(stats.doomed_blocks == 0 for stats in manager.stats().values())
+    assert all(stats.quarantined_blocks == 0 for stats in manager.stats().values())
 
 
 def test_check_names_a_pin_that_belongs_to_nobody() -> None:
     manager = manager_of(2)
     store(manager, A)
     slot = manager.tiers[0].index.pin(A)
-    with pytest.raises(AssertionError, match="differ from leases and spills"):
+    with pytest.raises(AssertionError, match="differ from leases, moves and timed pins"):
         manager.check()
     assert slot is not None
     manager.tiers[0].index.unpin(slot)
     manager.check()
 
 
-def test_copies_down_pin_at_most_half_of_a_small_first_tier() -> None:
-    manager = manager_of(4, 9)
+def test_copies_down_pin_at_most_a_quarter_of_a_small_first_tier() -> None:
+    manager = manager_of(8, 9)
     store(manager, A, B, C)
-    assert len(manager.take_spills()) == 2
-    assert manager.has_spills_waiting
+    assert len(manager.take_moves()) == 2
+    assert manager.has_moves_waiting
 
 
 def test_of_a_finished_chain_the_tail_goes_first() -> None:

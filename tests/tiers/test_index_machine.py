@@ -202,7 +202,7 @@ class TierIndexMachine(RuleBasedStateMachine):
         assert stats.capacity_blocks == self.model.capacity
         assert stats.ready_blocks == sum(1 for row in rows.values() if row.ready and row.key is not None)
         assert stats.filling_blocks == sum(1 for row in rows.values() if not row.ready and row.key is not None)
-        assert stats.doomed_blocks == sum(1 for row in rows.values() if row.key is None)
+        assert stats.quarantined_blocks == sum(1 for row in rows.values() if row.key is None)
         assert stats.pinned_blocks == sum(1 for row in rows.values() if row.pins)
 
 

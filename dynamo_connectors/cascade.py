@@ -1,0 +1,253 @@
+"""Copies between the tiers below HBM: down when a block has been used often enough, up when a request will want it.
+
+A copy waits (nothing is pinned), is started by `take` (its source is pinned, its target FILLING) and ended by `end`.
+Everything is bounded: what does not fit is dropped and counted, and tried again when the block is used again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.tier_stack import NamedTier, Place, TierStack
+
+#: Copies that may run at one time, per direction; of the first tier at most a quarter is pinned by each.
+MAX_MOVES = 256
+#: Copies that may wait, per direction: the blocks of one prompt of 128k tokens. They pin nothing.
+MAX_WAITING = 8192
+
+
+class Move(NamedTuple):
+    """A copy of one block between two tiers.
+
+    With `chunk`, one side is row `row` of that object. All rows of a chunk that is written are moved in one job.
+    """
+
+    key: BlockKey
+    source_tier: str
+    target_tier: str
+    source_slot: int
+    target_slot: int
+    chunk: BlockKey | None = None
+    row: int = 0
+
+
+def jobs_of(moves: Sequence[Move]) -> Iterator[list[Move]]:
+    """`moves` as `BlockManager.take_moves` gave them, split into what belongs into one job."""
+    for (_, _, chunk), group in groupby(moves, key=lambda move: (move.source_tier, move.target_tier, move.chunk)):
+        together = list(group)
+        yield from ([together] if chunk is not None else ([move] for move in together))
+
+
+class _Down(NamedTuple):
+    """From the first tier: one block, or all blocks of a chunk. `parent` is the entry before it in the target."""
+
+    target: str
+    blocks: tuple[BlockKey, ...]
+    parent: BlockKey | None
+
+
+class _Up(NamedTuple):
+    """Into the first tier."""
+
+    source: str
+    key: BlockKey
+    place: Place
+    parent: BlockKey | None
+
+
+@dataclass
+class _Fill:
+    """A target slot on its way: it is complete when all moves into it have ended well."""
+
+    blocks: tuple[BlockKey, ...]
+    parent: BlockKey | None
+    moves_left: int
+    reason: str | None = None
+
+
+class Cascade:
+    """`min_touches`: tier -> how many requests must have used a block before it goes there."""
+
+    def __init__(self, stack: TierStack, min_touches: Mapping[str, int]) -> None:
+        self._stack = stack
+        self._min_touches = {tier.name: min_touches.get(tier.name, 1) for tier in stack.tiers}
+        self._max_moves = min(MAX_MOVES, max(1, stack.first.index.capacity_blocks // 4))
+        #: (target tier, entry) -> what shall go down, and block -> what shall come up; oldest first.
+        self._downs: OrderedDict[tuple[str, BlockKey], _Down] = OrderedDict()
+        self._ups: OrderedDict[BlockKey, _Up] = OrderedDict()
+        self._moves: set[Move] = set()
+        self._fills: dict[tuple[str, int], _Fill] = {}
+        self._moves_up = 0
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._moves)
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._downs or self._ups)
+
+    def offer(self, key: BlockKey, parent: BlockKey | None) -> None:
+        """A block arrived in the first tier: it goes on to every tier of single blocks that admits it by now."""
+        touches = self._stack.first.index.touches(key)
+        for target in self._stack.lower:
+            if target.chunk_blocks == 1 and touches >= self._min_touches[target.name]:
+                self._queue_down(_Down(target.name, (key,), parent))
+
+    def offload(self, chain: Sequence[BlockKey]) -> None:
+        """Offers all blocks of a chain, given from its first block on, to every tier that admits them by now."""
+        first = self._stack.first.index
+        for target in self._stack.lower:
+            size, least = target.chunk_blocks, self._min_touches[target.name]
+            known = target.index.is_known
+            for end in range(size, len(chain) + 1, size):
+                if known(chain[end - 1]):
+                    continue
+                blocks = tuple(chain[end - size : end])
+                if all(key in first and first.touches(key) >= least for key in blocks):
+                    self._queue_down(_Down(target.name, blocks, chain[end - size - 1] if end > size else None))
+
+    def prefetch(self, chain: Sequence[BlockKey]) -> int:
+        """Brings the leading run of a chain, given from its first block on, into the first tier.
+
+        Returns how many copies wait for it now.
+        """
+        first, waiting = self._stack.first.index, 0
+        first.touch(chain)  # the room for its tail must not be made by evicting its head
+        for position, key in enumerate(chain):
+            if first.is_known(key):
+                continue
+            found = self._stack.find(chain, position)
+            if found is None:
+                break
+            if key not in self._ups and len(self._ups) >= MAX_WAITING:
+                self._stack.dropped["prefetch_backlog"] += 1
+                break
+            tier, place = found
+            self._ups.setdefault(key, _Up(tier.name, key, place, chain[position - 1] if position else None))
+            waiting += 1
+        return waiting
+
+    def take(self) -> list[Move]:
+        """Copies to start now, the ones that a request waits for first."""
+        started: list[Move] = []
+        while self._ups and self._moves_up < self._max_moves:
+            _, up = self._ups.popitem(last=False)
+            started += self._start_up(up)
+        while self._downs:
+            blocks = len(next(iter(self._downs.values())).blocks)
+            moves_down = len(self._moves) - self._moves_up
+            if moves_down and moves_down + blocks > self._max_moves:
+                break
+            _, down = self._downs.popitem(last=False)
+            started += self._start_down(down)
+        return started
+
+    def end(self, move: Move, ok: bool) -> tuple[BlockKey, BlockKey | None] | None:
+        """Returns the block that can be read from the first tier now, with its parent, if there is one."""
+        self._moves.remove(move)
+        source, target = self._stack.by_name[move.source_tier], self._stack.by_name[move.target_tier]
+        is_up = target is self._stack.first
+        self._moves_up -= is_up
+        fill = self._fills[target.name, move.target_slot]
+        fill.moves_left -= 1
+        # The source leaves the index when it is found damaged, or reset: what was copied from it is in doubt too.
+        name = move.chunk if is_up and move.chunk is not None else move.key
+        if source.index.slot_of(name) != move.source_slot:
+            fill.reason = fill.reason or "source_gone"
+        if not ok:
+            fill.reason = "move_failed"
+        source.index.unpin(move.source_slot)
+        if fill.moves_left:
+            return None
+        del self._fills[target.name, move.target_slot]
+        if fill.reason is not None:
+            target.index.abort(move.target_slot)
+            self._stack.dropped[fill.reason] += len(fill.blocks)
+            return None
+        kept = self._stack.commit(target, move.target_slot, fill.blocks, fill.parent)
+        return (move.key, fill.parent) if kept and is_up else None
+
+    def clear(self) -> None:
+        self._downs.clear()
+        self._ups.clear()
+
+    def pins(self) -> Counter[tuple[str, int]]:
+        """(tier, slot) -> pins held by copies in flight."""
+        return Counter((move.source_tier, move.source_slot) for move in self._moves)
+
+    def check(self) -> None:
+        """Asserts every invariant. O(moves)."""
+        targets = Counter((move.target_tier, move.target_slot) for move in self._moves)
+        assert targets == {place: fill.moves_left for place, fill in self._fills.items()}, "moves and fills disagree"
+        first = self._stack.first.name
+        assert self._moves_up == sum(1 for move in self._moves if move.target_tier == first), "moves up are miscounted"
+        assert len(self._ups) <= MAX_WAITING, "too many copies up wait"
+        assert len(self._downs) <= MAX_WAITING, "too many copies down wait"
+        assert self._moves_up <= self._max_moves, "too many copies up at one time"
+        most = max([self._max_moves, *(tier.chunk_blocks for tier in self._stack.lower)])
+        assert len(self._moves) - self._moves_up <= most, "too many copies down at one time"
+
+    def _queue_down(self, down: _Down) -> None:
+        entry = (down.target, down.blocks[-1])
+        if entry in self._downs or self._stack.by_name[down.target].index.is_known(down.blocks[-1]):
+            return
+        if len(self._downs) >= MAX_WAITING:
+            self._stack.dropped["move_backlog"] += len(down.blocks)
+            return
+        self._downs[entry] = down
+
+    def _start_down(self, down: _Down) -> list[Move]:
+        first, target = self._stack.first, self._stack.by_name[down.target]
+        name = down.blocks[-1]
+        if target.index.is_known(name):
+            return []
+        if not all(key in first.index for key in down.blocks):
+            self._stack.dropped["source_gone"] += len(down.blocks)
+            return []
+        touches = min(first.index.touches(key) for key in down.blocks)
+        slot = self._reserve(target, name, touches, len(down.blocks))
+        if slot is None:
+            return []
+        chunk = name if target.chunk_blocks > 1 else None
+        moves = [
+            Move(key, first.name, target.name, _pin(first, key), slot, chunk, row)
+            for row, key in enumerate(down.blocks)
+        ]
+        self._fills[target.name, slot] = _Fill(down.blocks, down.parent, len(moves))
+        self._moves.update(moves)
+        return moves
+
+    def _start_up(self, up: _Up) -> list[Move]:
+        first, source = self._stack.first, self._stack.by_name[up.source]
+        if first.index.is_known(up.key):
+            return []
+        if up.place.name not in source.index:
+            self._stack.dropped["source_gone"] += 1
+            return []
+        slot = self._reserve(first, up.key, max(1, self._stack.touches(up.key)), 1)
+        if slot is None:
+            return []
+        chunk = up.place.name if source.chunk_blocks > 1 else None
+        move = Move(up.key, source.name, first.name, _pin(source, up.place.name), slot, chunk, up.place.row)
+        self._fills[first.name, slot] = _Fill((up.key,), up.parent, 1)
+        self._moves.add(move)
+        self._moves_up += 1
+        return [move]
+
+    def _reserve(self, tier: NamedTier, name: BlockKey, touches: int, blocks: int) -> int | None:
+        slot = self._stack.reserve(tier, name, touches)
+        if slot is None:
+            self._stack.dropped["tier_busy"] += blocks
+        return slot
+
+
+def _pin(tier: NamedTier, name: BlockKey) -> int:
+    slot = tier.index.pin(name)
+    assert slot is not None, f"a readable block of {tier.name} could not be pinned"
+    return slot

@@ -1,0 +1,136 @@
+"""Whether a load is worth its wait: measured loads against measured prefill. Pure; times are arguments.
+
+A load is expected to take a latency per tier, plus a time per byte; computing takes a time per token. Both are lines
+through the last few samples, fitted by medians (Theil and Sen), so that a few absurd samples change nothing and a real
+change shows after half a window. Before something is learnt about a tier, or about prefill, its loads are admitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from itertools import combinations, groupby
+from statistics import median
+
+#: Samples that count. Five of nine that agree decide, in either direction.
+WINDOW = 9
+#: Before so many samples nothing is known.
+LEAST_SAMPLES = 3
+#: Two samples tell a latency from a rate only when one is that much larger than the other.
+_APART = 2.0
+#: A refused tier must be seen to recover: of so many refusals in a row, the last is tried with a few blocks.
+EXPLORE_ONE_IN = 16
+EXPLORE_BLOCKS = 4
+#: Outside of these nothing was measured: a clock was set, or a report is wrong.
+_MOST_BYTES_PER_SECOND = 1e13
+_MOST_TOKENS_PER_SECOND = 1e9
+_LONGEST_SECONDS = 600.0
+
+
+class Line:
+    """seconds = latency + size * slope, neither below 0."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self.latency = 0.0
+        self.slope = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        return len(self._samples) >= LEAST_SAMPLES
+
+    def learn(self, size: float, seconds: float) -> None:
+        self._samples.append((size, seconds))
+        # With sizes all alike, everything is slope.
+        self.slope = median(seconds / size for size, seconds in self._samples)
+        slopes = [
+            (one[1] - two[1]) / (one[0] - two[0])
+            for one, two in combinations(self._samples, 2)
+            if max(one[0], two[0]) >= _APART * min(one[0], two[0])
+        ]
+        if len(slopes) >= LEAST_SAMPLES:
+            self.slope = min(self.slope, max(0.0, median(slopes)))
+        self.latency = max(0.0, median(seconds - self.slope * size for size, seconds in self._samples))
+
+
+class LoadGate:
+    """One per engine, or per tensor-parallel group: sizes must mean the same in what is observed and asked."""
+
+    def __init__(self) -> None:
+        self._loads: dict[str, Line] = {}
+        self._prefill = Line()
+        #: Tier -> times it was refused since the last load from it was seen or tried.
+        self._refusals: dict[str, int] = {}
+
+    def observe_load(self, tier: str, num_bytes: int, seconds: float) -> None:
+        """A load from `tier` took that long. One that failed late counts with the bytes that were asked for."""
+        if _is_measured(num_bytes, seconds, _MOST_BYTES_PER_SECOND):
+            self._loads.setdefault(tier, Line()).learn(num_bytes, seconds)
+            self._refusals.pop(tier, None)
+
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """The engine computed that many prompt tokens in that time."""
+        if _is_measured(tokens, seconds, _MOST_TOKENS_PER_SECOND):
+            self._prefill.learn(tokens, seconds)
+
+    def admit(self, run: Sequence[str], block_bytes: int, block_tokens: int) -> int:
+        """How many of the leading blocks are worth loading; `run` names the tier of each block.
+
+        The number that saves the most time. A few more, now and then, to see whether a refused tier has recovered.
+        """
+        best = self._best(run, block_bytes, block_tokens)
+        if best == len(run):
+            return best
+        tier = run[best]
+        refusals = self._refusals.get(tier, 0) + 1
+        if refusals < EXPLORE_ONE_IN:
+            self._refusals[tier] = refusals
+            return best
+        self._refusals[tier] = 0
+        tried = run[best : best + EXPLORE_BLOCKS]
+        return best + next((place for place, other in enumerate(tried) if other != tier), len(tried))
+
+    def expected_load_seconds(self, run: Sequence[str], block_bytes: int) -> float:
+        """What a load is expected to take; tiers that nothing is known of count as free."""
+        blocks = {tier: sum(1 for other in run if other == tier) for tier in dict.fromkeys(run)}
+        lines = ((self._loads.get(tier), count) for tier, count in blocks.items())
+        return sum(
+            line.latency + count * block_bytes * line.slope
+            for line, count in lines
+            if line is not None and line.is_known
+        )
+
+    def expected_prefill_seconds(self, tokens: int) -> float:
+        """What computing so many tokens more adds to a prefill."""
+        return tokens * self._prefill.slope if self._prefill.is_known else math.inf
+
+    def check(self) -> None:
+        """Asserts every invariant."""
+        for line in (self._prefill, *self._loads.values()):
+            assert line.latency >= 0, f"a latency is {line.latency} seconds"
+            assert line.slope >= 0, f"a slope is {line.slope}"
+        for tier, refusals in self._refusals.items():
+            assert refusals < EXPLORE_ONE_IN, f"{tier} was refused {refusals} times and never tried"
+
+    def _best(self, run: Sequence[str], block_bytes: int, block_tokens: int) -> int:
+        if not self._prefill.is_known:
+            return len(run)
+        best, best_saved, end, saved = 0, 0.0, 0, 0.0
+        entered: set[str] = set()
+        # The saving grows or falls evenly within a tier, so the best place to stop is an end.
+        for tier, blocks in groupby(run):
+            count = sum(1 for _ in blocks)
+            end += count
+            saved += self.expected_prefill_seconds(count * block_tokens)
+            line = self._loads.get(tier)
+            if line is not None and line.is_known:
+                saved -= count * block_bytes * line.slope + (0.0 if tier in entered else line.latency)
+                entered.add(tier)
+            if saved >= best_saved:
+                best, best_saved = end, saved
+        return best
+
+
+def _is_measured(size: float, seconds: float, most_per_second: float) -> bool:
+    return size > 0 and size / most_per_second < seconds < _LONGEST_SECONDS

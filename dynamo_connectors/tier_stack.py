@@ -1,0 +1,128 @@
+"""The tiers below HBM, fastest first, and the record of what appears in them and what leaves. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.tiers.index import TierIndex
+
+
+class Change(NamedTuple):
+    """A block appeared in a tier, or left it."""
+
+    kind: Literal["stored", "removed"]
+    tier: str
+    key: BlockKey
+
+
+class Place(NamedTuple):
+    """Where a block can lie in a tier: row `row` of the entry `name` of its index. Without chunks: row 0 of itself."""
+
+    name: BlockKey
+    row: int
+
+
+@dataclass(frozen=True)
+class NamedTier:
+    """`index` has one entry per chunk: `chunk_blocks` consecutive blocks of one chain, aligned, named by the last.
+
+    Block keys are chained, so the last one stands for all before it; a chain that ends inside a chunk has no name for
+    it. One block a chunk is an ordinary tier.
+    """
+
+    name: str
+    index: TierIndex
+    chunk_blocks: int = 1
+
+    def place_of(self, chain: Sequence[BlockKey], position: int) -> Place | None:
+        """Where block `position` of a chain, given from its first block on, belongs. Says not whether it is there."""
+        row = position % self.chunk_blocks
+        last = position - row + self.chunk_blocks - 1
+        return Place(chain[last], row) if last < len(chain) else None
+
+
+class TierStack:
+    """`changes` since they were taken last, and blocks that were not kept (`dropped`), by reason."""
+
+    def __init__(self, tiers: Sequence[NamedTier]) -> None:
+        if not tiers:
+            raise ValueError("a block manager needs at least one tier")
+        if tiers[0].chunk_blocks != 1:
+            raise ValueError(f"the first tier, {tiers[0].name}, takes single blocks")
+        self.tiers = tuple(tiers)
+        self.first, self.lower = tiers[0], tuple(tiers[1:])
+        self.by_name = {tier.name: tier for tier in tiers}
+        if len(self.by_name) != len(tiers):
+            raise ValueError(f"two tiers have one name: {[tier.name for tier in tiers]}")
+        self.changes: list[Change] = []
+        self.dropped: Counter[str] = Counter()
+        #: Tier -> chunk -> its blocks, for the changes; a chunk that was restored is known by its last block only.
+        self._members: dict[str, dict[BlockKey, tuple[BlockKey, ...]]] = {
+            tier.name: {} for tier in tiers if tier.chunk_blocks > 1
+        }
+
+    def find(self, chain: Sequence[BlockKey], position: int) -> tuple[NamedTier, Place] | None:
+        """The fastest tier that can serve block `position` of `chain`, and where it lies there."""
+        for tier in self.tiers:
+            place = tier.place_of(chain, position)
+            if place is not None and place.name in tier.index:
+                return tier, place
+        return None
+
+    def touches(self, key: BlockKey) -> int:
+        """How many requests have used a block, as far as the tiers of single blocks know."""
+        return max(tier.index.touches(key) for tier in self.tiers if tier.chunk_blocks == 1)
+
+    def reserve(self, tier: NamedTier, name: BlockKey, touches: int) -> int | None:
+        """A slot to fill. Counts what was evicted for it."""
+        slot = tier.index.reserve(name, touches)
+        for evicted in tier.index.take_evicted():
+            self._removed(tier, evicted)
+        return slot
+
+    def commit(self, tier: NamedTier, slot: int, blocks: Sequence[BlockKey], parent: BlockKey | None) -> bool:
+        """The bytes of `blocks`, a chunk or one block, are complete. False when they were reset meanwhile.
+
+        `parent` is the entry before them in their chain.
+        """
+        if not tier.index.commit(slot, parent):
+            self.dropped["reset"] += len(blocks)
+            return False
+        if tier.chunk_blocks > 1:
+            self._members[tier.name][blocks[-1]] = tuple(blocks)
+        self.changes += [Change("stored", tier.name, key) for key in blocks]
+        return True
+
+    def restore(self, tier: NamedTier, slot: int, name: BlockKey, touches: int) -> bool:
+        if not tier.index.restore(slot, name, touches):
+            return False
+        self.changes.append(Change("stored", tier.name, name))
+        return True
+
+    def discard(self, tier: NamedTier, name: BlockKey) -> None:
+        """Never serve the entry again."""
+        if name in tier.index:
+            self._removed(tier, name)
+        tier.index.discard(name)
+
+    def clear(self) -> None:
+        for tier in self.tiers:
+            for name in tier.index.readable_keys():
+                self._removed(tier, name)
+            tier.index.clear()
+
+    def check(self) -> None:
+        """Asserts every invariant. O(capacity)."""
+        for tier in self.tiers:
+            tier.index.check()
+            for chunk, blocks in self._members.get(tier.name, {}).items():
+                assert chunk in tier.index, f"{tier.name}: the blocks of a chunk that is gone are remembered"
+                assert len(blocks) == tier.chunk_blocks, f"{tier.name}: a chunk has {len(blocks)} blocks"
+
+    def _removed(self, tier: NamedTier, name: BlockKey) -> None:
+        blocks = self._members[tier.name].pop(name, (name,)) if tier.chunk_blocks > 1 else (name,)
+        self.changes += [Change("removed", tier.name, key) for key in blocks]
