@@ -48,6 +48,11 @@ def slot_bytes(row_bytes: int) -> int:
     return HEADER_BYTES + -(-row_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
+def slot_offset(slot: int, row_bytes: int) -> int:
+    """Where the header of `slot` lies in the slab's file."""
+    return PAGE_BYTES + slot * slot_bytes(row_bytes)
+
+
 class _SlotView(NamedTuple):
     """One slot in memory. A row that is aligned is its own payload; any other is copied through staging."""
 
@@ -245,7 +250,7 @@ class NvmeStore:
 
     @property
     def _slab_bytes(self) -> int:
-        return PAGE_BYTES + self.capacity_blocks * self._slot_bytes
+        return slot_offset(self.capacity_blocks, self.row_bytes)
 
     def _write_first_page(self, page: bytes) -> None:
         buffer = mmap.mmap(-1, PAGE_BYTES)
@@ -313,7 +318,7 @@ class NvmeStore:
         wanted = sum(vector.nbytes for vector in vectors)
         with self._device() as fd:
             try:
-                done = call(fd, vectors, PAGE_BYTES + first_slot * self._slot_bytes)
+                done = call(fd, vectors, slot_offset(first_slot, self.row_bytes))
             except OSError as error:
                 self._note_error()
                 raise StoreError(f"{what}_failed", f"{self.path}: {error.strerror}") from error

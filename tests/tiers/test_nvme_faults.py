@@ -17,7 +17,7 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.tiers.base import Tier
 from dynamo_connectors.tiers.index import TierIndex
-from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
+from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes, slot_offset
 from dynamo_connectors.tiers.slot_header import HEADER_BYTES, MAX_KEY_BYTES, encode
 from tests.tiers.factories import NAMESPACE
 from tests.tiers.test_conformance import empty, noise
@@ -56,8 +56,9 @@ def store(tmp_path: Path) -> Iterator[NvmeStore]:
 
 
 def patch(store: NvmeStore, offset: int, data: bytes) -> None:
+    """Changes the file at `offset` behind its first slot."""
     with open(store.path, "r+b") as file:
-        file.seek(offset)
+        file.seek(slot_offset(0, ROW) + offset)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -65,7 +66,7 @@ def patch(store: NvmeStore, offset: int, data: bytes) -> None:
 
 def peek(store: NvmeStore, offset: int, size: int) -> bytes:
     with open(store.path, "rb") as file:
-        file.seek(offset)
+        file.seek(slot_offset(0, ROW) + offset)
         return file.read(size)
 
 
@@ -126,9 +127,9 @@ def test_a_new_header_before_old_bytes_is_a_miss(store: NvmeStore) -> None:
     assert reason_of_miss(store, 1, A) == "bad_checksum"
 
 
-@pytest.mark.parametrize("length", [0, SLOT, SLOT + 100, SLOT + HEADER_BYTES, 2 * SLOT - 1])
+@pytest.mark.parametrize("length", [-4096, 0, SLOT, SLOT + 100, SLOT + HEADER_BYTES, 2 * SLOT - 1])
 def test_a_truncated_file_is_a_miss(store: NvmeStore, length: int) -> None:
-    os.truncate(store.path, length)
+    os.truncate(store.path, slot_offset(0, ROW) + length)
     assert reason_of_miss(store, 1, A) in ("short_read", "read_failed")
     store.write(1, A, noise(9, ROW))
     store.read(1, A, empty(ROW))
@@ -157,7 +158,7 @@ def test_a_slot_of_another_namespace_is_a_miss(store: NvmeStore, tmp_path: Path,
 
 
 def test_a_shorter_row_under_the_same_key_is_a_miss(store: NvmeStore) -> None:
-    patch(store, SLOT, encode(NAMESPACE.digest, A, noise(1, ROW - 1), 1))
+    patch(store, SLOT, encode(store._owner, A, noise(1, ROW - 1), 1))
     assert reason_of_miss(store, 1, A) == "wrong_length"
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import ConfigError, StoreError
-from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
+from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes, slot_offset
 from tests.tiers.factories import NAMESPACE, mounted
 from tests.tiers.test_conformance import empty, noise, resources
 
@@ -66,7 +66,7 @@ def refusal(directory: Path, capacity_blocks: int = 4) -> str:
 def test_the_whole_slab_is_on_the_disk_from_the_start(tmp_path: Path) -> None:
     store = make(tmp_path)
     stat = store.path.stat()
-    assert stat.st_size == 4 * slot_bytes(ROW) <= stat.st_blocks * 512
+    assert stat.st_size == slot_offset(4, ROW) <= stat.st_blocks * 512
     assert stat.st_mode & 0o077 == 0, "other users can read the cache"
     assert not os.get_inheritable(store._fd)
     store.close()
@@ -88,10 +88,10 @@ def test_two_stores_in_one_directory_have_a_slab_each(tmp_path: Path) -> None:
     assert three.path == one.path
     two.close()
     three.close()
-    assert list(tmp_path.iterdir()) == []
+    assert {path.suffix for path in tmp_path.iterdir()} == {".slab", ".log"}
 
 
-def test_a_killed_engines_slab_is_taken_over_empty(tmp_path: Path) -> None:
+def test_a_killed_engines_slab_is_taken_over_warm(tmp_path: Path) -> None:
     with child(tmp_path, "wait") as process:
         assert process.stdout is not None
         path = Path(process.stdout.readline().strip())
@@ -102,11 +102,12 @@ def test_a_killed_engines_slab_is_taken_over_empty(tmp_path: Path) -> None:
     assert path.exists()
     heir = make(tmp_path)
     assert heir.path == path
-    with pytest.raises(StoreError, match="bad_header"):
-        heir.read(0, A, empty(ROW))
+    assert heir.recovered == [(0, A)]
+    into = noise(1, ROW)
+    heir.read(0, A, into)
+    assert into == empty(ROW)
     heir.close()
     beside.close()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_too_small_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
@@ -150,7 +151,9 @@ def test_a_file_system_without_direct_io_works_through_the_page_cache(tmp_path: 
         store.read(3, A, into)
         assert into == noise(3, ROW)
         store.close()
-        assert list(tmp_path.iterdir()) == []
+        store = make(tmp_path)
+        store.read(3, A, into)
+        store.close()
 
 
 def test_direct_io_is_on_where_the_store_says_so(tmp_path: Path) -> None:
@@ -174,7 +177,7 @@ def test_a_slab_deleted_by_somebody_still_serves_its_engine(tmp_path: Path) -> N
 
 def test_a_slab_that_cannot_be_removed_is_closed_all_the_same(tmp_path: Path) -> None:
     before = resources()
-    store = make(tmp_path)
+    store = NvmeStore(tmp_path, 4, ROW, NAMESPACE, persistent=False)
     store.path.unlink()
     store.path.mkdir()
     with pytest.raises(IsADirectoryError):
