@@ -6,6 +6,7 @@ fixture's business. A shared-memory segment that only processes outside this run
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import gc
 import os
@@ -16,8 +17,10 @@ from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+import obstore
 import psutil
 import uvloop
+from obstore.store import MemoryStore
 
 GRACE_SECONDS = 2.0
 SHARED_MEMORY = Path("/dev/shm")
@@ -33,7 +36,12 @@ def start_permanent_helpers() -> None:
     """Puts what is opened once per process into every baseline, and adopts orphans so that they are seen."""
     resource_tracker.ensure_running()
     uvloop.new_event_loop().close()  # libuv keeps one pipe for signals, from its first loop on
+    asyncio.run(_start_obstore())  # its Rust runtime keeps threads and an epoll for the life of the process
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+async def _start_obstore() -> None:
+    await obstore.put_async(MemoryStore(), "first", b"")
 
 
 @dataclass

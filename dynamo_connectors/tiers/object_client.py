@@ -1,0 +1,132 @@
+"""S3 in five verbs, and every way it fails in one word each.
+
+The library is obstore (Apache Arrow's Rust `object_store`): bytes move without the interpreter lock, which the engine
+needs, and a cancelled request closes its connection at once, whatever the peer does. NIXL's OBJ plugin is not used: it
+cannot cancel, has no deadline, and its CUDA 13 build does not load without cuObject; a second way would only be slower.
+Credentials come from the AWS_* environment or the machine's role; they are never read, kept or logged here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dynamo_connectors.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+#: The whole request, connection included; callers have shorter deadlines of their own.
+_REQUEST_SECONDS = 60
+#: What S3 lists at once.
+PAGE = 1000
+_STATUS = re.compile(r"status code: (\d{3})")
+
+
+class ObjectClient:
+    """The objects under one prefix of one bucket. Every method raises `StoreError` with the reason."""
+
+    def __init__(self, url: str, endpoint_url: str | None, folder: str) -> None:
+        try:
+            import obstore.exceptions
+            from obstore.store import S3Store
+        except ImportError as error:
+            raise ConfigError(
+                f"the object_store tier needs the obstore library ({error}); pip install 'dynamo-connectors[s3]'"
+            ) from error
+        self._obstore = obstore
+        place = urlsplit(url)
+        self.name = f"s3://{place.netloc}/{'/'.join(filter(None, (place.path.strip('/'), folder)))}"
+        settings: dict[str, Any] = {"endpoint": endpoint_url} if endpoint_url else {}
+        if (endpoint_url or "").startswith("http://"):
+            settings["allow_http"] = True
+        try:
+            self._store: S3Store | None = S3Store(
+                place.netloc,
+                prefix=self.name.removeprefix(f"s3://{place.netloc}/"),
+                client_options={"timeout": f"{_REQUEST_SECONDS}s", "connect_timeout": "5s"},
+                # Nothing is asked twice here: a read has no time for it, and back-off is the circuit's business.
+                retry_config={"max_retries": 0},
+                **settings,
+            )
+        except (ValueError, obstore.exceptions.BaseError) as error:
+            raise ConfigError(f"--kvbm-object-url {url} cannot be used: {_first_line(error)}") from None
+
+    async def get(self, name: str, start: int, end: int) -> memoryview:
+        """Bytes `start` to `end` of an object, all of them."""
+        with self._failing("GET", name) as store:
+            body = memoryview(await self._obstore.get_range_async(store, name, start=start, end=end))
+        # The library hands out what came when an object ends before `end`.
+        if len(body) != end - start:
+            raise StoreError("cut_body", f"GET {self.name}/{name}: {len(body)} of {end - start} bytes")
+        return body
+
+    async def put(self, name: str, body: bytearray) -> None:
+        """Stores an object, whole or not at all: one request, no multipart upload that a dead engine leaves behind."""
+        with self._failing("PUT", name) as store:
+            await self._obstore.put_async(store, name, body, use_multipart=False)
+
+    async def size_of(self, name: str) -> int | None:
+        """None when there is no such object."""
+        try:
+            with self._failing("HEAD", name) as store:
+                return (await self._obstore.head_async(store, name))["size"]
+        except StoreError as error:
+            if error.reason == "not_found":
+                return None
+            raise
+
+    async def page(self, after: str | None) -> list[tuple[str, int]]:
+        """(name, size) of the objects behind the name `after`, in order: `PAGE` of them, or all that are left."""
+        with self._failing("LIST", "") as store:
+            async for entries in self._obstore.list(store, offset=after, chunk_size=PAGE):
+                return [(entry["path"], entry["size"]) for entry in entries]
+        return []
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Removes objects; one that is not there counts as removed."""
+        try:
+            with self._failing("DELETE", names[0]) as store:
+                await self._obstore.delete_async(store, list(names))
+        except StoreError as error:
+            if error.reason != "not_found":
+                raise
+
+    def close(self) -> None:
+        """Gives the connections back. Idempotent."""
+        self._store = None
+
+    @contextmanager
+    def _failing(self, verb: str, name: str) -> Iterator[S3Store]:
+        """The library's store; what the library raises leaves as `StoreError`."""
+        if self._store is None:
+            raise StoreError("closed", f"{self.name} is closed")
+        try:
+            yield self._store
+        except (self._obstore.exceptions.BaseError, OSError, ValueError) as error:
+            raise StoreError(_reason(error), f"{verb} {self.name}/{name}: {_first_line(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The library has types for a few failures; the others differ in their text alone."""
+    if isinstance(error, FileNotFoundError):
+        return "not_found"
+    status = _STATUS.search(str(error))
+    code = int(status[1]) if status else 0
+    if code in (401, 403) or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+        return "forbidden"
+    if code == 429 or code >= 500:
+        return "unavailable"
+    if code == 416:
+        return "cut_body"
+    if "error sending request" in str(error):
+        return "unreachable"
+    return "bad_answer"
+
+
+def _first_line(error: Exception) -> str:
+    """What the library says, without the dump of its internals behind it."""
+    return (str(error).splitlines() or [""])[0][:200]

@@ -1,0 +1,124 @@
+"""What an object store does in the background, whenever the store lets it: finding objects, and removing them."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.errors import StoreError
+from dynamo_connectors.tiers import object_client, object_format
+from dynamo_connectors.tiers.object_circuit import Circuit
+from dynamo_connectors.tiers.object_requests import ObjectRequests
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+#: Nobody waits for these requests.
+_UPKEEP_SECONDS = 30.0
+#: Until what failed is tried again; the circuit makes it longer.
+_RETRY_SECONDS = 1.0
+_DELETES_AT_ONCE = 100
+_MAX_DELETES_WAITING = 10_000
+
+
+class ObjectUpkeep:
+    """Listing and deleting for objects of `object_bytes` each."""
+
+    def __init__(self, requests: ObjectRequests, object_bytes: int) -> None:
+        self._requests = requests
+        self._object_bytes = object_bytes
+        self._lock = threading.Lock()
+        self._listed: list[BlockKey] = []
+        self._is_listed = False
+        #: Oldest first. Of the loop's thread alone, as is the event.
+        self._deletes: dict[BlockKey, None] = {}
+        self._has_deletes = asyncio.Event()
+        requests.submit(self._delete_for_ever).add_done_callback(_report_end)
+
+    def list_chunks(self, limit: int) -> None:
+        """Starts to look for objects, at most `limit`."""
+        self._requests.submit(partial(self._list, limit)).add_done_callback(_report_end)
+
+    def take_listed(self) -> tuple[list[BlockKey], bool]:
+        """The chunks found since the last call, and whether these were the last ones."""
+        with self._lock:
+            found, self._listed = self._listed, []
+            return found, self._is_listed
+
+    def delete(self, chunk: BlockKey) -> None:
+        """Removes the object some time, unless it is stored anew before."""
+
+        async def queue() -> None:
+            if len(self._deletes) < _MAX_DELETES_WAITING:
+                self._deletes[chunk] = None
+                self._has_deletes.set()
+            else:
+                self._requests.count("delete_backlog")
+
+        with suppress(StoreError):  # after the end nothing is removed any more
+            self._requests.submit(queue)
+
+    def keep(self, chunk: BlockKey) -> None:
+        """Takes a waiting delete back. On the loop's thread."""
+        self._deletes.pop(chunk, None)
+
+    def check(self) -> None:
+        """Asserts every invariant."""
+        assert len(self._deletes) <= _MAX_DELETES_WAITING, "too many deletes wait"
+
+    async def _list(self, limit: int) -> None:
+        after: str | None = None
+        while limit > 0:
+            try:
+                page = await self._request(self._requests.reads, partial(self._requests.client.page, after))
+            except StoreError:
+                continue
+            named = [(object_format.chunk_of(name), size) for name, size in page]
+            found = [chunk for chunk, size in named if chunk is not None and size == self._object_bytes]
+            if len(found) < len(page):
+                self._requests.count("foreign_object", len(page) - len(found))
+            with self._lock:
+                self._listed += found[:limit]
+            limit -= len(found)
+            if len(page) < object_client.PAGE:
+                break
+            after = page[-1][0]
+        with self._lock:
+            self._is_listed = True
+
+    async def _delete_for_ever(self) -> None:
+        while True:
+            await self._has_deletes.wait()
+            batch = list(islice(self._deletes, _DELETES_AT_ONCE))
+            names = [object_format.object_name(chunk) for chunk in batch]
+            try:
+                await self._request(self._requests.writes, partial(self._requests.client.delete, names))
+            except StoreError:
+                continue
+            for chunk in batch:
+                self._deletes.pop(chunk, None)
+            if not self._deletes:
+                self._has_deletes.clear()
+
+    async def _request(self, circuit: Circuit, ask: Callable[[], Awaitable[T]]) -> T:
+        """A failure is counted, and has waited when it is raised: it may be tried again at once."""
+        try:
+            return await self._requests.request(circuit, ask, _UPKEEP_SECONDS)
+        except StoreError as error:
+            if error.reason != "circuit_open":
+                self._requests.count(error.reason)
+            await asyncio.sleep(_RETRY_SECONDS)
+            raise
+
+
+def _report_end(task: concurrent.futures.Future[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("dynamo: the object store's upkeep has stopped", exc_info=task.exception())
