@@ -207,7 +207,7 @@ class PageStore:
         self._tell_changes()
 
     def _tell_changes(self) -> None:
-        changes = [change._replace(tier=self._name) for change in self._manager.take_changes()]
+        changes = self._manager.take_changes()
         if changes:
             self._watcher.on_changes(changes)
 
