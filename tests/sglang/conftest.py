@@ -39,8 +39,10 @@ def storage_config(directory: Path, **changes: Any) -> SimpleNamespace:
 def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
     made: list[HiCacheBackend] = []
 
-    def make(pool: FakeHostPool | None = None, **changes: Any) -> HiCacheBackend:
-        backend = HiCacheBackend(storage_config(tmp_path / "kv", **changes))
+    def make(
+        pool: FakeHostPool | None = None, kind: type[HiCacheBackend] = HiCacheBackend, **changes: Any
+    ) -> HiCacheBackend:
+        backend = kind(storage_config(tmp_path / "kv", **changes))
         made.append(backend)
         if pool is not None:
             backend.register_mem_pool_host(pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tools.server_process import ServerProcess, free_port
 
 STAND_INS = Path(__file__).resolve().parent / "stand_ins"
 VOCABULARY = 512
+PAGE_TOKENS = 16
 ADMIN_KEY = "key-of-the-tests"
 
 
@@ -33,7 +35,7 @@ def server_environment(name: str = "sglang", **changes: str) -> dict[str, str]:
 def launch_command(model: Path, *arguments: str, name: str = "sglang") -> list[str]:
     command = [str(environment(name) / "bin" / "python"), "-m", "sglang.launch_server"]
     command += ["--model-path", str(model), "--device", "cpu", "--attention-backend", "torch_native"]
-    command += ["--host", "127.0.0.1", "--mem-fraction-static", "0.05", "--page-size", "16"]
+    command += ["--host", "127.0.0.1", "--mem-fraction-static", "0.05", "--page-size", str(PAGE_TOKENS)]
     return [*command, "--sleep-on-idle", "--skip-server-warmup", *arguments]
 
 
@@ -52,6 +54,7 @@ class Server:
     process: ServerProcess
     nvme: Path
     model: Path
+    replay_port: int
 
     def generate(self, tokens: list[int], **fields: object) -> Answer:
         sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -63,10 +66,13 @@ class Server:
     def post(self, path: str, body: object = None) -> Any:
         return self.call("POST", path, body)
 
-    def call(self, method: str, path: str, body: object = None) -> Any:
+    def log(self) -> str:
+        return self.process.log.read_text()
+
+    def call(self, method: str, path: str, body: object = None, expect: int = 200) -> Any:
         headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
         response = requests.request(method, self.process.url + path, json=body or {}, headers=headers, timeout=120)
-        assert response.ok, f"{path} answered {response.status_code}: {response.text[:500]}"
+        assert response.status_code == expect, f"{path} answered {response.status_code}: {response.text[:500]}"
         return response.json() if response.text.startswith(("{", "[")) else response.text
 
     def metric(self, name: str, *labels: str) -> float:
@@ -88,12 +94,16 @@ def prompts(seed: int, count: int, tokens: int = 320) -> list[list[int]]:
 
 def make_server(model: Path, folder: Path, *more: str, name: str = "sglang") -> Server:
     """Not started. Its first two levels hold 512 and 1024 tokens: a handful of prompts flushes them."""
-    port = free_port()
+    port, events_port, replay_port = free_port(), free_port(), free_port()
     nvme = folder / "kv"
     levels = ["--max-total-tokens", "512", "--enable-hierarchical-cache", "--hicache-ratio", "2"]
     tier = ["--hicache-storage-backend", "dynamo", "--kvbm-nvme-path", str(nvme), "--kvbm-nvme-gb", "0.05"]
     patience = ["--hicache-storage-prefetch-policy", "wait_complete"]
     watch = ["--enable-metrics", "--enable-cache-report", "--port", str(port)]
+    watch += ["--admin-api-key", ADMIN_KEY, "--kv-events-config"]
+    endpoints = {"endpoint": f"tcp://*:{events_port}", "replay_endpoint": f"tcp://*:{replay_port}"}
+    watch.append(json.dumps({"publisher": "zmq", "topic": "kv-events", **endpoints}))
     command = launch_command(model, *levels, *tier, *patience, *watch, *more, name=name)
     url = f"http://127.0.0.1:{port}"
-    return Server(ServerProcess("sglang", command, url, folder / "server.log", server_environment(name)), nvme, model)
+    process = ServerProcess("sglang", command, url, folder / "server.log", server_environment(name))
+    return Server(process, nvme, model, replay_port)
