@@ -188,7 +188,7 @@ class HiCacheBackend:
 
     def _move(self, name: str, keys: list[str], host_indices: Any, is_read: bool) -> list[bool]:
         pages, pool = self._pages(name), self._set_of_pools.pool(name)
-        located = None if pages is None or pool is None else pool.locate(keys, host_indices)
+        located = None if pages is None or pool is None else pool.locate(len(keys), host_indices)
         if pages is None or located is None:
             return [False] * len(keys)
         moved = (pages.get if is_read else pages.put)(_block_keys(keys), located)

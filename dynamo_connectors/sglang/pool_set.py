@@ -1,4 +1,4 @@
-"""The pools of one worker, each with the pages it keeps: opened together, because they share the worker's disk space."""
+"""The pools of one worker, each with the pages it keeps: opened together, because they share its disk space."""
 
 from __future__ import annotations
 

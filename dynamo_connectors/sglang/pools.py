@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import GIGABYTE
 from dynamo_connectors.errors import ConfigError, StoreError
 from dynamo_connectors.sglang.host_pages import HostPool, PageShape, locate_pages
@@ -37,10 +36,10 @@ class NamedPool:
         """Pages that SGLang's host memory holds: how much it expects to use this pool, against the others."""
         return max(1, int(getattr(self.pool, "size", 0) or 0) // self.shape.page_tokens)
 
-    def locate(self, keys: Sequence[BlockKey], host_indices: Any) -> Sequence[Sequence[Buffer]] | None:
-        """Where the pages of `keys` lie in memory; None when SGLang's answer does not fit, which is a miss."""
+    def locate(self, num_pages: int, host_indices: Any) -> Sequence[Sequence[Buffer]] | None:
+        """Where that many pages lie in memory; None when SGLang's answer does not fit, which is a miss."""
         try:
-            return locate_pages(self.pool, host_indices, len(keys), self.shape)
+            return locate_pages(self.pool, host_indices, num_pages, self.shape)
         except StoreError as error:
             logger.error("dynamo: a transfer of the pool %s is refused: %s", self.name, error)
             return None

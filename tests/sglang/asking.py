@@ -1,4 +1,4 @@
-"""How the engine tests ask: prompts that push others out of SGLang's own levels, and answers that the disk had part in."""
+"""How the engine tests ask: prompts that push others out of SGLang's levels, answers that the disk had part in."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def test_without_tokens_it_adds_the_disk_to_blocks_that_routers_know() -> None:
     assert router.on_disk(2) == [False, False]
     for key in keys(0, 1):
         events.note(STORED, NVME_SSD, key)
-    assert events.take() == (bare := [Stored(tuple(keys(0, 1)), None, (), "DISK")])
+    bare = events.take()
+    assert bare == [Stored(tuple(keys(0, 1)), None, (), "DISK")]
     router.hear(bare)
     assert router.on_disk(2) == [True, True]
 

@@ -142,16 +142,18 @@ def test_a_pool_that_cannot_be_stored_is_refused_in_one_line(make_backend: MakeB
             raise error
 
     backend = make_backend(FakeHostPool(pages=2))
-    with pytest.raises(UnsupportedLayoutError, match="cannot be stored .* drop --hicache-storage-backend dynamo"):
+    with pytest.raises(UnsupportedLayoutError, match=r"cannot be stored .* drop --hicache-storage-backend dynamo"):
         backend.register_mem_host_pool_v2(Odd(pages=2), "mamba")
 
 
 @given(
     main_pages=st.integers(0, 8),
-    pools=st.lists(st.tuples(st.lists(st.booleans(), min_size=8, max_size=8), st.none() | st.integers(1, 4)), max_size=3),
+    pools=st.lists(
+        st.tuples(st.lists(st.booleans(), min_size=8, max_size=8), st.none() | st.integers(1, 4)), max_size=3
+    ),
 )
 def test_usable_lengths_are_what_their_definition_says(
-    main_pages: int, pools: list[tuple[list[bool], int | None]]
+    main_pages: int, pools: list[tuple[tuple[bool, ...], int | None]]
 ) -> None:
     needs = [PoolNeed(str(index), present, last) for index, (present, last) in enumerate(pools)]
     expected = [

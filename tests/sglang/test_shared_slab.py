@@ -55,7 +55,9 @@ def serve_rank(directory: Path, rank: int, pipe: Connection) -> None:
             into = [PAGES + page for page in pages]
             found = backend.batch_get_v1(hashes(*pages), pool.slots(*into))
             is_right = all(
-                pool.holds(place, b"page %d" % page) for page, place, here in zip(pages, into, found, strict=True) if here
+                pool.holds(place, b"page %d" % page)
+                for page, place, here in zip(pages, into, found, strict=True)
+                if here
             )
             pipe.send((sum(found), is_right))
     backend.check()
@@ -140,8 +142,8 @@ def test_a_slot_used_again_under_a_reader_is_a_miss(tmp_path: Path) -> None:
         reader.read(0, new, into)
         assert bytes(into) == b"n" * 512
         store.forget()
+        assert reader.match([new]) == [False]
         with pytest.raises(StoreError, match="no_slot"):
-            reader.match([new])
             reader.read(0, new, into)
         reader.check()
     finally:

@@ -143,7 +143,7 @@ def test_pages_of_changed_weights_never_outlive_the_backend(make_backend: MakeBa
     assert found_again(make_backend) == 0
 
 
-def test_attached_while_weights_change_it_waits_for_the_flush(make_backend: MakeBackend, registry: live.Registry) -> None:
+def test_attached_while_weights_change_it_waits_for_a_flush(make_backend: MakeBackend, registry: live.Registry) -> None:
     registry.suspend_all()
     pool = FakeHostPool(pages=8)
     backend = make_backend(pool)

@@ -23,13 +23,14 @@ def install() -> None:
     module.alloc_decode_kernel = _OnCpu(_decode)  # type: ignore[attr-defined]
 
 
-def _extend(first: Any, end: Any, last_slot: Any, free_pages: Any, out: Any, _requests: int, page_size: int) -> None:
-    _fill(zip(first.tolist(), end.tolist(), last_slot.tolist(), strict=True), free_pages, out, page_size)
+def _extend(first: Any, end: Any, last_slot: Any, free_pages: Any, out: Any, *sizes: int) -> None:
+    _fill(zip(first.tolist(), end.tolist(), last_slot.tolist(), strict=True), free_pages, out, page_size=sizes[-1])
 
 
-def _decode(end: Any, last_slot: Any, free_pages: Any, out: Any, _requests: int, page_size: int) -> None:
+def _decode(end: Any, last_slot: Any, free_pages: Any, out: Any, *sizes: int) -> None:
     ends = end.tolist()
-    _fill(zip((each - 1 for each in ends), ends, last_slot.tolist(), strict=True), free_pages, out, page_size)
+    requests = zip((each - 1 for each in ends), ends, last_slot.tolist(), strict=True)
+    _fill(requests, free_pages, out, page_size=sizes[-1])
 
 
 def _fill(requests: Any, free_pages: Any, out: Any, page_size: int) -> None:
