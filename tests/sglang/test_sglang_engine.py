@@ -104,7 +104,7 @@ def test_aborted_requests_leave_nothing_behind(server: Server) -> None:
     flood(server, seed=71)
 
     def ask(prompt: list[int]) -> None:
-        with suppress(requests.RequestException, AssertionError):
+        with suppress(requests.RequestException, AssertionError, KeyError):  # an aborted one has no such answer
             server.generate(prompt)
 
     for pause_seconds in (0.0, 0.05, 0.3):  # during the prefetch, the prefill and the backup
@@ -151,7 +151,7 @@ def test_killed_under_load_and_restarted_it_answers_from_the_disk(server: Server
         answer_from_storage(server, prompt, first.output)
 
     def keep_asking() -> None:
-        with suppress(requests.RequestException, AssertionError):
+        with suppress(requests.RequestException, AssertionError, KeyError):
             for prompt in prompts(seed=91, count=500):
                 server.generate(prompt)
 
