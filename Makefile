@@ -32,4 +32,4 @@ vllm-env:
 	$(PYTHON) tools/bootstrap.py vllm
 
 sglang-env:
-	$(PYTHON) tools/bootstrap.py sglang
+	$(PYTHON) tools/bootstrap.py sglang sglang-0.5.14

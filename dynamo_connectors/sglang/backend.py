@@ -21,6 +21,7 @@ from dynamo_connectors.sglang import live
 from dynamo_connectors.sglang.host_pages import page_shape
 from dynamo_connectors.sglang.l3_events import Removed, Stored, TierEvents
 from dynamo_connectors.sglang.metrics import StorageMeter
+from dynamo_connectors.sglang.page_io import Page
 from dynamo_connectors.sglang.page_store import PageCounts, Transfer, Watcher
 from dynamo_connectors.sglang.pool_match import PoolMatch, PoolNeed, match_pools
 from dynamo_connectors.sglang.pool_set import Pages, PoolSet, Worker
@@ -38,12 +39,13 @@ class HiCacheBackend:
 
     def __init__(self, storage_config: Any, kwargs: object = None) -> None:
         ranks = storage_config.tp_size * storage_config.pp_size
-        directory, share_bytes = worker_storage(storage_config.extra_config or {}, ranks)
+        tiers = worker_storage(storage_config.extra_config or {}, ranks)
+        self._is_chain_needed = tiers.object_url is not None
         facts = dict(self._engine_facts())
         if live.backends.has_new_weights:
             # Nobody can say which weights these are: what is kept now is for this backend alone.
             facts["weights"] = f"changed:{uuid.uuid4().hex}"
-        self._set_of_pools = PoolSet(Worker(storage_config, facts, directory, share_bytes, self._watcher))
+        self._set_of_pools = PoolSet(Worker(storage_config, facts, tiers, self._watcher))
         self._meter = StorageMeter() if storage_config.enable_storage_metrics else None
         self._is_off = False
         self._transfers: deque[Transfer] = deque(maxlen=_MAX_TRANSFERS)
@@ -73,12 +75,12 @@ class HiCacheBackend:
 
     def batch_exists(self, keys: list[str], extra_info: object = None) -> int:
         pages = self._pages(MAIN_POOL)
-        return 0 if pages is None else pages.match(_block_keys(keys))
+        return 0 if pages is None else pages.match(_block_keys(keys), self._before(extra_info))
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
 
-    def match_pools(self, keys: list[str], transfers: Sequence[Any] | None) -> PoolMatch:
+    def match_pools(self, keys: list[str], transfers: Sequence[Any] | None, extra_info: object = None) -> PoolMatch:
         """How far a prefix can be used when every pool that `transfers` name must hold its part."""
         wanted = _block_keys(keys)
         needs = []
@@ -90,25 +92,19 @@ class HiCacheBackend:
             present = [False] * len(wanted) if pages is None else pages.present(wanted)
             last = max(1, len(transfer.keys or ())) if policy == "trailing_pages" else None
             needs.append(PoolNeed(pool_name(transfer.name), present, last))
-        return match_pools(MAIN_POOL, self.batch_exists(keys), needs)
+        return match_pools(MAIN_POOL, self.batch_exists(keys, extra_info), needs)
 
     def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: object = None) -> list[bool]:
-        return self._move(MAIN_POOL, keys, host_indices, is_read=False)
+        return self._set(MAIN_POOL, keys, host_indices, self._before(extra_info))
 
     def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: object = None) -> list[bool]:
-        return self._move(MAIN_POOL, keys, host_indices, is_read=True)
+        return self._get(MAIN_POOL, keys, host_indices, self._before(extra_info))
 
     def batch_set_v2(self, transfers: Sequence[Any], extra_info: object = None) -> dict[str, list[bool]]:
-        return {
-            each.name: self._move(pool_name(each.name), each.keys or [], each.host_indices, is_read=False)
-            for each in transfers
-        }
+        return {each.name: self._set(pool_name(each.name), each.keys or [], each.host_indices) for each in transfers}
 
     def batch_get_v2(self, transfers: Sequence[Any], extra_info: object = None) -> dict[str, list[bool]]:
-        return {
-            each.name: self._move(pool_name(each.name), each.keys or [], each.host_indices, is_read=True)
-            for each in transfers
-        }
+        return {each.name: self._get(pool_name(each.name), each.keys or [], each.host_indices) for each in transfers}
 
     def get(self, *_: object, **__: object) -> Any:
         raise _not_offered()
@@ -186,14 +182,33 @@ class HiCacheBackend:
                 logger.error("dynamo: the nvme_ssd tier is off: %s", error)
         return self._set_of_pools.pages(name)
 
-    def _move(self, name: str, keys: list[str], host_indices: Any, is_read: bool) -> list[bool]:
-        pages, pool = self._pages(name), self._set_of_pools.pool(name)
-        located = None if pages is None or pool is None else pool.locate(len(keys), host_indices)
-        if pages is None or located is None:
+    def _set(self, name: str, keys: Sequence[str], host_indices: Any, before: Sequence[BlockKey] = ()) -> list[bool]:
+        pages, located = self._located(name, len(keys), host_indices)
+        if pages is None:
             return [False] * len(keys)
-        moved = (pages.get if is_read else pages.put)(_block_keys(keys), located)
+        kept = pages.put(_block_keys(keys), located, before)
         self._report()
-        return moved
+        return kept
+
+    def _get(self, name: str, keys: Sequence[str], host_indices: Any, before: Sequence[BlockKey] = ()) -> list[bool]:
+        pages, located = self._located(name, len(keys), host_indices)
+        if pages is None:
+            return [False] * len(keys)
+        filled = pages.get(_block_keys(keys), located, before)
+        self._report()
+        return filled
+
+    def _located(self, name: str, num_pages: int, host_indices: Any) -> tuple[Pages | None, Sequence[Page]]:
+        """Where to keep pages, or whence to get them, and where they lie in memory; None when that is not known."""
+        pages, pool = self._pages(name), self._set_of_pools.pool(name)
+        located = None if pool is None else pool.locate(num_pages, host_indices)
+        return (None, ()) if located is None else (pages, located)
+
+    def _before(self, extra_info: object) -> list[BlockKey]:
+        """The chain up to the pages that SGLang asks about. It says nothing where there is nothing before them."""
+        if not self._is_chain_needed:
+            return []
+        return _block_keys(getattr(extra_info, "prefix_keys", None) or ())
 
     def _watcher(self, pool: str, recovered: Sequence[BlockKey]) -> Watcher:
         """Routers are told of the main pool only: its pages are what a prefix is made of."""
@@ -232,6 +247,8 @@ class HiCacheBackend:
         if self._meter is not None:
             for name, pages in self._set_of_pools.all_pages().items():
                 self._meter.record(name, pages.counts())
+                for tier, counts in pages.lower_counts().items():
+                    self._meter.record(name, counts, tier)
 
 
 def _block_keys(keys: Sequence[str]) -> list[BlockKey]:

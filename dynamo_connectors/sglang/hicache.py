@@ -29,7 +29,7 @@ class DynamoHiCache(HiCacheBackend, HiCacheStorage):
     def batch_exists_v2(
         self, keys: list[str], pool_transfers: Sequence[Any] | None = None, extra_info: object = None
     ) -> Any:
-        return compat.pool_transfer_result(self.match_pools(keys, pool_transfers))
+        return compat.pool_transfer_result(self.match_pools(keys, pool_transfers, extra_info))
 
     def get_stats(self) -> Any:
         """SGLang's own histograms: pages and GB/s of every batch since the last call."""

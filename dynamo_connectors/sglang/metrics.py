@@ -79,11 +79,11 @@ class StorageMeter:
                 self._advance(families.asked, (pool, "asked"), (), counts.asked_pages)
                 self._advance(families.hit, (pool, "hit"), (tier,), counts.read_pages)
                 self._advance(families.offloaded, (pool, "offloaded"), (tier,), counts.written_pages)
-            self._advance(families.dropped, (pool, "dropped"), ("evicted",), counts.evicted_pages)
+            self._advance(families.dropped, (pool, "dropped", tier), ("evicted",), counts.evicted_pages)
             for reason, total in counts.dropped.items():
-                self._advance(families.dropped, (pool, "dropped"), (reason,), total)
+                self._advance(families.dropped, (pool, "dropped", tier), (reason,), total)
             for reason, total in counts.load_failures.items():
-                self._advance(families.failed, (pool, "failed"), (reason,), total)
+                self._advance(families.failed, (pool, "failed", tier), (reason,), total)
         if pool == MAIN_POOL and counts.capacity_pages:
             families.used.labels(tier).set(100 * counts.ready_pages / counts.capacity_pages)
 

@@ -1,4 +1,4 @@
-"""Pages of one pool of one worker on one tier: a block manager decides, a store keeps, a mover moves.
+"""Pages of one pool of one worker on the disk, and below it: a block manager decides, stores keep, a mover moves.
 
 SGLang calls from several threads. One lock guards the decisions; bytes move outside it, under a lease or a reservation.
 """
@@ -12,11 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from dynamo_connectors.block_manager import BlockManager, Change, NamedTier
+from dynamo_connectors.block_manager import BlockManager, Change, NamedTier, Source
 from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.cascade import jobs_of
+from dynamo_connectors.sglang.object_tier import Lower, Offloaded
 from dynamo_connectors.sglang.page_io import Page, PageMover, Work
 from dynamo_connectors.tiers.base import TierStore
 from dynamo_connectors.tiers.index import TierIndex
+
+#: Reasons after which an object is of no use any more.
+_GONE = ("not_found", "cut_body", "bad_header", "wrong_namespace", "wrong_key", "wrong_length", "bad_checksum")
 
 
 class LastingStore(TierStore, Protocol):
@@ -65,7 +70,11 @@ class Watcher:
 
 
 class PageStore:
-    """Owns `store`: `close` closes it. `clock` gives seconds."""
+    """Owns `store` and `lower`: `close` closes them. `clock` gives seconds.
+
+    `before` is the keys of the pages before the given ones, from the first of the chain on. Only a store with a lower
+    tier asks for them: its chunks are aligned to the chain.
+    """
 
     def __init__(
         self,
@@ -73,14 +82,19 @@ class PageStore:
         store: LastingStore,
         watcher: Watcher | None = None,
         mover: PageMover | None = None,
+        lower: Lower | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
+        self._lower = lower
         self._store = store
         self._watcher = watcher or Watcher()
         self._mover = mover or PageMover()
-        self._manager = BlockManager([NamedTier(name, TierIndex(store.capacity_blocks))])
+        disk = NamedTier(name, TierIndex(store.capacity_blocks))
+        below = [] if lower is None else [lower.named]
+        self._manager = BlockManager([disk, *below], {tier.name: lower.min_touches for tier in below if lower})
         self._manager.restore(name, store.recovered)
+        self._manager.take_changes()  # what was there before is no news
         self._clock = clock
         self._lock = threading.Lock()
         self._is_open = True
@@ -89,12 +103,23 @@ class PageStore:
         self._asked_pages = 0
         self._read_pages = 0
         self._written_pages = 0
+        #: Of the lower tier.
+        self._raised_pages = 0
+        self._lowered_pages = 0
 
-    def match(self, keys: Sequence[BlockKey]) -> int:
+    def match(self, keys: Sequence[BlockKey], before: Sequence[BlockKey] = ()) -> int:
         """Length of the leading run of `keys` that can be read now."""
+        chain = [*before, *keys]
         with self._lock:
             self._asked_pages += len(keys)
-            return self._manager.match(keys) if self._serves else 0
+            if not self._serves:
+                return 0
+            if self._lower is not None:
+                self._manager.restore(self._lower.named.name, self._lower.take_listed())
+                self._manager.note_use(chain)
+            run = self._manager.match(chain, len(before))
+        self._move_down()
+        return run
 
     def present(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which of `keys` can be read now."""
@@ -102,7 +127,7 @@ class PageStore:
             index = self._manager.tiers[0].index
             return [self._serves and key in index for key in keys]
 
-    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page]) -> list[bool]:
+    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
         """Keeps pages; True for each one that is here (or on its way here by another thread) afterwards."""
         page_of = dict(zip(keys, pages, strict=True))
         with self._lock:
@@ -110,7 +135,7 @@ class PageStore:
                 return [False] * len(keys)
             # The head of the chain is leased so that its own tail cannot push it out.
             held = self._manager.lease(list(page_of))
-            targets = self._manager.reserve(page_of)
+            targets = self._manager.reserve(page_of, before[-1] if before else None)
             self._tell_changes()
         started = self._clock()
         failures = self._mover.write(
@@ -124,33 +149,43 @@ class PageStore:
                 else:
                     self._manager.abort(target, reason)
             self._manager.release(held)
+            if self._lower is not None:
+                self._manager.offload([*before, *keys])
             self._tell_changes()
             written = len(targets) - len(failures)
             self._written_pages += written
             index = self._manager.tiers[0].index
             kept = [index.is_known(key) for key in keys]
-        self._tell_transfer(is_read=False, pages=written, started=started)
+        self._tell_transfer(self._name, is_read=False, pages=written, started=started)
+        self._move_down()
         return kept
 
-    def get(self, keys: Sequence[BlockKey], pages: Sequence[Page]) -> list[bool]:
+    def get(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
         """Fills the leading run of `pages` that can be read; a page answered False is untouched or worthless."""
         with self._lock:
             if not self._serves:
                 return [False] * len(keys)
-            sources = self._manager.lease(keys)
-        started = self._clock()
+            sources = self._manager.lease([*before, *keys], len(before), len(keys))
         # A prefix is all that can be used, and only its pages are leased.
-        leased = zip(sources, pages, strict=False)
-        failures = self._mover.read(self._store, [Work(source.slot, source.key, page) for source, page in leased])
+        leased = list(zip(sources, pages, strict=False))
+        on_disk = [Work(source.slot, source.key, page) for source, page in leased if source.tier == self._name]
+        deeper = [(source, page) for source, page in leased if source.tier != self._name]
+        started = self._clock()
+        failures = self._mover.read(self._store, on_disk)
+        read = len(on_disk) - len(failures)
+        self._tell_transfer(self._name, is_read=True, pages=read, started=started)
+        raised, late = self._raise(deeper)
         with self._lock:
-            self._manager.release(sources, failures.keys())
+            # What the lower tier did not give in time is still there; what it lost or damaged is not.
+            gone = {key for key, reason in late.items() if reason in _GONE}
+            self._manager.release(sources, failures.keys() | gone)
+            failures |= late
             self._tell_changes()
-            read = len(sources) - len(failures)
             self._read_pages += read
+            self._raised_pages += raised
             self._load_failures.update(failures.values())
             # Weights may have changed while the bytes came up.
             is_trusted = self._serves
-        self._tell_transfer(is_read=True, pages=read, started=started)
         return [is_trusted and index < len(sources) and key not in failures for index, key in enumerate(keys)]
 
     def suspend(self) -> None:
@@ -170,9 +205,19 @@ class PageStore:
         with self._lock:
             self._forget()
 
+    def lower_counts(self) -> dict[str, PageCounts]:
+        """Of the tier below, by its name; reasons are counted for the disk, with its own."""
+        if self._lower is None:
+            return {}
+        name = self._lower.named.name
+        with self._lock:
+            held = self._manager.stats()[name]
+            numbers = (held.ready_blocks, held.capacity_blocks, held.evicted_blocks_total)
+            return {name: PageCounts(0, self._raised_pages, self._lowered_pages, {}, {}, *numbers)}
+
     def counts(self) -> PageCounts:
         with self._lock:
-            (stats,) = self._manager.stats().values()
+            stats = self._manager.stats()[self._name]
             return PageCounts(
                 asked_pages=self._asked_pages,
                 read_pages=self._read_pages,
@@ -189,6 +234,8 @@ class PageStore:
         with self._lock:
             self._is_open = False
         self._mover.close()
+        if self._lower is not None:
+            self._lower.close()
         self._store.close()
 
     def check(self) -> None:
@@ -204,6 +251,8 @@ class PageStore:
     def _forget(self) -> None:
         self._manager.clear()
         self._store.forget()
+        if self._lower is not None:
+            self._lower.forget()
         self._tell_changes()
 
     def _tell_changes(self) -> None:
@@ -211,7 +260,38 @@ class PageStore:
         if changes:
             self._watcher.on_changes(changes)
 
-    def _tell_transfer(self, is_read: bool, pages: int, started: float) -> None:
+    def _raise(self, work: Sequence[tuple[Source, Page]]) -> tuple[int, dict[BlockKey, str]]:
+        """Reads pages of the lower tier: how many came, and why the others did not."""
+        if self._lower is None or not work:
+            return 0, {}
+        started = self._clock()
+        failed = self._lower.read(work)
+        self._tell_transfer(self._lower.named.name, is_read=True, pages=len(work) - len(failed), started=started)
+        return len(work) - len(failed), failed
+
+    def _move_down(self) -> None:
+        """Starts the copies to the lower tier that are due."""
+        if self._lower is None:
+            return
+        with self._lock:
+            moves = self._manager.take_moves() if self._is_open else []
+            erasures = self._manager.take_erasures()
+        for job in jobs_of(moves):
+            self._lower.offload(job, self._store, self._moved_down)
+        for erasure in erasures:
+            self._lower.erase(erasure.key)
+            with self._lock:
+                self._manager.end_erasure(erasure)
+
+    def _moved_down(self, offloaded: Offloaded) -> None:
+        with self._lock:
+            for move in offloaded.moves:
+                self._manager.end_move(move, offloaded.ok, damaged=move.key == offloaded.damaged)
+            self._lowered_pages += len(offloaded.moves) if offloaded.ok else 0
+            self._tell_changes()
+        self._move_down()  # what waited for room to move
+
+    def _tell_transfer(self, tier: str, is_read: bool, pages: int, started: float) -> None:
         if pages:
             num_bytes = pages * self._store.row_bytes
-            self._watcher.on_transfer(Transfer(self._name, is_read, pages, num_bytes, self._clock() - started))
+            self._watcher.on_transfer(Transfer(tier, is_read, pages, num_bytes, self._clock() - started))

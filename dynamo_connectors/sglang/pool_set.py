@@ -6,19 +6,22 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from dynamo_connectors.blocks import BlockKey, Namespace
-from dynamo_connectors.config import GIGABYTE, NVME_SSD
-from dynamo_connectors.errors import UnsupportedLayoutError
+from dynamo_connectors.config import GIGABYTE, NVME_SSD, KvbmConfig
+from dynamo_connectors.errors import ConfigError, UnsupportedLayoutError
 from dynamo_connectors.sglang.host_pages import layout_fingerprint
+from dynamo_connectors.sglang.object_tier import ObjectTier
 from dynamo_connectors.sglang.page_io import Page
 from dynamo_connectors.sglang.page_store import PageCounts, PageStore, Watcher
 from dynamo_connectors.sglang.pools import MAIN_POOL, NamedPool, is_replicated, share_space
 from dynamo_connectors.sglang.shared_pages import SharedPages
 from dynamo_connectors.sglang.shared_slab import SharedSlabs
+from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
+from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
+from dynamo_connectors.tiers.object_format import object_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -29,29 +32,29 @@ _PARALLEL_FACTS = ("attn_cp_rank", "attn_cp_size", "dcp_rank", "dcp_size", "is_m
 class Pages(Protocol):
     """The pages of one pool: a `PageStore`, or `SharedPages` where another rank writes them."""
 
-    def match(self, keys: Sequence[BlockKey]) -> int: ...
+    def match(self, keys: Sequence[BlockKey], before: Sequence[BlockKey] = ()) -> int: ...
     def present(self, keys: Sequence[BlockKey]) -> list[bool]: ...
-    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page]) -> list[bool]: ...
-    def get(self, keys: Sequence[BlockKey], pages: Sequence[Page]) -> list[bool]: ...
+    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]: ...
+    def get(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]: ...
     def suspend(self) -> None: ...
     def resume(self) -> None: ...
     def clear(self) -> None: ...
     def counts(self) -> PageCounts: ...
+    def lower_counts(self) -> dict[str, PageCounts]: ...
     def close(self) -> None: ...
     def check(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One scheduler process: SGLang's storage config, the engine's facts by `Namespace` field, its share of the disk.
+    """One scheduler process: SGLang's storage config, the engine's facts by `Namespace` field, its share of the tiers.
 
     `watch` gives, for a pool's name and the keys that it had from the start, who is told of changes.
     """
 
     config: Any
     engine_facts: Mapping[str, str]
-    directory: Path
-    share_bytes: int
+    tiers: KvbmConfig
     watch: Callable[[str, Sequence[BlockKey]], Watcher]
 
 
@@ -89,7 +92,8 @@ class PoolSet:
         with self._lock:
             if self._pages or not self._pools:
                 return False
-            capacities = share_space(self._worker.share_bytes, self._pools)
+            self._refuse_object_store()
+            capacities = share_space(self._worker.tiers.nvme_bytes, self._pools)
             opened: dict[str, Pages] = {}
             try:
                 for name, pool in self._pools.items():
@@ -123,10 +127,11 @@ class PoolSet:
 
     def _open_pool(self, pool: NamedPool, capacity: int) -> Pages:
         worker, row_bytes = self._worker, pool.shape.row_bytes
-        namespace = self._namespace(pool)
+        directory, namespace = worker.tiers.nvme_path, self._namespace(pool)
+        assert directory is not None, "a worker has no directory"
         if is_replicated(pool.name, worker.config) and worker.config.tp_rank != 0:
-            logger.info("dynamo: pool %s is read from the slabs that rank 0 writes in %s", pool.name, worker.directory)
-            slabs = SharedSlabs(worker.directory, namespace, row_bytes)
+            logger.info("dynamo: pool %s is read from the slabs that rank 0 writes in %s", pool.name, directory)
+            slabs = SharedSlabs(directory, namespace, row_bytes)
             return SharedPages(NVME_SSD, slabs, worker.watch(pool.name, ()))
         per_page = slot_bytes(row_bytes)
         if per_page > 2 * row_bytes and pool.name == MAIN_POOL:
@@ -136,7 +141,7 @@ class PoolSet:
                 row_bytes,
                 per_page,
             )
-        store = NvmeStore(worker.directory, capacity, row_bytes, namespace)
+        store = NvmeStore(directory, capacity, row_bytes, namespace)
         logger.info(
             "dynamo: nvme_ssd tier %s (pool %s): %d pages of %d tokens, %d bytes each, %.2f GB, direct I/O %s",
             store.path,
@@ -148,7 +153,34 @@ class PoolSet:
             "on" if store.direct else "off",
         )
         watcher = worker.watch(pool.name, [key for _, key in store.recovered])
-        return PageStore(NVME_SSD, store, watcher)
+        try:
+            lower = self._open_object_tier(row_bytes, namespace)
+        except BaseException:
+            store.close()
+            raise
+        return PageStore(NVME_SSD, store, watcher, lower=lower)
+
+    def _open_object_tier(self, row_bytes: int, namespace: Namespace) -> ObjectTier | None:
+        tiers = self._worker.tiers
+        if tiers.object_url is None:
+            return None
+        chunk_blocks = chunk_blocks_for(row_bytes)
+        capacity = capacity_chunks_for(tiers.object_bytes, object_bytes(row_bytes, chunk_blocks))
+        settings = ObjectSettings(tiers.object_url, tiers.object_endpoint_url, tiers.object_deadline_seconds)
+        store = ObjectStore(settings, row_bytes, chunk_blocks, namespace)
+        logger.info(
+            "dynamo: object_store tier %s: %d objects of %d pages each", tiers.object_url, capacity, chunk_blocks
+        )
+        return ObjectTier(store, capacity, tiers.object_min_touches, tiers.object_deadline_seconds)
+
+    def _refuse_object_store(self) -> None:
+        if self._worker.tiers.object_url is None:
+            return
+        if len(self._pools) > 1 or is_replicated(MAIN_POOL, self._worker.config):
+            raise ConfigError(
+                "--kvbm-object-url does not work yet for models whose cache lies in several pools, or is the same on "
+                "several tensor-parallel ranks; drop it"
+            )
 
     def _namespace(self, pool: NamedPool) -> Namespace:
         config, facts = self._worker.config, self._worker.engine_facts

@@ -39,7 +39,7 @@ class SharedPages:
         self._asked_pages = 0
         self._read_pages = 0
 
-    def match(self, keys: Sequence[BlockKey]) -> int:
+    def match(self, keys: Sequence[BlockKey], before: Sequence[BlockKey] = ()) -> int:
         with self._lock:
             self._asked_pages += len(keys)
         return sum(1 for _ in takewhile(bool, self.present(keys)))
@@ -47,11 +47,11 @@ class SharedPages:
     def present(self, keys: Sequence[BlockKey]) -> list[bool]:
         return self._slabs.match(keys) if self._serves else [False] * len(keys)
 
-    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page]) -> list[bool]:
+    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
         """Not this rank's to write."""
         return [False] * len(keys)
 
-    def get(self, keys: Sequence[BlockKey], pages: Sequence[Page]) -> list[bool]:
+    def get(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
         """Fills the leading run of `pages` that can be read; a page answered False is untouched or worthless."""
         run = sum(1 for _ in takewhile(bool, self.present(keys)))
         started = self._clock()
@@ -85,6 +85,9 @@ class SharedPages:
     def counts(self) -> PageCounts:
         with self._lock:
             return PageCounts(self._asked_pages, self._read_pages, 0, {}, dict(self._load_failures), 0, 0, 0)
+
+    def lower_counts(self) -> dict[str, PageCounts]:
+        return {}
 
     def close(self) -> None:
         with self._lock:

@@ -137,8 +137,8 @@ def test_detached_and_attached_again_the_tier_is_warm(server: Server) -> None:
     refused = server.call("PUT", backend, {**attach, extra: '{"kvbm_nvme_gb": 0.05}'}, expect=400)
     assert "needs --kvbm-nvme-path DIR" in refused
     settings = f'{{"kvbm_nvme_path": "{server.nvme}", "kvbm_nvme_gb": 0.05}}'
-    server.call("PUT", backend, {**attach, extra: settings})
-    server.call("PUT", backend, {**attach, extra: settings}, expect=400)
+    for _ in range(2):
+        server.call("PUT", backend, {**attach, extra: settings})
     warm = server.generate(prompt)
     assert warm.output == cold.output
     assert warm.storage_tokens >= 256, "the slab was not found again"

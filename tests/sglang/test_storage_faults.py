@@ -91,7 +91,7 @@ def test_a_directory_that_is_gone_harms_nobody(make_backend: MakeBackend, tmp_pa
 
 
 def test_two_engines_on_one_path_keep_apart_and_both_come_back(make_backend: MakeBackend, tmp_path: Path) -> None:
-    first, pool = filled(make_backend)
+    first, _ = filled(make_backend)
     second, _ = filled(make_backend, pages=2)
     assert len(list((tmp_path / "kv").glob("*.slab"))) == 2
     assert (first.batch_exists(hashes(0, 1, 2)), second.batch_exists(hashes(0, 1, 2))) == (3, 2)
