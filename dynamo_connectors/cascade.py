@@ -52,20 +52,26 @@ class _Down(NamedTuple):
 
 
 class _Up(NamedTuple):
-    """Into the first tier."""
+    """Into the first tier. `above` is the entry before it in the source."""
 
     source: str
     key: BlockKey
     place: Place
     parent: BlockKey | None
+    above: BlockKey | None
 
 
 @dataclass
 class _Fill:
-    """A target slot on its way: it is complete when all moves into it have ended well."""
+    """A target slot on its way: it is complete when all moves into it have ended well.
+
+    A chain stays in order (its tail is evicted first) in the target, by the entry before it, `parent`, and in the
+    source, by the entry before each block's, `above`.
+    """
 
     blocks: tuple[BlockKey, ...]
     parent: BlockKey | None
+    above: tuple[BlockKey | None, ...]
     moves_left: int
     reason: str | None = None
 
@@ -76,6 +82,7 @@ class Cascade:
     def __init__(self, stack: TierStack, min_touches: Mapping[str, int]) -> None:
         self._stack = stack
         self._min_touches = {tier.name: min_touches.get(tier.name, 1) for tier in stack.tiers}
+        self._max_waiting = MAX_WAITING
         self._max_moves = min(MAX_MOVES, max(1, stack.first.index.capacity_blocks // 4))
         #: (target tier, entry) -> what shall go down, and block -> what shall come up; oldest first.
         self._downs: OrderedDict[tuple[str, BlockKey], _Down] = OrderedDict()
@@ -125,11 +132,19 @@ class Cascade:
             found = self._stack.find(chain, position)
             if found is None:
                 break
-            if key not in self._ups and len(self._ups) >= MAX_WAITING:
+            if key not in self._ups and len(self._ups) >= self._max_waiting:
                 self._stack.dropped["prefetch_backlog"] += 1
                 break
             tier, place = found
-            self._ups.setdefault(key, _Up(tier.name, key, place, chain[position - 1] if position else None))
+            above = position - position % tier.chunk_blocks - 1
+            up = _Up(
+                tier.name,
+                key,
+                place,
+                parent=chain[position - 1] if position else None,
+                above=chain[above] if above >= 0 else None,
+            )
+            self._ups.setdefault(key, up)
             waiting += 1
         return waiting
 
@@ -162,7 +177,7 @@ class Cascade:
             fill.reason = fill.reason or "source_gone"
         if not ok:
             fill.reason = "move_failed"
-        source.index.unpin(move.source_slot)
+        source.index.unpin(move.source_slot, fill.above[0 if is_up else move.row])
         if fill.moves_left:
             return None
         del self._fills[target.name, move.target_slot]
@@ -187,8 +202,8 @@ class Cascade:
         assert targets == {place: fill.moves_left for place, fill in self._fills.items()}, "moves and fills disagree"
         first = self._stack.first.name
         assert self._moves_up == sum(1 for move in self._moves if move.target_tier == first), "moves up are miscounted"
-        assert len(self._ups) <= MAX_WAITING, "too many copies up wait"
-        assert len(self._downs) <= MAX_WAITING, "too many copies down wait"
+        assert len(self._ups) <= self._max_waiting, "too many copies up wait"
+        assert len(self._downs) <= self._max_waiting, "too many copies down wait"
         assert self._moves_up <= self._max_moves, "too many copies up at one time"
         most = max([self._max_moves, *(tier.chunk_blocks for tier in self._stack.lower)])
         assert len(self._moves) - self._moves_up <= most, "too many copies down at one time"
@@ -197,7 +212,7 @@ class Cascade:
         entry = (down.target, down.blocks[-1])
         if entry in self._downs or self._stack.by_name[down.target].index.is_known(down.blocks[-1]):
             return
-        if len(self._downs) >= MAX_WAITING:
+        if len(self._downs) >= self._max_waiting:
             self._stack.dropped["move_backlog"] += len(down.blocks)
             return
         self._downs[entry] = down
@@ -219,7 +234,7 @@ class Cascade:
             Move(key, first.name, target.name, _pin(first, key), slot, chunk, row)
             for row, key in enumerate(down.blocks)
         ]
-        self._fills[target.name, slot] = _Fill(down.blocks, down.parent, len(moves))
+        self._fills[target.name, slot] = _Fill(down.blocks, down.parent, (down.parent, *down.blocks[:-1]), len(moves))
         self._moves.update(moves)
         return moves
 
@@ -235,7 +250,7 @@ class Cascade:
             return []
         chunk = up.place.name if source.chunk_blocks > 1 else None
         move = Move(up.key, source.name, first.name, _pin(source, up.place.name), slot, chunk, up.place.row)
-        self._fills[first.name, slot] = _Fill((up.key,), up.parent, 1)
+        self._fills[first.name, slot] = _Fill((up.key,), up.parent, (up.above,), 1)
         self._moves.add(move)
         self._moves_up += 1
         return [move]

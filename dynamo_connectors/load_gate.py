@@ -17,8 +17,8 @@ from statistics import median
 WINDOW = 9
 #: Before so many samples nothing is known.
 LEAST_SAMPLES = 3
-#: Two samples tell a latency from a rate only when one is that much larger than the other.
-_APART = 2.0
+#: Two samples tell a latency from a rate only when they are that far apart, as a share of the largest.
+_APART = 0.25
 #: A refused tier must be seen to recover: of so many refusals in a row, the last is tried with a few blocks.
 EXPLORE_ONE_IN = 16
 EXPLORE_BLOCKS = 4
@@ -44,10 +44,11 @@ class Line:
         self._samples.append((size, seconds))
         # With sizes all alike, everything is slope.
         self.slope = median(seconds / size for size, seconds in self._samples)
+        least = _APART * max(size for size, _ in self._samples)
         slopes = [
             (one[1] - two[1]) / (one[0] - two[0])
             for one, two in combinations(self._samples, 2)
-            if max(one[0], two[0]) >= _APART * min(one[0], two[0])
+            if abs(one[0] - two[0]) >= least
         ]
         if len(slopes) >= LEAST_SAMPLES:
             self.slope = min(self.slope, max(0.0, median(slopes)))

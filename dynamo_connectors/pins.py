@@ -70,7 +70,7 @@ class TimedPins:
         while self._due and self._due[0][0] <= now:
             _, _, entries = heapq.heappop(self._due)
             later: dict[float, list[Entry]] = {}
-            for entry in entries:
+            for entry in reversed(entries):  # the head of a chain becomes the newest
                 pin = self._pins.get(entry)
                 if pin is None:
                     continue
@@ -80,7 +80,7 @@ class TimedPins:
                     self._end(entry)
                     ended += 1
             for until, renewed in later.items():
-                self._look_at(until, renewed)
+                self._look_at(until, renewed[::-1])
         return ended
 
     def arrived(self, key: BlockKey) -> None:

@@ -58,18 +58,26 @@ class TierStack:
         self.by_name = {tier.name: tier for tier in tiers}
         if len(self.by_name) != len(tiers):
             raise ValueError(f"two tiers have one name: {[tier.name for tier in tiers]}")
+        self._readable = tuple((tier, tier.index.readable) for tier in tiers)
         self.changes: list[Change] = []
         self.dropped: Counter[str] = Counter()
-        #: Tier -> chunk -> its blocks, for the changes; a chunk that was restored is known by its last block only.
-        self._members: dict[str, dict[BlockKey, tuple[BlockKey, ...]]] = {
+        #: Chunk tier -> chunk -> its blocks, and how many chunks have a block: chains that part inside a chunk share
+        #: some. A chunk that was restored is known by its last block only.
+        self._blocks: dict[str, dict[BlockKey, tuple[BlockKey, ...]]] = {
             tier.name: {} for tier in tiers if tier.chunk_blocks > 1
         }
+        self._holders: dict[str, Counter[BlockKey]] = {name: Counter() for name in self._blocks}
 
     def find(self, chain: Sequence[BlockKey], position: int) -> tuple[NamedTier, Place] | None:
         """The fastest tier that can serve block `position` of `chain`, and where it lies there."""
-        for tier in self.tiers:
+        key = chain[position]
+        for tier, readable in self._readable:
+            if tier.chunk_blocks == 1:
+                if key in readable:
+                    return tier, Place(key, 0)
+                continue
             place = tier.place_of(chain, position)
-            if place is not None and place.name in tier.index:
+            if place is not None and place.name in readable:
                 return tier, place
         return None
 
@@ -92,15 +100,13 @@ class TierStack:
         if not tier.index.commit(slot, parent):
             self.dropped["reset"] += len(blocks)
             return False
-        if tier.chunk_blocks > 1:
-            self._members[tier.name][blocks[-1]] = tuple(blocks)
-        self.changes += [Change("stored", tier.name, key) for key in blocks]
+        self._stored(tier, blocks)
         return True
 
     def restore(self, tier: NamedTier, slot: int, name: BlockKey, touches: int) -> bool:
         if not tier.index.restore(slot, name, touches):
             return False
-        self.changes.append(Change("stored", tier.name, name))
+        self._stored(tier, (name,))
         return True
 
     def discard(self, tier: NamedTier, name: BlockKey) -> None:
@@ -119,10 +125,27 @@ class TierStack:
         """Asserts every invariant. O(capacity)."""
         for tier in self.tiers:
             tier.index.check()
-            for chunk, blocks in self._members.get(tier.name, {}).items():
-                assert chunk in tier.index, f"{tier.name}: the blocks of a chunk that is gone are remembered"
-                assert len(blocks) == tier.chunk_blocks, f"{tier.name}: a chunk has {len(blocks)} blocks"
+            if tier.chunk_blocks > 1:
+                chunks = self._blocks[tier.name]
+                assert chunks.keys() == tier.index.readable.keys(), f"{tier.name}: the blocks of other chunks are known"
+                holders = Counter(key for blocks in chunks.values() for key in blocks)
+                assert holders == self._holders[tier.name], f"{tier.name}: the chunks of a block are miscounted"
+
+    def _stored(self, tier: NamedTier, blocks: Sequence[BlockKey]) -> None:
+        new = blocks
+        if tier.chunk_blocks > 1:
+            self._blocks[tier.name][blocks[-1]] = tuple(blocks)
+            holders = self._holders[tier.name]
+            new = [key for key in blocks if key not in holders]
+            holders.update(blocks)
+        self.changes += [Change("stored", tier.name, key) for key in new]
 
     def _removed(self, tier: NamedTier, name: BlockKey) -> None:
-        blocks = self._members[tier.name].pop(name, (name,)) if tier.chunk_blocks > 1 else (name,)
-        self.changes += [Change("removed", tier.name, key) for key in blocks]
+        gone: Sequence[BlockKey] = (name,)
+        if tier.chunk_blocks > 1:
+            holders, blocks = self._holders[tier.name], self._blocks[tier.name].pop(name)
+            gone = [key for key in blocks if holders[key] == 1]
+            holders.subtract(blocks)
+            for key in gone:
+                del holders[key]
+        self.changes += [Change("removed", tier.name, key) for key in gone]

@@ -150,11 +150,7 @@ class TierIndex:
             return False
         key = self._key(slot)
         self._ready[key] = self._filling.pop(key)
-        above = None if parent is None else self._ready.get(parent)
-        if above is not None and above in self._order:
-            self._order.add_below(slot, above)
-        else:
-            self._order.add(slot)
+        self._order_below(slot, parent)
         return True
 
     def abort(self, slot: int) -> None:
@@ -181,8 +177,8 @@ class TierIndex:
         self._pins[slot] = self._pins.get(slot, 0) + 1
         return slot
 
-    def unpin(self, slot: int) -> None:
-        """Ends one pin. After the last the block counts as just used."""
+    def unpin(self, slot: int, parent: BlockKey | None = None) -> None:
+        """Ends one pin. After the last the block is placed as by `commit`."""
         pins = self._pins.get(slot, 0)
         if pins < 1:
             raise AssertionError(f"slot {slot} is not pinned")
@@ -191,7 +187,7 @@ class TierIndex:
             return
         del self._pins[slot]
         if self._step("unpin", slot) == READY:
-            self._order.add(slot)
+            self._order_below(slot, parent)
         else:
             self._quarantined -= 1
             self._leave(slot)
@@ -326,6 +322,13 @@ class TierIndex:
         key = self._key_of[slot]
         assert key is not None, f"slot {slot} is {self.state_of(slot).name} and holds no block"
         return key
+
+    def _order_below(self, slot: int, parent: BlockKey | None) -> None:
+        above = None if parent is None else self._ready.get(parent)
+        if above is not None and above in self._order:
+            self._order.add_below(slot, above)
+        else:
+            self._order.add(slot)
 
     def _has_free(self) -> bool:
         while self._fresh < self.capacity_blocks and self._state[self._fresh] != ABSENT:
