@@ -16,7 +16,8 @@ import torch
 from dynamo_kernels import BlockView, ComputeFence
 
 from dynamo_connectors.blocks import BlockKey, Namespace
-from dynamo_connectors.jobs import DISK_TIER, DRAM_TIER, LoadItem, LoadJob, SpillItem, SpillJob, StoreItem, StoreJob
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD
+from dynamo_connectors.jobs import LoadItem, LoadJob, MoveItem, MoveJob, StoreItem, StoreJob
 from dynamo_connectors.layout import KVLayout, page_layout
 from dynamo_connectors.pinning import pin_host_memory
 from dynamo_connectors.tiers.dram import DramStore
@@ -70,13 +71,15 @@ def round_trip(rig: Rig) -> None:
     blocks, slots = list(range(BLOCKS)), list(range(BLOCKS))[::-1]
     seconds = rig.run(StoreJob(1, tuple(map(StoreItem, keys, blocks, slots))))
     print(f"HBM to DRAM    {rig.rate(BLOCKS, seconds)}")
-    seconds = rig.run(SpillJob(2, tuple(SpillItem(keys[i], slots[i], i) for i in range(DISK_BLOCKS))))
+    seconds = rig.run(
+        MoveJob(2, HOST_DRAM, NVME_SSD, tuple(MoveItem(keys[i], slots[i], i) for i in range(DISK_BLOCKS)))
+    )
     print(f"DRAM to disk   {rig.rate(DISK_BLOCKS, seconds)}")
     for layer in rig.layers:
         layer.zero_()
-    items = tuple(LoadItem(keys[i], DISK_TIER, i, i) for i in range(DISK_BLOCKS))
+    items = tuple(LoadItem(keys[i], NVME_SSD, i, i) for i in range(DISK_BLOCKS))
     print(f"disk to HBM    {rig.rate(DISK_BLOCKS, rig.run(LoadJob(3, 'r', items)))}")
-    items = tuple(LoadItem(keys[i], DRAM_TIER, slots[i], i) for i in range(DISK_BLOCKS, BLOCKS))
+    items = tuple(LoadItem(keys[i], HOST_DRAM, slots[i], i) for i in range(DISK_BLOCKS, BLOCKS))
     print(f"DRAM to HBM    {rig.rate(BLOCKS - DISK_BLOCKS, rig.run(LoadJob(4, 'r', items)))}")
     equal = all(torch.equal(got, want) for got, want in zip(rig.layers, wanted, strict=True))
     print(f"round trip bit-exact: {equal}")
@@ -112,7 +115,7 @@ def behind_running_compute(rig: Rig) -> None:
         stored = torch.from_numpy(rig.dram.rows[:FENCED_BLOCKS]).view(torch.bfloat16)
         wrong_stores += not bool((stored == number).all())
         busy(lambda blocks: blocks.zero_())
-        rig.run(LoadJob(11, "r", tuple(LoadItem(keys[i], DRAM_TIER, i, i) for i in ids)))
+        rig.run(LoadJob(11, "r", tuple(LoadItem(keys[i], HOST_DRAM, i, i) for i in ids)))
         loaded = torch.stack([layer[:FENCED_BLOCKS] for layer in rig.layers])
         wrong_loads += not bool((loaded == number).all())
     print(f"stores behind running compute that took old bytes: {wrong_stores} of {ROUNDS}")

@@ -1,4 +1,4 @@
-"""Moves blocks between HBM, host rows and disk on background threads, and reports what happened to each job.
+"""Moves blocks between HBM, host rows and the tiers below on background threads, and reports how each job ended.
 
 One worker owns one engine. The engine's own thread only submits and polls; nothing here ever waits on that thread.
 """
@@ -7,65 +7,117 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import torch
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.copy import copy_blocks
-from dynamo_kernels.errors import CopyError
 from dynamo_kernels.fence import ComputeFence, CopyLane
 
 from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.errors import StoreError
-from dynamo_connectors.jobs import DISK_TIER, DRAM_TIER, JobReport, LoadItem, LoadJob, SpillJob, StoreJob
-from dynamo_connectors.tiers.base import TierStore
+from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
+from dynamo_connectors.lanes import Lane
+from dynamo_connectors.loads import LoadFromBelow, reasons
+from dynamo_connectors.staging import StagingRows
+from dynamo_connectors.tiers.base import Batch, LowerTier, Place
 from dynamo_connectors.tiers.dram import DramStore
+from dynamo_connectors.tiers.nvme import NvmeStore
+from dynamo_connectors.tiers.nvme_lanes import NvmeTier
+from dynamo_connectors.tiers.object import ObjectStore
 
 log = logging.getLogger(__name__)
 
-Job: TypeAlias = StoreJob | LoadJob | SpillJob
+Job: TypeAlias = StoreJob | LoadJob | MoveJob | EraseJob
 
-#: Rows read from disk before they are copied up in one go: enough to keep `_DISK_READERS` busy, little memory.
-_STAGING_ROWS = 16
-_DISK_READERS = 4
-_DISK_WRITERS = 2
+#: Memory that loads from below pass through, and the rows that it has at least (enough to keep a disk busy).
+_STAGING_BYTES = 64 << 20
+_MIN_STAGING_ROWS = 16
+#: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.
+_LOADS_FROM_BELOW = 4
+#: How long stopping may take when a device does not answer.
+_CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Stores:
-    """The bytes below HBM that one worker owns. `disk` is absent without an nvme_ssd tier."""
+    """The bytes below HBM that one worker owns. Tiers that are not configured are absent."""
 
     dram: DramStore
-    disk: TierStore | None = None
+    disk: NvmeStore | None = None
+    object_store: ObjectStore | None = None
+
+
+@dataclass
+class _Outcome:
+    """How a job went so far."""
+
+    failed: dict[BlockKey, str] = field(default_factory=dict)
+    moved: list[Moved] = field(default_factory=list)
+
+    def note_move(self, tier: str, blocks: int, row_bytes: int, started: float) -> None:
+        if blocks:
+            self.moved.append(Moved(tier, blocks * row_bytes, time.monotonic() - started))
+
+
+class _Below:
+    """A tier below host memory, with the threads and the memory that loads from it take."""
+
+    def __init__(self, name: str, tier: LowerTier, dram: DramStore) -> None:
+        self.tier = tier
+        rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // dram.row_bytes)
+        self.staging = StagingRows(dram.another(min(rows, 4 * _MIN_STAGING_ROWS)))
+        self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
 
 
 class TransferEngine:
-    """Stores (HBM to DRAM), loads (DRAM or disk to HBM) and spills (DRAM to disk) of one worker."""
+    """Stores (HBM to host), loads (any tier to HBM), moves (host to a tier below, and back) and erasures of one worker.
+
+    Every submitted job is reported once: if its thread dies, if it is cancelled, and if it could not even start.
+    """
 
     def __init__(self, hbm: BlockView, stores: Stores) -> None:
         self._hbm = hbm
-        self._stores = stores
+        self._dram = stores.dram
         self._device = hbm.device
         self._rows = BlockView.of_rows(torch.from_numpy(stores.dram.rows), hbm.part_bytes)
         self._reports: queue.SimpleQueue[JobReport] = queue.SimpleQueue()
-        # One lane per direction keeps jobs of one kind in order, and lets loads overtake stores.
-        self._store_lane = ThreadPoolExecutor(1, thread_name_prefix="kvbm-store")
-        self._load_lane = ThreadPoolExecutor(1, thread_name_prefix="kvbm-load")
-        self._readers = ThreadPoolExecutor(_DISK_READERS, thread_name_prefix="kvbm-disk-read")
-        self._writers = ThreadPoolExecutor(_DISK_WRITERS, thread_name_prefix="kvbm-disk-write")
+        self._lock = threading.Lock()
+        self._unreported = 0
         self._closed = False
+        self._objects = stores.object_store
+        # A lane per kind keeps its jobs in order, and lets loads overtake stores.
+        self._store_lane = Lane("kvbm-store", 1)
+        self._load_lane = Lane("kvbm-load", 1)
+        #: Fastest first.
+        self._below: dict[str, _Below] = {}
+        if stores.disk is not None:
+            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores.dram)
+        if stores.object_store is not None:
+            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores.dram)
 
     def submit(self, job: Job, fence: ComputeFence) -> None:
         """Starts `job` once the compute before `fence` is done. Its report comes out of `poll`, always."""
+        with self._lock:
+            self._unreported += 1
         if isinstance(job, StoreJob):
-            self._store_lane.submit(self._run, job, lambda: self._store(job, fence))
+            ended = self._store_lane.submit(partial(self._store, job, fence))
         elif isinstance(job, LoadJob):
-            self._load_lane.submit(self._run, job, lambda: self._load(job, fence))
+            tiers = {item.tier for item in job.items}
+            lane = next((self._below[name].lane for name in reversed(self._below) if name in tiers), self._load_lane)
+            ended = lane.submit(partial(self._load, job, fence, time.monotonic()))
+        elif isinstance(job, MoveJob):
+            ended = self._move(job)
         else:
-            self._writers.submit(self._run, job, lambda: self._spill(job))
+            ended = self._erase(job)
+        ended.add_done_callback(partial(self._report, job))
 
     def poll(self, wait_seconds: float = 0.0) -> list[JobReport]:
         """Finished jobs. Waits at most `wait_seconds` for the first one."""
@@ -78,91 +130,170 @@ class TransferEngine:
             return reports
 
     def close(self) -> None:
-        """Finishes what has started, drops what has not, and gives the memory and the disk back."""
+        """Finishes what has started, drops what has not, and gives the memory and the disk back. Idempotent.
+
+        Takes `_CLOSE_SECONDS` at most: a thread that a device keeps longer is left behind, with the memory it uses.
+        """
         if self._closed:
             return
         self._closed = True
-        for lane in (self._store_lane, self._load_lane, self._readers, self._writers):
-            lane.shutdown(wait=True, cancel_futures=True)
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        ended = [lane.stop(deadline) for lane in (self._store_lane, self._load_lane)]
+        for below in self._below.values():
+            ended += [below.tier.close(deadline), below.lane.stop(deadline)]
+        if not all(ended):
+            log.error("dynamo: stopped while transfers were still running; their memory stays until this process ends")
+            return
         del self._rows
-        self._stores.dram.close()
-        if self._stores.disk is not None:
-            self._stores.disk.close()
+        for below in self._below.values():
+            below.staging.store.close()
+        self._dram.close()
 
-    def _run(self, job: Job, work: Callable[[], dict[BlockKey, str]]) -> None:
+    def check(self) -> None:
+        with self._lock:
+            assert self._unreported >= 0, "a job was reported twice"
+        for below in self._below.values():
+            below.staging.check()
+
+    def _report(self, job: Job, ended: Future[_Outcome]) -> None:
+        """Runs as the last thing of every job, on whichever thread ended it."""
         try:
-            failed = work()
-        except Exception:
+            outcome = ended.result()
+        except CancelledError:
+            outcome = _Outcome(dict.fromkeys(_keys_of(job), "closed"))
+        except BaseException:
             # The boundary of a background task: whatever went wrong, the blocks are a miss and the engine recomputes.
             log.exception("dynamo: %s %d failed; its blocks are treated as a miss", type(job).__name__, job.job_id)
-            failed = {item.key: "internal_error" for item in job.items}
-        self._reports.put(JobReport(job.job_id, failed))
+            outcome = _Outcome(dict.fromkeys(_keys_of(job), "internal_error"))
+        with self._lock:
+            self._unreported -= 1
+        self._reports.put(JobReport(job.job_id, outcome.failed, tuple(outcome.moved)))
 
-    def _store(self, job: StoreJob, fence: ComputeFence) -> dict[BlockKey, str]:
+    # -- between HBM and host memory ------------------------------------------------------------------------------
+    def _store(self, job: StoreJob, fence: ComputeFence) -> _Outcome:
         fence.wait()
-        dram = self._stores.dram
+        started, outcome = time.monotonic(), _Outcome()
         for item in job.items:
-            dram.set_key(item.slot, None)
+            self._dram.set_key(item.slot, None)
         with CopyLane(self._device):
             copy_blocks(self._hbm, [item.block for item in job.items], self._rows, [item.slot for item in job.items])
         for item in job.items:
-            dram.set_key(item.slot, item.key)
-        return {}
+            self._dram.set_key(item.slot, item.key)
+        outcome.note_move(HOST_DRAM, len(job.items), self._dram.row_bytes, started)
+        return outcome
 
-    def _load(self, job: LoadJob, fence: ComputeFence) -> dict[BlockKey, str]:
+    def _load(self, job: LoadJob, fence: ComputeFence, submitted: float) -> _Outcome:
+        # Waiting for its turn is part of what a load may take; the compute before it would delay a miss just as well.
+        queued_seconds = time.monotonic() - submitted
         fence.wait()
-        failed: dict[BlockKey, str] = {}
-        from_dram = [item for item in job.items if item.tier == DRAM_TIER]
-        from_disk = [item for item in job.items if item.tier == DISK_TIER]
-        with CopyLane(self._device):
-            self._load_from_dram(from_dram, failed)
-            for start in range(0, len(from_disk), _STAGING_ROWS):
-                self._load_from_disk(from_disk[start : start + _STAGING_ROWS], failed)
-        return failed
+        outcome = _Outcome()
+        by_tier: dict[str, list[LoadItem]] = {}
+        for item in job.items:
+            by_tier.setdefault(item.tier, []).append(item)
+        self._load_from_dram(by_tier.pop(HOST_DRAM, []), outcome)
+        for name, items in by_tier.items():
+            started, below = time.monotonic(), self._below[name]
+            load = LoadFromBelow(below.tier, below.staging, self._hbm)
+            good = load.run(items, below.tier.deadline_seconds - queued_seconds, outcome.failed)
+            outcome.note_move(name, good, self._dram.row_bytes, started)
+        return outcome
 
-    def _load_from_dram(self, items: Sequence[LoadItem], failed: dict[BlockKey, str]) -> None:
+    def _load_from_dram(self, items: Sequence[LoadItem], outcome: _Outcome) -> None:
+        started = time.monotonic()
         good: list[LoadItem] = []
         for item in items:
-            if self._stores.dram.holds(item.slot, item.key):
+            if self._dram.holds(item.slot, item.key):
                 good.append(item)
             else:
-                failed[item.key] = "wrong_key"
-        copy_blocks(self._rows, [item.slot for item in good], self._hbm, [item.block for item in good])
+                outcome.failed[item.key] = "wrong_key"
+        with CopyLane(self._device):
+            copy_blocks(self._rows, [item.slot for item in good], self._hbm, [item.block for item in good])
+        outcome.note_move(HOST_DRAM, len(good), self._dram.row_bytes, started)
 
-    def _load_from_disk(self, items: Sequence[LoadItem], failed: dict[BlockKey, str]) -> None:
-        disk = self._stores.disk
-        if disk is None:
-            raise CopyError("a load names the nvme_ssd tier, which this worker does not have")
-        # Rows of this batch alone: a read that is late, because this batch failed, can then only hit dead memory.
-        rows = torch.empty((len(items), self._stores.dram.row_bytes), dtype=torch.uint8)
-        staging, row_bytes = BlockView.of_rows(rows, self._hbm.part_bytes), rows.numpy()
-        reads: list[Future[None]] = [
-            self._readers.submit(disk.read, item.slot, item.key, memoryview(row_bytes[row]))
-            for row, item in enumerate(items)
-        ]
-        good: list[tuple[int, LoadItem]] = []
-        for row, (item, read) in enumerate(zip(items, reads, strict=True)):
-            try:
-                read.result()
-            except StoreError as error:
-                failed[item.key] = error.reason
-                log.warning("dynamo: a block on disk is a miss: %s", error)
+    # -- between host memory and the tiers below ------------------------------------------------------------------
+    def _move(self, job: MoveJob) -> Future[_Outcome]:
+        """Starts a move; no thread waits for it. The host rows are pinned by their index until the report."""
+        ended: Future[_Outcome] = Future()
+        try:
+            if job.source_tier == HOST_DRAM:
+                _Move(self._dram, self._below[job.target_tier].tier, job, ended).down()
             else:
-                good.append((row, item))
-        copy_blocks(staging, [row for row, _ in good], self._hbm, [item.block for _, item in good])
+                _Move(self._dram, self._below[job.source_tier].tier, job, ended).up()
+        except Exception as error:  # noqa: BLE001 - reported like the error of any other job
+            ended.set_exception(error)
+        return ended
 
-    def _spill(self, job: SpillJob) -> dict[BlockKey, str]:
-        disk = self._stores.disk
-        if disk is None:
-            raise CopyError("a spill names the nvme_ssd tier, which this worker does not have")
-        failed: dict[BlockKey, str] = {}
-        for item in job.items:
-            if not self._stores.dram.holds(item.source_slot, item.key):
-                failed[item.key] = "wrong_key"
-                continue
-            try:
-                disk.write(item.target_slot, item.key, memoryview(self._stores.dram.rows[item.source_slot]))
-            except StoreError as error:
-                failed[item.key] = error.reason
-                log.warning("dynamo: a block was not written to disk: %s", error)
-        return failed
+    def _erase(self, job: EraseJob) -> Future[_Outcome]:
+        ended: Future[_Outcome] = Future()
+
+        def end(done: Future[Sequence[StoreError | None]]) -> None:
+            why = zip(job.chunks, reasons(done, len(job.chunks)), strict=True)
+            ended.set_result(_Outcome({chunk: reason for chunk, reason in why if reason is not None}))
+
+        if self._objects is None:
+            ended.set_exception(StoreError("no_tier", f"there is no {job.tier} to erase in"))
+        else:
+            self._objects.erase(job.chunks).add_done_callback(end)
+        return ended
+
+
+def _keys_of(job: Job) -> Sequence[BlockKey]:
+    return job.chunks if isinstance(job, EraseJob) else [item.key for item in job.items]
+
+
+class _Move:
+    """One MoveJob on its way. `ended` gets its outcome when the last of its batches has one."""
+
+    def __init__(self, dram: DramStore, below: LowerTier, job: MoveJob, ended: Future[_Outcome]) -> None:
+        self._dram = dram
+        self._below = below
+        self._job = job
+        self._ended = ended
+        self._outcome = _Outcome()
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._open_batches = 0
+        self._good = 0
+
+    def down(self) -> None:
+        items: list[MoveItem] = []
+        for item in self._job.items:
+            if self._dram.holds(item.source_slot, item.key):
+                items.append(item)
+            else:
+                self._outcome.failed[item.key] = "wrong_key"
+        places = [Place(item.key, item.target_slot, item.chunk, item.row) for item in items]
+        rows = [memoryview(self._dram.rows[item.source_slot]) for item in items]
+        self._await(items, self._below.write(places, rows))
+
+    def up(self) -> None:
+        items = self._job.items
+        for item in items:
+            self._dram.set_key(item.target_slot, None)
+        places = [Place(item.key, item.source_slot, item.chunk, item.row) for item in items]
+        rows = [memoryview(self._dram.rows[item.target_slot]) for item in items]
+        self._await(items, self._below.read(places, rows))
+
+    def _await(self, items: Sequence[MoveItem], batches: Sequence[Batch]) -> None:
+        self._open_batches = len(batches)
+        if not batches:
+            self._ended.set_result(self._outcome)
+        for batch in batches:
+            batch.outcome.add_done_callback(partial(self._end_batch, [items[at] for at in batch.positions]))
+
+    def _end_batch(self, items: Sequence[MoveItem], done: Future[Sequence[StoreError | None]]) -> None:
+        going_up = self._job.target_tier == HOST_DRAM
+        with self._lock:
+            for item, reason in zip(items, reasons(done, len(items)), strict=True):
+                if reason is not None:
+                    self._outcome.failed[item.key] = reason
+                    continue
+                self._good += 1
+                if going_up:
+                    self._dram.set_key(item.target_slot, item.key)
+            self._open_batches -= 1
+            if self._open_batches:
+                return
+        tier = self._job.source_tier if going_up else self._job.target_tier
+        self._outcome.note_move(tier, self._good, self._dram.row_bytes, self._started)
+        self._ended.set_result(self._outcome)

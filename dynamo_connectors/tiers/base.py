@@ -6,8 +6,9 @@ In vLLM the scheduler owns the index and each worker owns a store; in SGLang one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
@@ -34,6 +35,45 @@ class TierStore(Protocol):
 
     def close(self) -> None:
         """Gives everything back. Idempotent."""
+
+
+class Place(NamedTuple):
+    """Where a block lies in a tier: a slot, or (object_store) row `row` of object `chunk`."""
+
+    key: BlockKey
+    slot: int
+    chunk: BlockKey | None = None
+    row: int = 0
+
+
+class Batch(NamedTuple):
+    """Blocks that one request moves. `outcome` says for each of `positions` why it failed, or None."""
+
+    positions: Sequence[int]
+    outcome: Future[Sequence[StoreError | None]]
+
+
+class LowerTier(Protocol):
+    """A tier below host memory as the transfer engine sees it. Calls return at once; the bytes move on its threads.
+
+    Once an outcome is there, nothing touches that batch's buffers any more; a block without an error is complete and,
+    when read, proven. An outcome may never come (a device that hangs): callers of `read` keep their own deadline.
+    """
+
+    #: What a whole load may wait for this tier; what comes later is a miss.
+    deadline_seconds: float
+
+    def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Batch]:
+        """Fills `into[i]` with the block at `places[i]`."""
+
+    def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:
+        """Keeps `rows[i]` at `places[i]`; the rows must not change before the outcome."""
+
+    def close(self, deadline: float) -> bool:
+        """Cancels what has not started; waits for the rest until `deadline` (of `time.monotonic`) at most.
+
+        False when something is still busy then. Idempotent.
+        """
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable
 
@@ -10,21 +11,27 @@ import numpy.typing as npt
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import ConfigError, StoreError
+from dynamo_connectors.numa import prefer_node
 
-#: Pins (address, num_bytes) for DMA and returns the function that unpins it.
-Pinner = Callable[[int, int], Callable[[], None]]
+#: Pins (address, num_bytes, row_bytes) for DMA and returns the function that unpins it.
+Pinner = Callable[[int, int, int], Callable[[], None]]
 
 
 class DramStore:
     """`capacity_blocks` rows of `row_bytes` each in one private mapping.
 
-    The system hands out the pages as they are touched, so an idle tier costs little. Each slot remembers the key it was
+    The slab begins at a page, so rows of whole pages are aligned for direct I/O. The system hands the pages out as they
+    are touched, large ones where it can, from `numa_node` where one is named. Each slot remembers the key it was
     written for: a reader that asks for another key gets an error instead of somebody else's bytes.
     """
 
-    def __init__(self, capacity_blocks: int, row_bytes: int, pin: Pinner | None = None) -> None:
+    def __init__(
+        self, capacity_blocks: int, row_bytes: int, pin: Pinner | None = None, numa_node: int | None = None
+    ) -> None:
         self.capacity_blocks = capacity_blocks
         self.row_bytes = row_bytes
+        self._pin = pin
+        self._numa_node = numa_node
         self._unpin: Callable[[], None] | None = None
         try:
             slab = mmap.mmap(-1, capacity_blocks * row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -37,8 +44,16 @@ class DramStore:
         self._keys: list[BlockKey | None] = [None] * capacity_blocks
         #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
         self.rows: npt.NDArray[np.uint8] = np.frombuffer(slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
+        with contextlib.suppress(OSError):  # a system without huge pages
+            slab.madvise(mmap.MADV_HUGEPAGE)
+        if numa_node is not None:
+            prefer_node(self.rows.ctypes.data, self.rows.nbytes, numa_node)
         if pin is not None:
-            self._unpin = pin(self.rows.ctypes.data, self.rows.nbytes)
+            self._unpin = pin(self.rows.ctypes.data, self.rows.nbytes, row_bytes)
+
+    def another(self, capacity_blocks: int) -> DramStore:
+        """A slab of its own for rows of the same kind, pinned and placed alike."""
+        return DramStore(capacity_blocks, self.row_bytes, self._pin, self._numa_node)
 
     def set_key(self, slot: int, key: BlockKey | None) -> None:
         """Names what `slot` holds: None while the copy engine fills the row, the key when it is complete."""

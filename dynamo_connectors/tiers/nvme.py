@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 #: I/O errors in a row after which the tier is off, and how long until one operation may try again.
 _ERRORS_TO_TURN_OFF = 8
 _RETRY_SECONDS = 30.0
+#: How long forgetting may keep its caller.
+_FORGET_SECONDS = 5.0
 
 
 def slot_bytes(row_bytes: int) -> int:
@@ -171,17 +173,15 @@ class NvmeStore:
             self._generation = os.urandom(GENERATION_BYTES)
             self._owner = owner_of(self._namespace, self._generation)
             self.recovered = ()
-        if index is None:
-            return
-        index.abandon()
-        try:
-            self._write_first_page(bytes(PAGE_BYTES))
-        except OSError as error:
-            # The slab's name is the next thing that can be taken away; without it nobody opens the slab again.
-            log.error("dynamo: %s cannot be marked as forgotten (%s); it is removed", self.path, error.strerror)
-            slab_files.remove_slab(self.path)
-        else:
-            slab_files.log_path(self.path).unlink(missing_ok=True)
+            if index is None or self._closed:
+                return
+            self._users += 1
+        # On a thread of its own: a disk that hangs must not hang the engine.
+        thread = threading.Thread(target=self._forget_on_disk, args=(index,), name="kvbm-disk-forget", daemon=True)
+        thread.start()
+        thread.join(_FORGET_SECONDS)
+        if thread.is_alive():
+            log.error("dynamo: %s does not answer and still holds old blocks: delete it if this engine dies", self.path)
 
     def close(self) -> None:
         """Keeps the slab for the next engine, or removes it when nothing in it may outlive this one. Idempotent."""
@@ -204,6 +204,19 @@ class NvmeStore:
             index = self._log
         if index is not None:
             index.check()
+
+    def _forget_on_disk(self, index: IndexLog) -> None:
+        try:
+            index.abandon()
+            self._write_first_page(bytes(PAGE_BYTES))
+            slab_files.log_path(self.path).unlink(missing_ok=True)
+        except OSError as error:
+            # The slab's name is the next thing that can be taken away; without it nobody opens the slab again.
+            log.error("dynamo: %s cannot be marked as forgotten (%s); it is removed", self.path, error.strerror)
+            with suppress(OSError):
+                slab_files.remove_slab(self.path)
+        finally:
+            self._leave()
 
     # -- opening and closing --------------------------------------------------------------------------------------
     def _open(self, persistent: bool) -> bool:
@@ -341,18 +354,21 @@ class NvmeStore:
         try:
             yield self._fd
         finally:
-            with self._lock:
-                self._users -= 1
-                last_one = self._closed and self._users == 0
-            if last_one:
-                self._let_go()
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            last_one = self._closed and self._users == 0
+        if last_one:
+            self._let_go()
 
     def _note_error(self) -> None:
         with self._lock:
             turned_off = self._circuit.note_error(self._clock())
         if turned_off:
             log.error(
-                "dynamo: nvme_ssd tier off: %s failed %d times in a row; the engine goes on without it and tries in %d s",
+                "dynamo: nvme_ssd tier off: %s failed %d times in a row; the engine goes on, next try in %d s",
                 self.path,
                 _ERRORS_TO_TURN_OFF,
                 _RETRY_SECONDS,

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from dynamo_connectors.errors import StoreError
-from dynamo_connectors.tiers.object_circuit import Circuit
+from dynamo_connectors.tiers.circuit import Circuit
 from dynamo_connectors.tiers.object_client import ObjectClient
 from dynamo_connectors.tiers.object_loop import LoopThread
 
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 #: The store answered: it is alive, whatever it said about this object.
 _ANSWERS = ("not_found", "cut_body")
+_ERRORS_TO_OPEN, _RETRY_SECONDS, _MAX_RETRY_SECONDS = 3, 1.0, 60.0
 
 
 class ObjectRequests:
@@ -30,7 +31,9 @@ class ObjectRequests:
 
     def __init__(self, client: ObjectClient, clock: Callable[[], float]) -> None:
         self.client = client
-        self.reads, self.writes = Circuit(), Circuit()
+        self.reads = Circuit(_ERRORS_TO_OPEN, _RETRY_SECONDS, _MAX_RETRY_SECONDS)
+        self.writes = Circuit(_ERRORS_TO_OPEN, _RETRY_SECONDS, _MAX_RETRY_SECONDS)
+        self.opened_total = 0
         self._clock = clock
         self._lock = threading.Lock()
         self._failures: Counter[str] = Counter()
@@ -49,24 +52,12 @@ class ObjectRequests:
                 raise StoreError(self._ended, f"{self.client.name} takes no more requests")
             return self._loop.submit(work())
 
-    def wait(self, work: Callable[[], Coroutine[Any, Any, T]], seconds: float) -> T:
-        """The outcome of `work`, or `StoreError` after `seconds` at most; `work` is then cancelled."""
-        late = StoreError("deadline", f"{self.client.name} did not answer in time")
-        if seconds <= 0:
-            raise late
-        future = self.submit(work)
-        try:
-            return future.result(seconds)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise late from None
-        except concurrent.futures.CancelledError:
-            raise self.cancelled() from None
-
     async def request(self, circuit: Circuit, ask: Callable[[], Awaitable[T]], seconds: float) -> T:
         """One request, on the loop's thread. The circuit hears how it ended, however it ends."""
-        if not circuit.allow(self._clock()):
-            raise StoreError("circuit_open", f"{self.client.name} has failed; it is asked again soon")
+        if self._ended is not None:
+            raise self.cancelled()
+        if not circuit.admits(self._clock()):
+            raise StoreError("tier_off", f"{self.client.name} has failed; it is asked again soon")
         failure: str | None = "it does not answer in time"
         try:
             answer = await asyncio.wait_for(ask(), seconds)
@@ -75,9 +66,10 @@ class ObjectRequests:
             failure = None if error.reason in _ANSWERS else str(error)
             raise
         except asyncio.TimeoutError:
-            raise StoreError("deadline", f"{self.client.name} did not answer in {seconds:.3g} s") from None
+            raise StoreError("timeout", f"{self.client.name} did not answer in {seconds:.3g} s") from None
         finally:
-            self._report(circuit, failure)
+            if self._ended is None:
+                self._report(circuit, failure)
         return answer
 
     def refuses_writes(self) -> bool:
@@ -97,15 +89,18 @@ class ObjectRequests:
             return dict(self._failures)
 
     def end(self, reason: str) -> None:
-        """Lets nothing new pass, for `reason`."""
+        """Cancels what runs and lets nothing new pass, for `reason`."""
         with self._lock:
-            self._ended = reason
+            if self._ended is None:
+                self._ended = reason
+                self._loop.cancel_all()
 
-    def close(self) -> None:
-        """Cancels what runs, and gives thread and connections back. Idempotent."""
+    def close(self, deadline: float) -> bool:
+        """Gives thread and connections back too; False when the thread is still busy. Idempotent."""
         self.end("closed")
-        self._loop.close()
+        ended = self._loop.close(deadline)
         self.client.close()
+        return ended
 
     def check(self) -> None:
         """Asserts every invariant."""
@@ -114,9 +109,8 @@ class ObjectRequests:
 
     def _report(self, circuit: Circuit, failure: str | None) -> None:
         if failure is None:
-            circuit.succeeded()
-            return
-        opened = circuit.opened_total
-        circuit.failed(self._clock())
-        if circuit.opened_total != opened:
+            if circuit.note_success():
+                log.warning("dynamo: %s answers again", self.client.name)
+        elif circuit.note_error(self._clock()):
+            self.opened_total += 1
             log.warning("dynamo: %s is left alone for a while: %s", self.client.name, failure)

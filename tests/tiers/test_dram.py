@@ -51,12 +51,12 @@ def test_a_row_that_could_not_be_filled_holds_nothing() -> None:
 def test_the_slab_is_pinned_once_and_unpinned_once() -> None:
     calls: list[object] = []
 
-    def pin(address: int, num_bytes: int) -> object:
-        calls.append((address, num_bytes))
+    def pin(address: int, num_bytes: int, row_bytes: int) -> object:
+        calls.append((address, num_bytes, row_bytes))
         return lambda: calls.append("unpinned")
 
     store = DramStore(3, ROW, pin)
-    assert calls == [(store.rows.ctypes.data, 3 * ROW)]
+    assert calls == [(store.rows.ctypes.data, 3 * ROW, ROW)]
     store.close()
     store.close()
     assert calls[1:] == ["unpinned"]

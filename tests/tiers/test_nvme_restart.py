@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import ConfigError, StoreError
-from dynamo_connectors.tiers import slab_format
+from dynamo_connectors.tiers import nvme, slab_format
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_offset
 from dynamo_connectors.tiers.slab_files import log_path
 from tests.tiers.factories import NAMESPACE, mounted
@@ -291,9 +291,28 @@ def test_a_write_that_ends_after_forgetting_is_forgotten(tmp_path: Path, monkeyp
     store.close()
 
 
-def test_a_slab_that_cannot_be_marked_as_forgotten_is_removed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_forgetting_does_not_wait_for_a_disk_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    store = make(tmp_path)
+    fill(store, range(4))
+    go_on, real = threading.Event(), os.pwrite
+    monkeypatch.setattr(nvme, "_FORGET_SECONDS", 0.1)
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: go_on.wait(60) and real(*arguments))
+    store.forget()
+    assert caplog.text.count("does not answer") == 1
+    unreadable(store, range(4))
+    store.close()
+    assert store._fd >= 0, "closed under the write that still hangs"
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "kvbm-disk-forget":
+            thread.join(20)
+    assert store._fd < 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slab_that_cannot_be_marked_as_forgotten_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = make(tmp_path)
     fill(store, range(4))
     good = os.dup(store._fd)
@@ -316,9 +335,7 @@ def test_a_slab_that_is_not_to_last_is_not_found_again_even_after_a_kill(tmp_pat
     store.close()
 
 
-def test_leftovers_are_named_and_make_room_when_it_is_needed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_leftovers_are_named_and_make_room_when_it_is_needed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A disk for three slabs: the oldest idle one goes, the newer idle and the living ones stay."""
     caplog.set_level("INFO")
     size = 4096 * (3 * (1 + 4 * CAPACITY) + 40)

@@ -1,0 +1,112 @@
+"""Brings blocks of a tier below host memory up to HBM, through staging rows, reading and copying at the same time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from typing import NamedTuple
+
+import torch
+from dynamo_kernels.block_view import BlockView
+from dynamo_kernels.copy import copy_blocks
+from dynamo_kernels.fence import CopyLane
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.errors import StoreError
+from dynamo_connectors.jobs import LoadItem
+from dynamo_connectors.staging import StagingRows
+from dynamo_connectors.tiers.base import LowerTier, Place
+
+log = logging.getLogger(__name__)
+
+#: Rows that one load may hold: enough to keep a disk busy, few enough that several loads share them.
+_MOST_ROWS = 16
+
+
+class _Read(NamedTuple):
+    items: list[LoadItem]
+    rows: list[int]
+
+
+class LoadFromBelow:
+    """One load from one tier, on a thread of the transfer engine."""
+
+    def __init__(self, tier: LowerTier, staging: StagingRows, hbm: BlockView) -> None:
+        self._tier = tier
+        self._staging = staging
+        self._hbm = hbm
+        self._rows = BlockView.of_rows(torch.from_numpy(staging.store.rows), hbm.part_bytes)
+        self._reads: dict[Future[Sequence[StoreError | None]], _Read] = {}
+
+    def run(self, items: Sequence[LoadItem], seconds: float, failed: dict[BlockKey, str]) -> int:
+        """Fills the HBM blocks of `items`; notes in `failed` why one was not. Returns how many were.
+
+        What takes longer than `seconds` is a miss: the request would rather be computed.
+        However it ends, no read of this load can reach memory that somebody else uses by then.
+        """
+        deadline = time.monotonic() + seconds
+        waiting, good = list(items), 0
+        try:
+            while (waiting or self._reads) and time.monotonic() < deadline:
+                del waiting[: self._start(waiting, deadline)]
+                done = wait(self._reads, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED).done
+                good += self._finish(done, failed)
+            late = [item for read in self._reads.values() for item in read.items]
+            failed.update({item.key: "timeout" for item in [*late, *waiting]})
+        finally:
+            self._leave_behind()
+        return good
+
+    def _start(self, waiting: Sequence[LoadItem], deadline: float) -> int:
+        """Starts reading the first of `waiting`, as many as there are rows for."""
+        room = _MOST_ROWS - sum(len(read.rows) for read in self._reads.values())
+        # Who holds rows does not wait for more, so those who wait are served in the end.
+        patience = 0.0 if self._reads else max(0.0, deadline - time.monotonic())
+        rows = self._staging.take(min(room, len(waiting)), patience) if waiting and room else []
+        places = [Place(item.key, item.slot, item.chunk, item.row) for item in waiting[: len(rows)]]
+        batches = self._tier.read(places, [self._staging.view(row) for row in rows]) if rows else []
+        for positions, outcome in batches:
+            self._reads[outcome] = _Read([waiting[at] for at in positions], [rows[at] for at in positions])
+        return len(rows)
+
+    def _finish(self, done: set[Future[Sequence[StoreError | None]]], failed: dict[BlockKey, str]) -> int:
+        reads = {outcome: self._reads.pop(outcome) for outcome in done}
+        rows: list[int] = []
+        blocks: list[int] = []
+        try:
+            for outcome, read in reads.items():
+                for item, row, reason in zip(read.items, read.rows, reasons(outcome, len(read.items)), strict=True):
+                    if reason is None:
+                        rows.append(row)
+                        blocks.append(item.block)
+                    else:
+                        failed[item.key] = reason
+            with CopyLane(self._hbm.device):
+                copy_blocks(self._rows, rows, self._hbm, blocks)
+        finally:
+            for read in reads.values():
+                self._staging.give(read.rows)
+        return len(rows)
+
+    def _leave_behind(self) -> None:
+        """Rows of reads that are late come back when those reads have ended, if ever."""
+        for outcome, read in self._reads.items():
+            outcome.cancel()
+            outcome.add_done_callback(lambda _, rows=read.rows: self._staging.give(rows))  # type: ignore[misc]
+
+
+def reasons(done: Future[Sequence[StoreError | None]], blocks: int) -> list[str | None]:
+    """Why each block of a finished batch failed, or None."""
+    try:
+        errors = done.result()
+    except CancelledError:
+        return ["closed"] * blocks
+    except BaseException:
+        log.exception("dynamo: a transfer of %d blocks failed; they are treated as a miss", blocks)
+        return ["internal_error"] * blocks
+    first = next((error for error in errors if error is not None and error.reason != "tier_off"), None)
+    if first is not None:
+        log.warning("dynamo: %d blocks are a miss, the first one: %s", sum(map(bool, errors)), first)
+    return [None if error is None else error.reason for error in errors]

@@ -1,0 +1,41 @@
+"""Rows of host memory that bytes pass through on their way up. Their number bounds what loads may take."""
+
+from __future__ import annotations
+
+import threading
+
+from dynamo_connectors.tiers.dram import DramStore
+
+
+class StagingRows:
+    """Hands out rows of `store`, which it owns. A row is given back by whoever is sure that nobody writes to it."""
+
+    def __init__(self, store: DramStore) -> None:
+        self.store = store
+        self._free = list(range(store.capacity_blocks))
+        self._changed = threading.Condition()
+
+    def take(self, most: int, wait_seconds: float = 0.0) -> list[int]:
+        """Up to `most` rows; none when none came free in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free, wait_seconds)
+            taken, self._free = self._free[:most], self._free[most:]
+            return taken
+
+    def give(self, rows: list[int]) -> None:
+        with self._changed:
+            self._free += rows
+            self._changed.notify_all()
+
+    def view(self, row: int) -> memoryview:
+        return memoryview(self.store.rows[row])
+
+    @property
+    def all_are_back(self) -> bool:
+        with self._changed:
+            return len(self._free) == self.store.capacity_blocks
+
+    def check(self) -> None:
+        with self._changed:
+            assert len(set(self._free)) == len(self._free), "a staging row was given back twice"
+            assert set(self._free) <= set(range(self.store.capacity_blocks)), "a staging row that does not exist"

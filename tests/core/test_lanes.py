@@ -1,0 +1,136 @@
+"""Threads that survive their tasks, end in time, and wake everybody who waits for them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError, wait
+
+import pytest
+
+from dynamo_connectors.lanes import Lane
+from dynamo_connectors.staging import StagingRows
+from dynamo_connectors.tiers.dram import DramStore
+
+NO_THREADS = """
+import os, resource, threading
+from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.lanes import Lane
+resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    Lane("x", 4)
+except ConfigError as error:
+    print(error)
+print(threading.active_count())
+"""
+#: A lane hangs for ever in a task: the interpreter must end all the same.
+HANGS_AT_EXIT = """
+import threading, time
+from dynamo_connectors.lanes import Lane
+lane = Lane("x", 1)
+started = threading.Event()
+lane.submit(lambda: started.set() or threading.Event().wait())
+lane.submit(print)
+started.wait()
+assert not lane.stop(time.monotonic() + 0.2)
+print("ended")
+"""
+
+
+def child(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout.splitlines()
+
+
+def later(seconds: float = 20) -> float:
+    return time.monotonic() + seconds
+
+
+def test_tasks_of_one_thread_run_in_order() -> None:
+    lane, seen = Lane("x", 1), []
+    wait([lane.submit(lambda number=number: seen.append(number)) for number in range(100)])
+    assert seen == list(range(100))
+    assert lane.stop(later())
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError])
+def test_whatever_a_task_raises_is_its_result_and_the_thread_goes_on(error: type[BaseException]) -> None:
+    lane = Lane("x", 1)
+
+    def die() -> None:
+        raise error
+
+    for _ in range(3):
+        assert isinstance(lane.submit(die).exception(20), error)
+    assert lane.submit(lambda: 7).result(20) == 7
+    assert lane.stop(later())
+
+
+def test_stopping_cancels_what_waits_and_wakes_those_who_wait_for_it() -> None:
+    lane, release, started = Lane("x", 1), threading.Event(), threading.Event()
+    running = lane.submit(lambda: started.set() or release.wait(60))
+    assert started.wait(20)
+    waiting = [lane.submit(lambda: None) for _ in range(5)]
+    woken: list[int] = []
+    waiter = threading.Thread(target=lambda: woken.append(len(wait(waiting, 60).done)))
+    waiter.start()
+    assert not lane.stop(time.monotonic())
+    waiter.join(20)
+    assert woken == [5]
+    assert all(task.cancelled() for task in waiting)
+    release.set()
+    assert running.result(20)
+    assert lane.stop(later())
+
+
+def test_a_stopped_lane_cancels_at_once() -> None:
+    lane = Lane("x", 2)
+    assert lane.stop(later())
+    assert lane.stop(later())
+    with pytest.raises(CancelledError):
+        lane.submit(lambda: None).result(20)
+
+
+def test_a_cancelled_task_never_runs() -> None:
+    lane, release, ran = Lane("x", 1), threading.Event(), threading.Event()
+    first = lane.submit(lambda: release.wait(60))
+    second = lane.submit(ran.set)
+    assert second.cancel()
+    release.set()
+    assert first.result(20)
+    assert lane.submit(lambda: 1).result(20) == 1
+    assert not ran.is_set()
+    assert lane.stop(later())
+
+
+def test_a_host_without_threads_is_one_line() -> None:
+    line, threads = child(NO_THREADS)
+    assert "ulimit -u" in line
+    assert threads == "1"
+
+
+def test_a_task_that_hangs_for_ever_does_not_keep_the_process() -> None:
+    assert child(HANGS_AT_EXIT) == ["ended"]
+
+
+def test_staging_rows_are_never_handed_out_twice() -> None:
+    staging = StagingRows(DramStore(4, 8))
+    first, second = staging.take(3), staging.take(3)
+    assert sorted(first + second) == [0, 1, 2, 3]
+    assert staging.take(1) == []
+    assert staging.take(1, 0.01) == []
+    staging.give(second)
+    assert not staging.all_are_back
+    assert staging.take(2) == second
+    staging.give(first + second)
+    assert staging.all_are_back
+    staging.check()
+    staging.give([1])
+    with pytest.raises(AssertionError, match="given back twice"):
+        staging.check()
+    staging._free.pop()
+    staging.store.close()
