@@ -38,7 +38,7 @@ class Namespace:
     pp_rank: int = 0
     pp_size: int = 1
     key_rules: str = ""
-    #: Identity of the weights: KV computed with others is another model's.
+    #: Which weights computed the KV, as far as their files tell.
     weights: str = ""
     format_version: int = FORMAT_VERSION
 

@@ -18,10 +18,10 @@ from dynamo_connectors.config import KvbmConfig, parse_config
 from dynamo_connectors.errors import DynamoConnectorsError
 from dynamo_connectors.host_limits import check_host
 from dynamo_connectors.vllm import setup
-from dynamo_connectors.vllm.compat import HbmHolds, engine_logger, scheduled_block_ids, tokens_in_flight
+from dynamo_connectors.vllm.compat import BlockTables, HbmHolds, engine_logger, tokens_in_flight
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.metrics import KvbmPromMetrics, KvbmStats
-from dynamo_connectors.vllm.scheduler import SchedulerHalf, single_group
+from dynamo_connectors.vllm.scheduler import SchedulerHalf
 from dynamo_connectors.vllm.worker import WorkerHalf
 
 log = engine_logger(__name__)
@@ -37,6 +37,9 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._block_tables = BlockTables()
+        #: The plan of this step until its offloads are started.
+        self._unsaved: StepPlan | None = None
         try:
             self._config: KvbmConfig = parse_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
             check_host(self._config)
@@ -68,11 +71,11 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return 0, False
         tokens = self._scheduler.matched_tokens(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, bool(tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None:
-            self._scheduler.after_alloc(request, single_group(blocks.get_block_ids()), num_external_tokens)
+            self._scheduler.after_alloc(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if self._scheduler is None:
@@ -93,14 +96,18 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler is not None:
             computed = max(0, request.num_computed_tokens - tokens_in_flight(request))
-            self._scheduler.finished(request, single_group(block_ids), computed)
+            self._scheduler.finished(request, block_ids, computed)
         return False, None
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.has_work
 
     def take_events(self) -> Iterable[Any]:
-        return self._scheduler.take_events() if self._scheduler is not None else ()
+        """vLLM's scheduler calls this once at the end of every step, events wanted or not."""
+        if self._scheduler is None:
+            return ()
+        self._scheduler.step_ended()
+        return self._scheduler.take_events()
 
     def reset_cache(self) -> bool | None:
         return self._scheduler.reset() if self._scheduler is not None else True
@@ -118,7 +125,8 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.start_loads(self._plan())
+            self._unsaved = self._plan()
+            self._worker.start_loads(self._unsaved)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are asynchronous: a request is not scheduled before its blocks are complete."""
@@ -127,11 +135,17 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         """Whole blocks are offloaded over all layers at once, after the step."""
 
     def wait_for_save(self) -> None:
-        if self._worker is not None:
-            self._worker.start_offloads(self._plan())
+        self._start_offloads()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        self._start_offloads()
         return None, self._worker.take_loaded_requests() if self._worker is not None else None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        results = super().get_transfer_results(finished_req_ids)
+        if self._worker is not None:
+            results.failed_recving |= self._worker.take_failed_requests()
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.take_bad_blocks() if self._worker is not None else set()
@@ -143,9 +157,9 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KvbmStats | None:
         if self._scheduler is not None:
-            stats = KvbmStats.of(self._scheduler.take_counts(), self._scheduler.tier_stats())
+            stats = KvbmStats.of_scheduler(self._scheduler.take_counts(), self._scheduler.tier_stats())
         elif self._worker is not None:
-            stats = KvbmStats.of(self._worker.take_counts())
+            stats = KvbmStats.of_worker(self._worker.take_transfers())
         else:
             return None
         return None if stats.is_empty() else stats
@@ -171,10 +185,21 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
             raise TypeError(f"expected the dynamo scheduler's plan, got {type(plan).__name__}")
         return plan
 
+    def _start_offloads(self) -> None:
+        """Once a step, by whichever hook comes first: 0.24 leaves `wait_for_save` out in steps without a forward."""
+        plan, self._unsaved = self._unsaved, None
+        if self._worker is not None and plan is not None:
+            self._worker.start_offloads(plan)
+
     def _offer_computed_blocks(self, scheduler: SchedulerHalf, scheduler_output: Any) -> None:
-        """Offers what earlier steps have computed; blocks of this step are offered by the next one."""
+        self._block_tables.follow(scheduler_output)
         cached = scheduler_output.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        scheduled = scheduler_output.num_scheduled_tokens
+        scheduler.step_planned(computed, scheduled)
+        # Another connector that loads within the step may fail, and with it what the step computes.
+        trusts_step = not getattr(scheduler_output, "has_sync_kv_loads", False)
         for request_id, tokens in computed.items():
-            scheduler.offer(request_id, tokens, partial(scheduled_block_ids, scheduler_output, request_id))
+            fresh = scheduled.get(request_id, 0) if trusts_step else 0
+            scheduler.offer(request_id, tokens, fresh, partial(self._block_tables.blocks_of, request_id))

@@ -127,3 +127,8 @@ def group_key(block_hash: bytes, group: int) -> BlockKey:
 def hash_of(key: BlockKey, num_groups: int) -> bytes:
     """The engine's hash in a key of `Chains`."""
     return key.rpartition(b"/")[0] if num_groups > 1 else key
+
+
+def group_of(key: BlockKey, num_groups: int) -> int:
+    """The group in a key of `Chains`."""
+    return int(key.rpartition(b"/")[2]) if num_groups > 1 else 0

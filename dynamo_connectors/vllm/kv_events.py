@@ -2,52 +2,62 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from cachetools import LRUCache
 from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVCacheEvent
-from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_convert_block_hash
 
 from dynamo_connectors.block_manager import Change
 from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
+from dynamo_connectors.vllm.groups import Geometry, group_of, hash_of
 
-#: vLLM's names for where a block lies, by position of the tier below HBM.
-MEDIA = ("CPU", "STORAGE")
+#: Where a block lies, in the words of engines' events. Each tier needs its own: removals name nothing else.
+MEDIA = {HOST_DRAM: "CPU", NVME_SSD: "STORAGE", OBJECT_STORE: "EXTERNAL"}
 #: Descriptions kept for blocks that are on their way down. A block without one is not announced.
 _MAX_DESCRIBED = 16384
+#: Engines before 0.32 hash the keys as they announce them.
+_event_keys = getattr(kv_cache_utils, "to_event_extra_keys", list)
 
 
 class Described(NamedTuple):
-    parent: BlockKey | None
+    parent: bytes | None
     token_ids: list[int]
     lora_name: str | None
-    cache_salt: str | None
+    extra_keys: Any
 
 
 class TierEvents:
     """Collects events until vLLM takes them. `enabled` is False when the user did not ask for KV events."""
 
-    def __init__(self, block_size_tokens: int, enabled: bool) -> None:
-        self._block_size = block_size_tokens
+    def __init__(self, geometry: Geometry, enabled: bool) -> None:
+        self._geometry = geometry
         self._enabled = enabled
         self._described: LRUCache[BlockKey, Described] = LRUCache(_MAX_DESCRIBED)
-        self._announced: tuple[set[BlockKey], ...] = tuple(set() for _ in MEDIA)
+        self._announced: defaultdict[str, set[BlockKey]] = defaultdict(set)
         self._events: list[KVCacheEvent] = []
 
-    def describe(self, request: Any, index: int) -> None:
-        """Remembers what block `index` of `request` contains, for when it arrives in a tier."""
-        if not self._enabled or getattr(request, "mm_features", None):
+    def describe(self, request: Any, group: int, index: int, key: BlockKey) -> None:
+        """Remembers what block `index` of `request` in `group` contains, for when it arrives in a tier.
+
+        Media, LoRA adapters, cache salts and prompt embeddings are named in the block's extra keys, as the engine
+        names them for its own blocks.
+        """
+        if not self._enabled:
             return
-        if getattr(request, "prompt_embeds", None) is not None:  # its token ids are placeholders
-            return
-        lora = request.lora_request.lora_name if request.lora_request else None
-        start = index * self._block_size
-        self._described[request.block_hashes[index]] = Described(
-            parent=request.block_hashes[index - 1] if index else None,
-            token_ids=list(request.all_token_ids[start : start + self._block_size]),
-            lora_name=lora,
-            cache_salt=getattr(request, "cache_salt", None) if index == 0 else None,
+        size = self._geometry.groups[group].block_tokens
+        start = index * size
+        extra, _ = generate_block_hash_extra_keys(request, start, start + size, 0)
+        parent = request.block_hashes[start // self._geometry.hash_tokens - 1] if start else None
+        self._described[key] = Described(
+            parent=parent,
+            token_ids=list(request.all_token_ids[start : start + size]),
+            lora_name=request.lora_request.lora_name if request.lora_request else None,
+            extra_keys=_event_keys([extra]),
         )
 
     def publish(self, changes: Sequence[Change]) -> None:
@@ -57,8 +67,8 @@ class TierEvents:
             announced = self._announced[change.tier]
             if change.kind == "removed" and change.key in announced:
                 announced.remove(change.key)
-                self._events.append(_removed(change))
-            elif change.kind == "stored":
+                self._events.append(self._removed(change))
+            elif change.kind == "stored" and change.key not in announced:
                 described = self._described.get(change.key)
                 if described is not None:
                     announced.add(change.key)
@@ -72,19 +82,25 @@ class TierEvents:
         assert self._enabled or not (self._events or self._described), "events were collected that nobody asked for"
 
     def _stored(self, change: Change, described: Described) -> KVCacheEvent:
-        extra = (described.lora_name, described.cache_salt)
-        keys = tuple(key for key in extra if key is not None)
+        num_groups = len(self._geometry.groups)
+        group = group_of(change.key, num_groups)
         return BlockStored(
-            block_hashes=[maybe_convert_block_hash(change.key)],
+            block_hashes=[maybe_convert_block_hash(hash_of(change.key, num_groups))],
             parent_block_hash=maybe_convert_block_hash(described.parent) if described.parent else None,
             token_ids=described.token_ids,
-            block_size=self._block_size,
+            block_size=self._geometry.groups[group].block_tokens,
             lora_id=None,
             medium=MEDIA[change.tier],
             lora_name=described.lora_name,
-            extra_keys=[keys or None],
+            extra_keys=described.extra_keys,
+            group_idx=group,
+            kv_cache_spec_sliding_window=self._geometry.groups[group].window_tokens,
         )
 
-
-def _removed(change: Change) -> KVCacheEvent:
-    return BlockRemoved(block_hashes=[maybe_convert_block_hash(change.key)], medium=MEDIA[change.tier])
+    def _removed(self, change: Change) -> KVCacheEvent:
+        num_groups = len(self._geometry.groups)
+        return BlockRemoved(
+            block_hashes=[maybe_convert_block_hash(hash_of(change.key, num_groups))],
+            medium=MEDIA[change.tier],
+            group_idx=group_of(change.key, num_groups),
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.jobs import JobReport, LoadJob, SpillJob, StoreJob
+from dynamo_connectors.jobs import EraseJob, JobReport, LoadJob, Moved, MoveJob, StoreJob
+from dynamo_connectors.vllm.recovery import Finds, in_common
 
 
 @dataclass
@@ -16,7 +18,10 @@ class StepPlan(KVConnectorMetadata):
 
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreJob] = field(default_factory=list)
-    spills: list[SpillJob] = field(default_factory=list)
+    moves: list[MoveJob] = field(default_factory=list)
+    erasures: list[EraseJob] = field(default_factory=list)
+    #: Before any of them: what lies in the tiers now, and what this process still puts there, outlives nobody.
+    forget: bool = False
     #: Nothing is computed in this step, so a worker may wait a moment for a job to end instead of spinning.
     is_idle: bool = False
 
@@ -29,12 +34,18 @@ class WorkerReports(KVConnectorWorkerMetadata):
     ended: dict[int, int] = field(default_factory=dict)
     #: job id -> the keys that failed on at least one worker, with one reason each.
     failed: dict[int, dict[BlockKey, str]] = field(default_factory=dict)
+    #: job id -> what each worker moved and how long that took.
+    moved: dict[int, tuple[Moved, ...]] = field(default_factory=dict)
+    #: What workers found in their tiers when they started; each speaks once of each.
+    finds: Finds = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reports: list[JobReport]) -> WorkerReports:
+    def of(cls, reports: Sequence[JobReport], finds: Finds | None = None) -> WorkerReports:
         return cls(
             ended={report.job_id: 1 for report in reports},
             failed={report.job_id: dict(report.failed) for report in reports if report.failed},
+            moved={report.job_id: report.moved for report in reports if report.moved},
+            finds=finds or {},
         )
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReports:
@@ -46,4 +57,7 @@ class WorkerReports(KVConnectorWorkerMetadata):
         failed = {job_id: dict(keys) for job_id, keys in self.failed.items()}
         for job_id, keys in other.failed.items():
             failed.setdefault(job_id, {}).update(keys)
-        return WorkerReports(ended, failed)
+        moved = dict(self.moved)
+        for job_id, parts in other.moved.items():
+            moved[job_id] = moved.get(job_id, ()) + parts
+        return WorkerReports(ended, failed, moved, in_common(self.finds, other.finds))

@@ -2,177 +2,131 @@
 
 Life of a load:     matched_tokens -> after_alloc (lease) -> plan (LoadJob) -> worker_reports (release)
 Life of an offload: offer (reserve, hold the HBM block) -> plan (StoreJob) -> worker_reports (commit or abort, let go)
+Life of a move:     plan (take_moves, MoveJob) -> worker_reports (end_move)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-from dynamo_connectors.admission import admitted_blocks
-from dynamo_connectors.block_manager import BlockManager, Change, Source, Spill, Target
-from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.jobs import LoadItem, LoadJob, SpillItem, SpillJob, StoreItem, StoreJob
+from dynamo_connectors.block_manager import BlockManager
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD
 from dynamo_connectors.tiers.index import IndexStats
-from dynamo_connectors.vllm.compat import NULL_BLOCK_ID
+from dynamo_connectors.vllm.compat import engine_logger
+from dynamo_connectors.vllm.groups import Chains
+from dynamo_connectors.vllm.hints import parse_hints
+from dynamo_connectors.vllm.job_ledger import JobLedger, Running
+from dynamo_connectors.vllm.live import ChangeSink, Gate, Holds, Limits, Live, Tables
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
+from dynamo_connectors.vllm.offloading import Offloading
+from dynamo_connectors.vllm.onboarding import Onboarding
+from dynamo_connectors.vllm.recovery import Finds, Recovery
+from dynamo_connectors.vllm.step_clock import StepClock
+from dynamo_connectors.vllm.verdicts import is_damage
 
-
-class Holds(Protocol):
-    """Keeps HBM blocks from being re-used (`compat.HbmHolds`)."""
-
-    def hold(self, block_ids: Sequence[int]) -> None: ...
-    def release(self, block_ids: Sequence[int]) -> None: ...
-    @property
-    def held_blocks(self) -> int: ...
-
-
-class ChangeSink(Protocol):
-    """Hears of every block that appears or leaves (`kv_events.TierEvents`)."""
-
-    def describe(self, request: Any, index: int) -> None: ...
-    def publish(self, changes: Sequence[Change]) -> None: ...
-    def take(self) -> Iterable[Any]: ...
-
-
-@dataclass(frozen=True)
-class Limits:
-    block_size_tokens: int
-    offload_ratio: float
-    num_workers: int
-    #: HBM blocks that offloads may hold at one time. Beyond it running requests wait and finished ones are not kept.
-    max_held_blocks: int
-
-
-@dataclass
-class Progress:
-    """One live request. Its first `offered_blocks` blocks have been offered to the block manager."""
-
-    request: Any
-    offered_blocks: int = 0
-
-
-@dataclass
-class Running:
-    """A job that workers have not all ended yet."""
-
-    workers_left: int
-    failed: dict[BlockKey, str] = field(default_factory=dict)
-    stores: tuple[tuple[Target, int], ...] = ()
-    loads: tuple[Source, ...] = ()
-    spills: tuple[Spill, ...] = ()
-    loading: str | None = None
+log = engine_logger(__name__)
 
 
 class SchedulerHalf:
-    """One per engine. Called by vLLM's scheduler only, so it needs no lock."""
+    """One per engine. Called by vLLM's scheduler only, so it needs no lock. `clock` gives seconds."""
 
-    def __init__(self, manager: BlockManager, limits: Limits, events: ChangeSink) -> None:
+    def __init__(
+        self,
+        manager: BlockManager,
+        limits: Limits,
+        events: ChangeSink,
+        gate: Gate | None,
+        clock: Callable[[], float],
+    ) -> None:
         self._manager = manager
         self._limits = limits
         self._events = events
-        self._holds: Holds | None = None
-        self._requests: dict[str, Progress] = {}
-        #: request -> HBM-resident blocks it had when it was last asked about.
-        self._local_blocks: dict[str, int] = {}
-        #: Requests whose blocks count as computed while their bytes are still on the way up.
-        self._loading: set[str] = set()
-        self._jobs: dict[int, Running] = {}
-        self._job_ids = count(1)
-        self._loads: list[LoadJob] = []
-        self._stores: list[StoreJob] = []
+        self._gate = gate
+        self._clock = clock
+        self._requests: dict[str, Live] = {}
         #: What happened since the last `take_counts`, by (what, label).
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._ledger = JobLedger(limits.num_workers)
+        self._onboarding = Onboarding(manager, limits, self._ledger, gate, self._counts)
+        self._offloading = Offloading(manager, limits, self._ledger, events, self._counts)
+        self._recovery = Recovery(limits.num_workers, limits.lasting_tiers)
+        self._steps = StepClock()
+        #: Workers still have to hear of a reset; what they found from before it must not come back.
+        self._forget_next = False
+        self._was_reset = False
 
     def bind_holds(self, holds: Holds) -> None:
-        self._holds = holds
+        self._offloading.holds = holds
 
     def new_request(self, request: Any) -> None:
-        self._requests[request.request_id] = Progress(request)
+        live = self._live(request)
+        if live.hints.prefetch or any(other.is_queued for other in self._requests.values() if other is not live):
+            self._onboarding.prefetch(live)
 
-    def matched_tokens(self, request: Any, computed_tokens: int) -> int:
-        """How many tokens behind `computed_tokens` can be loaded. Changes nothing that others can see."""
-        local = computed_tokens // self._limits.block_size_tokens
-        self._local_blocks[request.request_id] = local
-        return self._manager.match(request.block_hashes[local:]) * self._limits.block_size_tokens
+    def matched_tokens(self, request: Any, computed_tokens: int) -> int | None:
+        """How many tokens behind `computed_tokens` can be loaded; None: ask again in the next step."""
+        return self._onboarding.matched_tokens(self._live(request), computed_tokens)
 
-    def after_alloc(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
-        """vLLM took up the offer: lease the blocks and plan their load into `block_ids`."""
-        local = self._local_blocks.pop(request.request_id, 0)
-        blocks = external_tokens // self._limits.block_size_tokens
-        if blocks == 0:
-            return
-        sources = self._manager.lease(request.block_hashes[local : local + blocks])
-        targets = block_ids[local : local + blocks]
-        items = tuple(
-            LoadItem(source.key, source.tier, source.slot, target)
-            for source, target in zip(sources, targets, strict=False)
-        )
-        job_id = self._start(Running(self._limits.num_workers, loads=tuple(sources), loading=request.request_id))
-        self._loading.add(request.request_id)
-        missing = tuple(targets[len(sources) :])
-        self._loads.append(LoadJob(job_id, request.request_id, items, missing))
-        self._counts["load_failures", "evicted"] += len(missing)
+    def after_alloc(self, request: Any, tables: Tables, external_tokens: int) -> None:
+        """The request has HBM blocks; `external_tokens` of what was offered shall be loaded into them."""
+        self._onboarding.after_alloc(self._live(request), tables, external_tokens)
 
-    def offer(self, request_id: str, computed_tokens: int, block_ids: Callable[[], Sequence[int]]) -> None:
-        """Offloads those of the request's computed full blocks that are not kept below HBM yet.
+    def offer(self, request_id: str, computed_tokens: int, scheduled_tokens: int, tables: Callable[[], Tables]) -> None:
+        """Offloads what is not kept below HBM yet, of the computed tokens and of those that this step computes.
 
-        `computed_tokens` counts tokens whose KV is in HBM once the steps before this one are done. A request whose
-        load is still running is left alone: its blocks count as computed, but their bytes are not there yet.
+        Of the latter only the prompt's: they are final, and a sliding window lets go of their blocks in the next step.
+        A request whose load is still running is left alone: its blocks count as computed, their bytes are not there.
         """
-        progress = self._requests.get(request_id)
-        if progress is None or self._holds is None or request_id in self._loading:
-            return
-        request, start = progress.request, progress.offered_blocks
-        limit = self._admitted(request, computed_tokens)
-        limit = min(limit, start + self._limits.max_held_blocks - self._holds.held_blocks)
-        if limit <= start:
-            return
-        blocks = list(block_ids()[start:limit])
-        if NULL_BLOCK_ID in blocks:
-            # Out of the attention window: the engine has already let go of these bytes.
-            del blocks[blocks.index(NULL_BLOCK_ID) :]
-        keys = request.block_hashes[start : start + len(blocks)]
-        progress.offered_blocks += len(keys)
-        for index in range(start, progress.offered_blocks):
-            self._events.describe(request, index)
-        block_of = dict(zip(keys, blocks, strict=True))
-        targets = self._manager.reserve(keys)
-        if targets:
-            stores = tuple((target, block_of[target.key]) for target in targets)
-            self._start_store(stores)
+        live = self._requests.get(request_id)
+        if live is not None and request_id not in self._onboarding.loading:
+            certain = min(computed_tokens + scheduled_tokens, live.request.num_prompt_tokens)
+            self._offloading.offer(live, max(computed_tokens, certain), tables)
 
-    def finished(self, request: Any, block_ids: Sequence[int], computed_tokens: int) -> None:
+    def finished(self, request: Any, tables: Tables, computed_tokens: int) -> None:
         """Offers the last blocks. vLLM may free them all now: the ones being copied are held until they are copied."""
         request_id = request.request_id
-        self.offer(request_id, computed_tokens, lambda: block_ids)
-        self._local_blocks.pop(request_id, None)
-        progress = self._requests.pop(request_id, None)
-        if progress is not None and request_id not in self._loading:
-            # Once per request, not per block: its head came in first, and must not be the first to go.
-            self._manager.touch(request.block_hashes[: progress.offered_blocks])
-            lost = self._admitted(request, computed_tokens) - progress.offered_blocks
-            if lost > 0:
-                self._counts["dropped_blocks", "hbm_busy"] += lost
+        self.offer(request_id, computed_tokens, 0, lambda: tables)
+        live = self._requests.pop(request_id, None)
+        self._onboarding.leave(request_id)
+        if live is not None and request_id not in self._onboarding.loading:
+            self._offloading.finish(live, computed_tokens, tables)
+            if live.hints.pin_ttl_seconds:
+                self._offloading.pin(live, self._clock() + live.hints.pin_ttl_seconds)
+
+    def step_planned(self, computed: Mapping[str, int], scheduled: Mapping[str, int]) -> None:
+        """Tokens of each request that were computed before the step, and that are computed in it."""
+        prefill = 0
+        for request_id, tokens in scheduled.items():
+            live = self._requests.get(request_id)
+            if live is not None:
+                prefill += max(0, min(tokens, live.request.num_prompt_tokens - computed.get(request_id, 0)))
+        self._steps.planned(self._clock(), prefill, sum(scheduled.values()))
+
+    def step_ended(self) -> None:
+        prefill = self._steps.ended(self._clock())
+        if prefill is not None and self._gate is not None:
+            self._gate.observe_prefill(prefill.tokens, prefill.seconds)
 
     def plan(self, is_idle: bool) -> StepPlan:
         """The jobs that workers start in this step."""
-        spills = self._manager.take_spills()
-        plan = StepPlan(self._loads, self._stores, [self._start_spill(spill) for spill in spills], is_idle)
-        self._loads, self._stores = [], []
-        return plan
+        self._manager.expire_pins(self._clock())
+        # A move could overwrite what a worker has found on its disk and not told yet.
+        if not self._recovery.is_open(NVME_SSD):
+            self._ledger.move(self._manager.take_moves())
+        self._ledger.erase(self._manager.take_erasures())
+        forget, self._forget_next = self._forget_next, False
+        return self._ledger.take_plan(forget, is_idle)
 
     def worker_reports(self, reports: WorkerReports) -> None:
-        for job_id, ended in reports.ended.items():
-            job = self._jobs[job_id]
-            job.failed.update(reports.failed.get(job_id, {}))
-            job.workers_left -= ended
-            if job.workers_left <= 0:
-                del self._jobs[job_id]
-                self._end(job)
+        self._recover(reports.finds)
+        for job in self._ledger.hear(reports):
+            self._offloading.end(job)
+            self._onboarding.end(job)
+            self._end_moves(job)
+            for erasure in job.erasures:
+                self._manager.end_erasure(erasure)
         self._publish()
 
     def reset(self) -> bool:
@@ -181,15 +135,21 @@ class SchedulerHalf:
         False while a load is running: its request would still get the old bytes, so the caller has to ask again.
         """
         self._manager.clear()
-        for progress in self._requests.values():
-            progress.offered_blocks = 0
+        self._forget_next = self._was_reset = True
+        for live in self._requests.values():
+            live.offered = [0] * len(live.offered)
         self._publish()
-        return not self._loading
+        return not self._onboarding.loading
 
     @property
     def has_work(self) -> bool:
-        """Whether an idle engine must keep stepping to see a job end, or a block sink."""
-        return bool(self._jobs or self._manager.has_spills_waiting)
+        """Whether an idle engine must keep stepping: to see a job end, to start one, or to hear what survived."""
+        return bool(
+            self._ledger.num_jobs
+            or self._forget_next
+            or self._recovery.is_open(NVME_SSD)
+            or self._manager.has_moves_waiting
+        )
 
     def take_events(self) -> Iterable[Any]:
         return self._events.take()
@@ -198,7 +158,8 @@ class SchedulerHalf:
         return self._manager.stats()
 
     def take_counts(self) -> Mapping[tuple[str, str], int]:
-        counts, self._counts = self._counts, Counter()
+        counts = Counter(self._counts)
+        self._counts.clear()
         for reason, blocks in self._manager.dropped.items():
             counts["dropped_blocks", reason] += blocks
         self._manager.dropped.clear()
@@ -206,65 +167,41 @@ class SchedulerHalf:
 
     def check(self) -> None:
         self._manager.check()
-        held = sum(len(job.stores) for job in self._jobs.values())
-        assert self._holds is None or self._holds.held_blocks == held, "HBM holds and running stores disagree"
-        planned = {load.job_id for load in self._loads} | {store.job_id for store in self._stores}
-        assert planned <= self._jobs.keys(), "a planned job is not registered"
-        assert self._loading == {job.loading for job in self._jobs.values() if job.loading}, "loading requests differ"
-        for job_id, job in self._jobs.items():
-            assert 0 < job.workers_left <= self._limits.num_workers, f"job {job_id}: {job.workers_left} workers left"
+        self._ledger.check()
+        self._onboarding.check()
+        self._recovery.check()
+        holds = self._offloading.holds
+        assert holds is None or holds.held_blocks == self._ledger.held_blocks(), "HBM holds and running stores disagree"
 
-    def _admitted(self, request: Any, computed_tokens: int) -> int:
-        """How many of the request's first blocks may be offloaded by now."""
-        full = min(len(request.block_hashes), computed_tokens // self._limits.block_size_tokens)
-        return admitted_blocks(full, self._limits.offload_ratio)
+    def _live(self, request: Any) -> Live:
+        live = self._requests.get(request.request_id)
+        if live is None:
+            hints, problems = parse_hints(getattr(request, "kv_transfer_params", None))
+            for problem in problems:
+                log.warning("dynamo: request %s: %s; ignored", request.request_id, problem)
+            self._counts["ignored_hints", ""] += len(problems)
+            geometry = self._limits.geometry
+            live = Live(request, Chains(geometry, request.block_hashes), hints, [0] * len(geometry.groups))
+            self._requests[request.request_id] = live
+        return live
 
-    def _start(self, job: Running) -> int:
-        job_id = next(self._job_ids)
-        self._jobs[job_id] = job
-        return job_id
+    def _recover(self, finds: Finds) -> None:
+        for tier, entries in self._recovery.hear(finds).items():
+            if self._was_reset:
+                continue
+            recovered = self._manager.restore(tier, entries)
+            self._counts["recovered_blocks", tier] += recovered
+            log.info("dynamo: tier %s has %d blocks of an earlier run", tier, recovered)
 
-    def _start_store(self, stores: tuple[tuple[Target, int], ...]) -> None:
-        assert self._holds is not None
-        self._holds.hold([block for _, block in stores])
-        job_id = self._start(Running(self._limits.num_workers, stores=stores))
-        items = tuple(StoreItem(target.key, block, target.slot) for target, block in stores)
-        self._stores.append(StoreJob(job_id, items))
-
-    def _start_spill(self, spill: Spill) -> SpillJob:
-        job_id = self._start(Running(self._limits.num_workers, spills=(spill,)))
-        return SpillJob(job_id, (SpillItem(spill.key, spill.source_slot, spill.target_slot),))
-
-    def _end(self, job: Running) -> None:
-        if job.stores:
-            assert self._holds is not None
-            self._holds.release([block for _, block in job.stores])
-        for target, _ in job.stores:
-            if target.key in job.failed:
-                self._manager.abort(target, job.failed[target.key])
+    def _end_moves(self, job: Running) -> None:
+        for move in job.moves:
+            reason = job.failed.get(move.key)
+            self._manager.end_move(move, reason is None, damaged=reason is not None and is_damage(reason))
+            if reason is None:
+                what = "prefetched_blocks" if move.target_tier == HOST_DRAM else "offloaded_blocks"
+                self._counts[what, move.target_tier] += 1
             else:
-                self._manager.commit(target)
-                self._counts["offloaded_blocks", self._manager.tiers[0].name] += 1
-        self._manager.touch([target.key for target, _ in job.stores])
-        if job.loading is not None:
-            self._loading.discard(job.loading)
-            self._manager.release(job.loads, damaged=job.failed.keys())
-            for source in job.loads:
-                if source.key in job.failed:
-                    self._counts["load_failures", job.failed[source.key]] += 1
-                else:
-                    self._counts["hit_blocks", self._manager.tiers[source.tier].name] += 1
-        for spill in job.spills:
-            ok = spill.key not in job.failed
-            self._manager.end_spill(spill, ok)
-            if ok:
-                self._counts["offloaded_blocks", self._manager.tiers[spill.tier + 1].name] += 1
+                self._counts["move_failures", reason] += 1
 
     def _publish(self) -> None:
         self._events.publish(self._manager.take_changes())
-
-
-def single_group(block_ids: Iterable[Sequence[int]]) -> Sequence[int]:
-    """The block ids of the only KV cache group."""
-    (only,) = block_ids
-    return only

@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+import vllm
 
 from dynamo_connectors.block_manager import BlockManager, NamedTier
 from dynamo_connectors.blocks import Namespace
-from dynamo_connectors.config import HOST_DRAM, NVME_SSD, KvbmConfig, flag_of
-from dynamo_connectors.errors import ConfigError, UnsupportedLayoutError
-from dynamo_connectors.layout import KVLayout, page_layout
+from dynamo_connectors.config import ARC, HOST_DRAM, LRU, NVME_SSD, OBJECT_STORE, KvbmConfig, flag_of
+from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.eviction import ArcPolicy, EvictionPolicy, LruPolicy
+from dynamo_connectors.load_gate import LoadGate
 from dynamo_connectors.pinning import pin_host_memory
+from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
+from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
+from dynamo_connectors.tiers.object_format import object_bytes
 from dynamo_connectors.transfer import Stores
-from dynamo_connectors.vllm.compat import engine_logger
+from dynamo_connectors.vllm.compat import engine_logger, tells_block_tables
+from dynamo_connectors.vllm.groups import Geometry
 from dynamo_connectors.vllm.kv_events import TierEvents
+from dynamo_connectors.vllm.kv_pages import Pages, planned_row_bytes, read_geometry, read_pages
+from dynamo_connectors.vllm.lasting import LastingTiers
 from dynamo_connectors.vllm.launch_flags import refuse_parallelism
-from dynamo_connectors.vllm.scheduler import Limits, SchedulerHalf
+from dynamo_connectors.vllm.live import Limits
+from dynamo_connectors.vllm.scheduler import SchedulerHalf
 from dynamo_connectors.vllm.worker import WorkerHalf
+from dynamo_connectors.weights import weights_identity
 
 log = engine_logger(__name__)
 
 #: Offloads may hold at most this share of HBM away from new requests.
 _MAX_HELD_SHARE = 0.25
+_POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {LRU: LruPolicy, ARC: ArcPolicy}
 
 
 def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
     """Raises `ConfigError` when this model or parallelism cannot be tiered; better no server than a silent no-op."""
-    groups = len(kv_cache_config.kv_cache_groups)
-    if groups == 0:
-        raise ConfigError("this model has no KV cache, nothing can be tiered; start without --kv-connector dynamo")
-    if groups != 1:
+    geometry = read_geometry(kv_cache_config)
+    if (len(geometry.groups) > 1 or geometry.has_windows) and not tells_block_tables():
         raise ConfigError(
-            f"dynamo cannot tier this model yet: it has {groups} KV cache groups (hybrid attention); "
-            "start without --kv-connector dynamo"
-        )
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    if not isinstance(spec, FullAttentionSpec):
-        raise ConfigError(
-            f"dynamo cannot tier this model yet: its KV cache is a {type(spec).__name__}, not full attention; "
-            "start without --kv-connector dynamo"
+            "dynamo needs vLLM 0.32 or newer for models with sliding windows or several KV cache groups: this one does "
+            "not tell which blocks a window has left; start without --kv-connector dynamo"
         )
     if not getattr(vllm_config.model_config, "is_prefix_caching_supported", True):
         # vLLM asks connectors all the same, and the first hit kills it (0.32, MEAN: "partial prefill").
@@ -56,57 +60,63 @@ def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
 
 
 def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> SchedulerHalf:
-    block_size = block_size_tokens(kv_cache_config)
-    capacities = tier_capacities(config, row_bytes(kv_cache_config), vllm_config.parallel_config.world_size)
-    for name, blocks in capacities.items():
-        log.info("dynamo: tier %s holds %d blocks of %d tokens", name, blocks, block_size)
-    manager = BlockManager([NamedTier(name, TierIndex(blocks)) for name, blocks in capacities.items()])
+    geometry = read_geometry(kv_cache_config)
+    row_bytes, num_workers = planned_row_bytes(kv_cache_config), vllm_config.parallel_config.world_size
+    capacities = tier_capacities(config, row_bytes, num_workers)
+    tiers = []
+    for name, entries in capacities.items():
+        chunk = chunk_blocks_for(row_bytes) if name == OBJECT_STORE else 1
+        log.info("dynamo: tier %s holds %d blocks of %d bytes on each worker", name, entries * chunk, row_bytes)
+        policy = _POLICIES[config.eviction_policy](entries)
+        tiers.append(NamedTier(name, TierIndex(entries, policy, erases=name == OBJECT_STORE), chunk))
     limits = Limits(
-        block_size_tokens=block_size,
+        geometry=geometry,
         offload_ratio=config.offload_ratio,
-        num_workers=vllm_config.parallel_config.world_size,
+        num_workers=num_workers,
         max_held_blocks=max(1, int(kv_cache_config.num_blocks * _MAX_HELD_SHARE)),
+        block_bytes=row_bytes,
+        shares_loads=bool(vllm_config.cache_config.enable_prefix_caching),
+        lasting_tiers=tuple(name for name in (NVME_SSD, OBJECT_STORE) if name in capacities),
     )
     events_config = vllm_config.kv_events_config
-    events_on = events_config is not None and events_config.enable_kv_cache_events
-    return SchedulerHalf(manager, limits, TierEvents(block_size, events_on))
+    events = TierEvents(geometry, events_config is not None and events_config.enable_kv_cache_events)
+    gate = LoadGate() if config.load_gate else None
+    return SchedulerHalf(BlockManager(tiers, config.min_touches), limits, events, gate, time.monotonic)
 
 
 def build_worker_half(
     config: KvbmConfig, vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor]
 ) -> WorkerHalf:
-    tensors, layout = read_layout(kv_caches, kv_cache_config)
-    capacities = tier_capacities(config, layout.row_bytes, vllm_config.parallel_config.world_size)
-    on_gpu = tensors[0].device.type == "cuda"
-    dram = DramStore(capacities[HOST_DRAM], layout.row_bytes, pin_host_memory if on_gpu else None)
-    disk = None
-    if NVME_SSD in capacities and config.nvme_path is not None:
-        space = namespace(vllm_config, kv_cache_config, layout)
-        try:
-            disk = NvmeStore(config.nvme_path, capacities[NVME_SSD], layout.row_bytes, space)
-        except BaseException:
-            dram.close()
-            raise
-    return WorkerHalf(tensors, layout, Stores(dram, disk))
+    pages, geometry = read_pages(kv_caches, kv_cache_config), read_geometry(kv_cache_config)
+    num_workers = vllm_config.parallel_config.world_size
+    capacities = tier_capacities(config, planned_row_bytes(kv_cache_config), num_workers)
+    on_gpu = pages.view.device.type == "cuda"
+    dram = DramStore(capacities[HOST_DRAM], pages.row_bytes, pin_host_memory if on_gpu else None)
+    space = namespace(vllm_config, geometry, pages)
+    disk: NvmeStore | None = None
+    objects: ObjectStore | None = None
+    try:
+        if NVME_SSD in capacities and config.nvme_path is not None:
+            disk = NvmeStore(config.nvme_path, capacities[NVME_SSD], pages.row_bytes, space)
+            log.info("dynamo: disk slab %s, %d blocks of an earlier run", disk.path, len(disk.recovered))
+        if OBJECT_STORE in capacities and config.object_url is not None:
+            settings = ObjectSettings(config.object_url, config.object_endpoint_url, config.object_deadline_seconds)
+            chunk = chunk_blocks_for(planned_row_bytes(kv_cache_config))
+            objects = ObjectStore(settings, pages.row_bytes, chunk, space)
+    except BaseException:
+        for store in (disk, dram):
+            if store is not None:
+                store.close()
+        raise
+    lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0))
+    return WorkerHalf(pages.view, Stores(dram, disk), lasting, len(geometry.groups))
 
 
-def block_size_tokens(kv_cache_config: Any) -> int:
-    size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-    return size
-
-
-def row_bytes(kv_cache_config: Any) -> int:
-    """Bytes of one block over all layers of one worker, as vLLM plans them."""
-    group = kv_cache_config.kv_cache_groups[0]
-    size: int = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
-    return size
-
-
-def tier_capacities(config: KvbmConfig, block_bytes: int, num_workers: int) -> dict[str, int]:
-    """Tier -> blocks of one worker. Scheduler and workers get the same numbers from the same arguments."""
-    sizes = {HOST_DRAM: (config.host_dram_bytes, block_bytes, "kvbm_host_dram_gb")}
+def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dict[str, int]:
+    """Tier -> entries of one worker: blocks, or objects. Scheduler and workers get the same from the same arguments."""
+    sizes = {HOST_DRAM: (config.host_dram_bytes, row_bytes, "kvbm_host_dram_gb")}
     if NVME_SSD in config.storage_tiers:
-        sizes[NVME_SSD] = (config.nvme_bytes, slot_bytes(block_bytes), "kvbm_nvme_gb")
+        sizes[NVME_SSD] = (config.nvme_bytes, slot_bytes(row_bytes), "kvbm_nvme_gb")
     capacities: dict[str, int] = {}
     for tier, (total_bytes, each_bytes, setting) in sizes.items():
         blocks = total_bytes // num_workers // each_bytes
@@ -116,44 +126,38 @@ def tier_capacities(config: KvbmConfig, block_bytes: int, num_workers: int) -> d
                 f"on each of {num_workers} worker(s)"
             )
         capacities[tier] = blocks
+    if OBJECT_STORE in config.storage_tiers:
+        each_bytes = object_bytes(row_bytes, chunk_blocks_for(row_bytes))
+        capacities[OBJECT_STORE] = capacity_chunks_for(config.object_bytes // num_workers, each_bytes)
     return capacities
 
 
-def read_layout(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> tuple[list[torch.Tensor], KVLayout]:
-    """The KV tensors of one worker, in the group's order, and how their pages lie in memory."""
-    tensors: list[torch.Tensor] = []
-    pages = []
-    for layer in kv_cache_config.kv_cache_groups[0].layer_names:
-        tensor = kv_caches[layer]
-        if not isinstance(tensor, torch.Tensor) or tensor.shape[0] != kv_cache_config.num_blocks:
-            raise UnsupportedLayoutError(
-                f"layer {layer}: the KV cache is not one tensor with {kv_cache_config.num_blocks} blocks first; "
-                "dynamo cannot tier this attention backend, start without --kv-connector dynamo"
-            )
-        item = tensor.element_size()
-        pages.append(page_layout(layer, tuple(tensor.shape), tensor.stride(), item, tensor.storage_offset() * item))
-        tensors.append(tensor)
-    layout = KVLayout(tuple(pages))
-    if layout.row_bytes != row_bytes(kv_cache_config):
-        raise UnsupportedLayoutError(
-            f"one block takes {layout.row_bytes} bytes in memory, vLLM planned {row_bytes(kv_cache_config)}; "
-            "dynamo cannot tier this layout, start without --kv-connector dynamo"
-        )
-    return tensors, layout
-
-
-def namespace(vllm_config: Any, kv_cache_config: Any, layout: KVLayout) -> Namespace:
+def namespace(vllm_config: Any, geometry: Geometry, pages: Pages) -> Namespace:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
+    load = vllm_config.load_config
     # vLLM's block hashes carry LoRA, multimodal items and cache salt; the algorithm decides what equal hashes mean.
-    rules = f"{getattr(cache, 'prefix_caching_hash_algo', '')}"
+    # What a page means inside is the engine's business and may change with its version; so may what a model computes.
+    rules = (getattr(cache, "prefix_caching_hash_algo", ""), geometry, vllm.__version__, model.compute_hash())
     return Namespace(
         engine="vllm",
         model=str(model.model),
         revision=str(model.revision),
-        dtype=f"{model.dtype}/{cache.cache_dtype}",
-        layout_fingerprint=f"{getattr(kv_cache_config, 'kv_cache_layout', None)}:{layout.fingerprint}",
-        block_size_tokens=block_size_tokens(kv_cache_config),
+        dtype=f"{model.dtype}/{cache.cache_dtype}/{pages.view.device.type}",
+        layout_fingerprint=pages.fingerprint,
+        block_size_tokens=geometry.hash_tokens,
         tp_rank=parallel.rank % parallel.tensor_parallel_size,
         tp_size=parallel.tensor_parallel_size,
-        key_rules=rules,
+        key_rules=repr(rules),
+        weights=weights_identity(_place_of(model), str(load.load_format), model.seed),
     )
+
+
+def _place_of(model: Any) -> Path | None:
+    """The folder or file of a model's weights on this machine, if it has one."""
+    place = Path(str(model.model))
+    if place.exists():
+        return place
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(str(model.model), "config.json", revision=model.revision)
+    return Path(found).parent if isinstance(found, str) else None

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 
-import torch
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.fence import ComputeFence
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.jobs import JobReport, LoadJob
-from dynamo_connectors.layout import KVLayout
+from dynamo_connectors.config import HOST_DRAM
+from dynamo_connectors.jobs import JobReport, LoadJob, MoveJob, StoreJob
 from dynamo_connectors.transfer import Stores, TransferEngine
 from dynamo_connectors.vllm.compat import engine_logger
+from dynamo_connectors.vllm.lasting import LastingTiers
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 
 log = engine_logger(__name__)
@@ -23,34 +23,42 @@ _IDLE_WAIT_SECONDS = 0.001
 
 
 class WorkerHalf:
-    """One per worker. Called by vLLM's model runner only; the copies run on the transfer engine's threads."""
+    """One per worker. Called by vLLM's model runner only; the copies run on the transfer engine's threads.
 
-    def __init__(self, tensors: list[torch.Tensor], layout: KVLayout, stores: Stores) -> None:
-        hbm = BlockView.of_pages(tensors, [page.page_bytes for page in layout.pages])
+    With several KV cache groups a block id alone does not say whose block failed, so vLLM wants the request instead.
+    """
+
+    def __init__(self, hbm: BlockView, stores: Stores, lasting: LastingTiers, num_groups: int = 1) -> None:
         self._device = hbm.device
-        self._row_bytes = layout.row_bytes
+        self._lasting = lasting
+        self._num_groups = num_groups
         self._transfers = TransferEngine(hbm, stores)
         self._loads: dict[int, LoadJob] = {}
-        self._running: dict[int, tuple[str, int]] = {}
+        #: job -> what it does, for the metrics.
+        self._running: dict[int, str] = {}
         self._reports: list[JobReport] = []
         self._loaded_requests: set[str] = set()
+        self._failed_requests: set[str] = set()
         self._bad_blocks: set[int] = set()
-        self._counts: Counter[tuple[str, str]] = Counter()
+        #: (what, tier) -> bytes and seconds of each transfer since the last `take_transfers`.
+        self._transferred: defaultdict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
 
     def start_loads(self, plan: StepPlan) -> None:
+        if plan.forget:
+            self._lasting.forget()
         for load in plan.loads:
             self._loads[load.job_id] = load
-            self._running[load.job_id] = ("onboarded_bytes", len(load.items))
-            self._transfers.submit(load, ComputeFence(self._device))
+            self._start(load, "onboard")
 
     def start_offloads(self, plan: StepPlan) -> None:
-        """Called after the step's compute was enqueued: the blocks to store were filled by earlier steps."""
+        """Called after the step's compute was enqueued, which may still be filling the blocks to store."""
         for store in plan.stores:
-            self._running[store.job_id] = ("offloaded_bytes", len(store.items))
-            self._transfers.submit(store, ComputeFence(self._device))
-        for spill in plan.spills:
-            self._running[spill.job_id] = ("spilled_bytes", len(spill.items))
-            self._transfers.submit(spill, ComputeFence(self._device))
+            self._start(store, "offload")
+        for move in plan.moves:
+            self._start(move, "prefetch" if move.target_tier == HOST_DRAM else "offload")
+        for erasure in plan.erasures:
+            self._lasting.erase(erasure.chunks)
+            self._reports.append(JobReport(erasure.job_id, {}))
         if plan.is_idle and self._running:
             self._collect(_IDLE_WAIT_SECONDS)
 
@@ -65,24 +73,40 @@ class WorkerHalf:
         bad, self._bad_blocks = self._bad_blocks, set()
         return bad
 
+    def take_failed_requests(self) -> set[str]:
+        """Requests whose load failed, where blocks cannot tell. Never later than `take_loaded_requests` names them."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed
+
     def take_reports(self) -> WorkerReports | None:
         reports, self._reports = self._reports, []
-        return WorkerReports.of(reports) if reports else None
+        finds = self._lasting.take_finds()
+        return WorkerReports.of(reports, finds) if reports or finds else None
 
-    def take_counts(self) -> Mapping[tuple[str, str], int]:
-        counts, self._counts = self._counts, Counter()
-        return counts
+    def take_transfers(self) -> Mapping[tuple[str, str], list[tuple[int, float]]]:
+        transferred, self._transferred = self._transferred, defaultdict(list)
+        return transferred
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     def close(self) -> None:
         self._transfers.close()
 
     def check(self) -> None:
         assert self._loads.keys() <= self._running.keys(), "a load is known that is not running"
+        assert self._num_groups > 1 or not self._failed_requests, "a request failed where a block would do"
+
+    def _start(self, job: StoreJob | LoadJob | MoveJob, what: str) -> None:
+        self._running[job.job_id] = what
+        self._transfers.submit(job, ComputeFence(self._device))
 
     def _collect(self, wait_seconds: float) -> None:
         for report in self._transfers.poll(wait_seconds):
-            what, blocks = self._running.pop(report.job_id)
-            self._counts[what, ""] += (blocks - len(report.failed)) * self._row_bytes
+            what = self._running.pop(report.job_id)
+            for moved in report.moved:
+                self._transferred[what, moved.tier].append((moved.num_bytes, moved.seconds))
             self._reports.append(report)
             load = self._loads.pop(report.job_id, None)
             if load is not None:
@@ -90,14 +114,17 @@ class WorkerHalf:
 
     def _end_load(self, load: LoadJob, failed: Mapping[BlockKey, str]) -> None:
         self._loaded_requests.add(load.request_id)
-        bad = [item.block for item in load.items if item.key in failed]
-        self._bad_blocks.update(bad)
-        self._bad_blocks.update(load.missing_blocks)
-        if bad or load.missing_blocks:
-            log.warning(
-                "dynamo: %d of %d blocks of request %s could not be loaded (%s); vLLM recomputes from there",
-                len(bad) + len(load.missing_blocks),
-                len(load.items) + len(load.missing_blocks),
-                load.request_id,
-                ", ".join(sorted(set(failed.values()))) or "evicted",
-            )
+        bad = {item.block for item in load.items if item.key in failed} | set(load.missing_blocks)
+        if not bad:
+            return
+        if self._num_groups == 1:
+            self._bad_blocks |= bad
+        else:
+            self._failed_requests.add(load.request_id)
+        log.warning(
+            "dynamo: %d of %d blocks of request %s could not be loaded (%s); vLLM recomputes from there",
+            len(bad),
+            len(load.items) + len(load.missing_blocks),
+            load.request_id,
+            ", ".join(sorted(set(failed.values()))) or "evicted",
+        )

@@ -38,7 +38,9 @@ def engine(tiny_model: Path, logs: Path, nvme_directory: Path, events_port: int)
     """vLLM with `--kv-connector dynamo`: 160 HBM blocks, room for 305 in DRAM and for 735 on disk."""
     tiers = ["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd"]
     sizes = ["--kvbm-host-dram-gb", "0.02", "--kvbm-nvme-path", str(nvme_directory), "--kvbm-nvme-gb", "0.05"]
-    options = VllmOptions(events_port=events_port, extra=[*tiers, *sizes])
+    # Every block goes to the disk, and every hit is loaded: the tests count them.
+    rules = ["--kvbm-nvme-min-touches", "1", "--kvbm-load-gate", "off"]
+    options = VllmOptions(events_port=events_port, extra=[*tiers, *sizes, *rules])
     server = vllm_server("vllm", tiny_model, logs / "vllm.log", options)
     try:
         server.start().wait_ready()

@@ -45,7 +45,9 @@ MOSTLY = st.sets(st.integers(0, BLOCKS - 1), max_size=4).map(lambda gone: set(ra
 
 @given(st.lists(st.tuples(st.builds(Group, SIZES, WINDOWS), MOSTLY), min_size=1, max_size=3), st.data())
 @settings(max_examples=400, deadline=None)
-def test_the_longest_prefix_is_the_one_brute_force_finds(groups: list[tuple[Group, set[int]]], data: st.DataObject) -> None:
+def test_the_longest_prefix_is_the_one_brute_force_finds(
+    groups: list[tuple[Group, set[int]]], data: st.DataObject
+) -> None:
     geometry = Geometry(tuple(group for group, _ in groups), 2)
     present = [blocks for _, blocks in groups]
     unit = geometry.unit_tokens

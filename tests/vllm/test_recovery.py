@@ -5,34 +5,36 @@ from __future__ import annotations
 import pytest
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.vllm.recovery import Recovery
+from dynamo_connectors.vllm.recovery import Find, Recovery, in_common
 
 A, B, C = (BlockKey(name) for name in (b"a", b"b", b"c"))
+DISK = "nvme_ssd"
 
 
 def test_only_what_all_workers_found_under_the_same_slot_is_recovered() -> None:
-    recovery = Recovery(2, ["nvme_ssd"])
-    assert recovery.hear({"nvme_ssd": [(0, A), (2, B), (1, C)]}, 1) is None
-    assert not recovery.is_complete
-    found = recovery.hear({"nvme_ssd": [(1, C), (3, B), (0, A)]}, 1)
-    assert found == {"nvme_ssd": [(0, A), (1, C)]}
-    assert recovery.is_complete
+    recovery = Recovery(2, [DISK])
+    assert recovery.hear({DISK: Find(1, [(0, A), (2, B), (1, C)])}) == {}
+    assert recovery.is_open(DISK)
+    assert recovery.hear({DISK: Find(1, [(1, C), (3, B), (0, A)])}) == {DISK: [(0, A), (1, C)]}
+    assert not recovery.is_open(DISK)
 
 
 def test_a_worker_that_found_nothing_empties_the_tier() -> None:
-    recovery = Recovery(3, ["nvme_ssd"])
-    recovery.hear({"nvme_ssd": [(0, A)]}, 2)
-    assert recovery.hear({}, 1) == {"nvme_ssd": []}
+    recovery = Recovery(3, [DISK])
+    recovery.hear({DISK: Find(2, [(0, A)])})
+    assert recovery.hear({DISK: Find(1, [])}) == {DISK: []}
 
 
-def test_without_such_tiers_there_is_nothing_to_wait_for() -> None:
-    recovery = Recovery(2, [])
-    assert recovery.is_complete
-    assert recovery.hear({}, 0) is None
+def test_workers_may_speak_of_different_tiers_in_one_step() -> None:
+    finds = in_common({DISK: Find(1, [(0, A)])}, {DISK: Find(1, [(0, A)]), "object_store": Find(1, [(0, B)])})
+    assert finds == {DISK: Find(2, [(0, A)]), "object_store": Find(1, [(0, B)])}
+    recovery = Recovery(2, [DISK, "object_store"])
+    assert recovery.hear(finds) == {DISK: [(0, A)]}
+    assert recovery.is_open("object_store")
 
 
 def test_a_worker_that_speaks_twice_is_a_bug() -> None:
-    recovery = Recovery(1, ["nvme_ssd"])
-    recovery.hear({"nvme_ssd": []}, 1)
-    with pytest.raises(AssertionError, match="0 were expected"):
-        recovery.hear({"nvme_ssd": []}, 1)
+    recovery = Recovery(1, [DISK])
+    recovery.hear({DISK: Find(1, [])})
+    with pytest.raises(AssertionError, match="twice"):
+        recovery.hear({DISK: Find(1, [])})

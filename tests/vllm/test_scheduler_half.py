@@ -1,4 +1,4 @@
-"""The scheduler half against plain fakes: every job ends once, and nothing doubtful is ever offered or served."""
+"""The scheduler half alone: what is offered, promised, leased and let go, and what becomes of it when things fail."""
 
 from __future__ import annotations
 
@@ -6,39 +6,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from dynamo_connectors.block_manager import BlockManager, NamedTier
-from dynamo_connectors.tiers.index import TierIndex
-from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
-from dynamo_connectors.vllm.scheduler import Limits, SchedulerHalf
-from tests.vllm.fakes import FakeHolds, FakeRequest, NoEvents, request
-
-BLOCK = 16
-
-
-def make(dram: int = 8, disk: int = 0, workers: int = 1, **limits: float) -> tuple[SchedulerHalf, FakeHolds]:
-    tiers = [NamedTier("host_dram", TierIndex(dram))]
-    if disk:
-        tiers.append(NamedTier("nvme_ssd", TierIndex(disk)))
-    settings = {"offload_ratio": 1.0, "max_held_blocks": 100, **limits}
-    half = SchedulerHalf(
-        BlockManager(tiers),
-        Limits(BLOCK, float(settings["offload_ratio"]), workers, int(settings["max_held_blocks"])),
-        NoEvents(),
-    )
-    holds = FakeHolds()
-    half.bind_holds(holds)
-    return half, holds
-
-
-def end(half: SchedulerHalf, plan: StepPlan, failed: dict[int, dict[bytes, str]] | None = None) -> None:
-    jobs = [*plan.stores, *plan.loads, *plan.spills]
-    half.worker_reports(WorkerReports({job.job_id: 1 for job in jobs}, failed or {}))  # type: ignore[arg-type]
-
-
-def offer_all(half: SchedulerHalf, what: FakeRequest, blocks: list[int]) -> StepPlan:
-    half.new_request(what)
-    half.offer(what.request_id, len(blocks) * BLOCK, lambda: blocks)
-    return half.plan(is_idle=False)
+from dynamo_connectors.vllm.messages import WorkerReports
+from tests.vllm.fakes import BLOCK, end, keep, load, make, offer_all, request, settle
 
 
 def test_offloaded_blocks_are_matched_after_every_worker_has_them() -> None:
@@ -67,13 +36,6 @@ def test_a_block_that_one_worker_lost_is_kept_nowhere() -> None:
     assert half.take_counts()["dropped_blocks", "write_failed"] == 1
 
 
-def load(half: SchedulerHalf, what: FakeRequest, blocks: list[int]) -> StepPlan:
-    half.new_request(what)
-    tokens = half.matched_tokens(what, 0)
-    half.after_alloc(what, blocks, tokens)
-    return half.plan(is_idle=False)
-
-
 def test_a_load_names_sources_and_targets_and_pins_until_its_end() -> None:
     half, _ = make(dram=2)
     end(half, offer_all(half, request("a", 2), [1, 2]))
@@ -89,15 +51,14 @@ def test_a_load_names_sources_and_targets_and_pins_until_its_end() -> None:
 def test_blocks_whose_load_is_running_are_never_offered() -> None:
     """vLLM counts them as computed from the start; their bytes are garbage until the load ends."""
     half, holds = make(dram=4, disk=8)
-    end(half, offer_all(half, request("a", 2), [1, 2]))
-    end(half, half.plan(is_idle=True))
-    end(half, offer_all(half, request("evicts", 4), [3, 4, 5, 6]))
+    keep(half, "a", [1, 2])
+    keep(half, "evicts", [3, 4, 5, 6])
     loading = request("b", 2, prefix="a")
     plan = load(half, loading, [8, 9])
-    assert [item.tier for item in plan.loads[0].items] == [1, 1]
-    half.offer("b", 2 * BLOCK, lambda: [8, 9])
+    assert [item.tier for item in plan.loads[0].items] == ["nvme_ssd", "nvme_ssd"]
+    half.offer("b", 2 * BLOCK, 0, lambda: [[8, 9]])
     assert holds.held_blocks == 0
-    half.finished(loading, [8, 9], 2 * BLOCK)
+    half.finished(loading, [[8, 9]], 2 * BLOCK)
     assert holds.held_blocks == 0
     assert not half.plan(is_idle=True).stores
     end(half, plan)
@@ -110,7 +71,7 @@ def test_a_damaged_block_is_never_offered_again_until_it_is_recomputed() -> None
     plan = load(half, request("b", 3, prefix="a"), [7, 8, 9])
     end(half, plan, {plan.loads[0].job_id: {first.block_hashes[1]: "bad_checksum"}})
     assert half.matched_tokens(request("c", 3, prefix="a"), 0) == BLOCK
-    half.offer("b", 3 * BLOCK, lambda: [7, 8, 9])
+    half.offer("b", 3 * BLOCK, 0, lambda: [[7, 8, 9]])
     end(half, half.plan(is_idle=False))
     assert half.matched_tokens(request("c", 3, prefix="a"), 0) == 3 * BLOCK
 
@@ -133,7 +94,7 @@ def test_a_promise_whose_source_is_gone_becomes_missing_blocks() -> None:
     half.new_request(late)
     tokens = half.matched_tokens(late, 0)
     half.reset()
-    half.after_alloc(late, [8, 9], tokens)
+    half.after_alloc(late, [[8, 9]], tokens)
     (job,) = half.plan(is_idle=False).loads
     assert (job.items, job.missing_blocks) == ((), (8, 9))
     assert half.take_counts()["load_failures", "evicted"] == 2
@@ -155,7 +116,7 @@ def test_finished_requests_offer_their_last_blocks_and_nothing_twice() -> None:
     first = request("a", 3)
     plan = offer_all(half, first, [1, 2])
     assert len(plan.stores[0].items) == 2
-    half.finished(first, [1, 2, 3], 3 * BLOCK + 5)
+    half.finished(first, [[1, 2, 3]], 3 * BLOCK + 5)
     tail = half.plan(is_idle=True)
     assert [item.block for item in tail.stores[0].items] == [3]
     assert tail.is_idle
@@ -176,14 +137,14 @@ def test_held_hbm_is_bounded_and_what_is_lost_is_counted() -> None:
     plan = offer_all(half, first, [1, 2, 3, 4, 5])
     assert len(plan.stores[0].items) == 2
     end(half, plan)
-    half.finished(first, [1, 2, 3, 4, 5], 5 * BLOCK)
+    half.finished(first, [[1, 2, 3, 4, 5]], 5 * BLOCK)
     assert half.take_counts()["dropped_blocks", "hbm_busy"] == 1
 
 
-def test_blocks_out_of_the_attention_window_end_the_offer() -> None:
+def test_blocks_out_of_the_attention_window_are_not_copied() -> None:
     half, _ = make()
-    plan = offer_all(half, request("a", 4), [1, 0, 3, 4])
-    assert [item.block for item in plan.stores[0].items] == [1]
+    plan = offer_all(half, request("a", 4), [0, 0, 3, 4])
+    assert [item.block for item in plan.stores[0].items] == [3, 4]
 
 
 def test_blocks_sink_to_disk_and_are_loaded_from_there() -> None:
@@ -191,9 +152,10 @@ def test_blocks_sink_to_disk_and_are_loaded_from_there() -> None:
     end(half, offer_all(half, request("a", 2), [1, 2]))
     assert half.has_work
     sinking = half.plan(is_idle=True)
-    assert len(sinking.spills) == 2
+    assert {(move.source_tier, move.target_tier) for move in sinking.moves} == {("host_dram", "nvme_ssd")}
     end(half, sinking)
-    end(half, offer_all(half, request("b", 4), [3, 4, 5, 6]))
+    settle(half)
+    keep(half, "b", [3, 4, 5, 6])
     plan = load(half, request("c", 2, prefix="a"), [8, 9])
-    assert [item.tier for item in plan.loads[0].items] == [1, 1]
+    assert [item.tier for item in plan.loads[0].items] == ["nvme_ssd", "nvme_ssd"]
     end(half, plan)

@@ -10,34 +10,51 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MambaSpec,
+    RSWASpec,
+    SlidingWindowSpec,
+)
 
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.vllm import setup
 from dynamo_connectors.vllm.setup import check_model
 
-FULL = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-SLIDING = SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.bfloat16, sliding_window=128)
+SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+FULL = FullAttentionSpec(**SHAPE)
+LARGE = FullAttentionSpec(**{**SHAPE, "block_size": 48})
+SLIDING = SlidingWindowSpec(**SHAPE, sliding_window=128)
+LOCAL = ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64)
+GAP = RSWASpec(**SHAPE, rswa_window=128)
+MAMBA = MambaSpec(block_size=16, shapes=((4, 4),), dtypes=(torch.float32,))
 
 
-def configs(*specs: Any, prefix_caching: bool = True, **parallel: int) -> tuple[Any, Any]:
+def configs(
+    *specs: Any, prefix_caching: bool = True, hash_tokens: int | None = None, **parallel: int
+) -> tuple[Any, Any]:
     sizes = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
     sizes.update(parallel)
     model = SimpleNamespace(is_prefix_caching_supported=prefix_caching)
-    groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+    groups = [SimpleNamespace(kv_cache_spec=spec, layer_names=["layer"]) for spec in specs]
     vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(**sizes), model_config=model)
-    return vllm_config, SimpleNamespace(kv_cache_groups=groups)
+    return vllm_config, SimpleNamespace(kv_cache_groups=groups, hash_block_size=hash_tokens)
 
 
-def test_one_group_of_full_attention_is_taken() -> None:
-    check_model(*configs(FULL))
+@pytest.mark.parametrize("specs", [(FULL,), (FULL, FULL), (SLIDING,), (FULL, SLIDING, SLIDING), (FULL, LARGE)])
+def test_full_attention_and_windows_are_taken(specs: tuple[Any, ...]) -> None:
+    check_model(*configs(*specs))
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (configs(FULL, FULL), "2 KV cache groups"),
         (configs(), "no KV cache"),
-        (configs(SLIDING), "SlidingWindowSpec"),
+        (configs(FULL, LOCAL), "ChunkedLocalAttentionSpec"),
+        (configs(FULL, MAMBA), "MambaSpec"),
+        (configs(GAP), "RSWASpec"),
+        (configs(FULL, LARGE, hash_tokens=48), "blocks of 16, 48 tokens"),
         (configs(FULL, pipeline_parallel_size=2), "--pipeline-parallel-size"),
         # A block of the scheduler then spans several blocks of a worker, so blocks would be taken for full too early.
         (configs(FULL, decode_context_parallel_size=2), "--decode-context-parallel-size"),
@@ -49,3 +66,13 @@ def test_one_group_of_full_attention_is_taken() -> None:
 def test_what_cannot_be_tiered_is_refused_by_name(given: tuple[Any, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_model(*given)
+
+
+@pytest.mark.parametrize("specs", [(SLIDING,), (FULL, SLIDING), (FULL, FULL)])
+def test_windows_need_an_engine_that_tells_what_they_have_left(
+    specs: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "tells_block_tables", lambda: False)
+    check_model(*configs(FULL))
+    with pytest.raises(ConfigError, match="0.32 or newer"):
+        check_model(*configs(*specs))

@@ -1,0 +1,110 @@
+"""The jobs that workers have not all ended yet, and what each of them holds in the scheduler half."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+
+from dynamo_connectors.block_manager import Erasure, Move, Source, Target
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.cascade import jobs_of
+from dynamo_connectors.jobs import EraseJob, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreItem, StoreJob
+from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
+
+
+@dataclass
+class Running:
+    """A job that workers have not all ended yet. It stores, loads, moves or erases."""
+
+    workers_left: int
+    failed: dict[BlockKey, str] = field(default_factory=dict)
+    #: Blocks on their way from HBM: the slot to fill, and the HBM block that is held.
+    stores: tuple[tuple[Target, int], ...] = ()
+    loads: tuple[Source, ...] = ()
+    moves: tuple[Move, ...] = ()
+    erasures: tuple[Erasure, ...] = ()
+    moved: list[Moved] = field(default_factory=list)
+    #: The request that waits for `loads`.
+    loading: str | None = None
+
+
+class JobLedger:
+    """Numbers jobs, keeps them until every worker has ended them, and collects them for the next plan."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._jobs: dict[int, Running] = {}
+        self._ids = count(1)
+        self._loads: list[LoadJob] = []
+        self._stores: list[StoreJob] = []
+        self._moves: list[MoveJob] = []
+        self._erasures: list[EraseJob] = []
+
+    def store(self, stores: tuple[tuple[Target, int], ...]) -> None:
+        items = tuple(StoreItem(target.key, block, target.slot) for target, block in stores)
+        self._stores.append(StoreJob(self._start(Running(self._num_workers, stores=stores)), items))
+
+    def load(self, request_id: str, pairs: Iterable[tuple[Source, int]], missing: Iterable[int]) -> None:
+        """Fills HBM blocks from their sources; `missing` are blocks whose source is gone."""
+        pairs = tuple(pairs)
+        sources = tuple(source for source, _ in pairs)
+        items = tuple(
+            LoadItem(source.key, source.tier, source.slot, block, source.chunk, source.row) for source, block in pairs
+        )
+        job_id = self._start(Running(self._num_workers, loads=sources, loading=request_id))
+        self._loads.append(LoadJob(job_id, request_id, items, tuple(missing)))
+
+    def move(self, moves: Sequence[Move]) -> None:
+        for parts in jobs_of(moves):
+            items = tuple(
+                MoveItem(part.key, part.source_slot, part.target_slot, part.chunk, part.row) for part in parts
+            )
+            job_id = self._start(Running(self._num_workers, moves=tuple(parts)))
+            self._moves.append(MoveJob(job_id, parts[0].source_tier, parts[0].target_tier, items))
+
+    def erase(self, erasures: Sequence[Erasure]) -> None:
+        for tier in dict.fromkeys(erasure.tier for erasure in erasures):
+            parts = tuple(erasure for erasure in erasures if erasure.tier == tier)
+            job_id = self._start(Running(self._num_workers, erasures=parts))
+            self._erasures.append(EraseJob(job_id, tier, tuple(part.key for part in parts)))
+
+    def take_plan(self, forget: bool, is_idle: bool) -> StepPlan:
+        plan = StepPlan(self._loads, self._stores, self._moves, self._erasures, forget, is_idle)
+        self._loads, self._stores, self._moves, self._erasures = [], [], [], []
+        return plan
+
+    def hear(self, reports: WorkerReports) -> Iterator[Running]:
+        """The jobs that every worker has ended now."""
+        for job_id, ended in reports.ended.items():
+            job = self._jobs[job_id]
+            job.failed.update(reports.failed.get(job_id, {}))
+            job.moved += reports.moved.get(job_id, ())
+            job.workers_left -= ended
+            if job.workers_left <= 0:
+                del self._jobs[job_id]
+                yield job
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._jobs)
+
+    def loading_requests(self) -> set[str]:
+        return {job.loading for job in self._jobs.values() if job.loading is not None}
+
+    def held_blocks(self) -> int:
+        return sum(len(job.stores) for job in self._jobs.values())
+
+    def check(self) -> None:
+        planned = {job.job_id for job in self._planned()}
+        assert planned <= self._jobs.keys(), "a planned job is not registered"
+        for job_id, job in self._jobs.items():
+            assert 0 < job.workers_left <= self._num_workers, f"job {job_id}: {job.workers_left} workers left"
+
+    def _planned(self) -> Iterator[LoadJob | StoreJob | MoveJob | EraseJob]:
+        return chain(self._loads, self._stores, self._moves, self._erasures)
+
+    def _start(self, job: Running) -> int:
+        job_id = next(self._ids)
+        self._jobs[job_id] = job
+        return job_id

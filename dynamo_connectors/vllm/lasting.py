@@ -1,0 +1,54 @@
+"""The tiers of a worker whose content outlives it: what they hold at start, and how they are made to forget.
+
+The disk knows at once; an object store lists its objects in its own time, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.config import NVME_SSD, OBJECT_STORE
+from dynamo_connectors.tiers.nvme import NvmeStore
+from dynamo_connectors.tiers.object import ObjectStore
+from dynamo_connectors.vllm.recovery import Find
+
+
+class LastingTiers:
+    """`object_limit`: how many objects the index has room for; no more are listed."""
+
+    def __init__(self, disk: NvmeStore | None, objects: ObjectStore | None, object_limit: int = 0) -> None:
+        self._disk = disk
+        self._objects = objects
+        self._tells_disk = disk is not None
+        self._listed: list[BlockKey] | None = None
+        if objects is not None:
+            self._listed = []
+            objects.list_chunks(object_limit)
+
+    def take_finds(self) -> dict[str, Find]:
+        """The tiers that have been read to the end since the last call; each is told once."""
+        finds: dict[str, Find] = {}
+        if self._tells_disk and self._disk is not None:
+            self._tells_disk = False
+            finds[NVME_SSD] = Find(1, list(self._disk.recovered))
+        if self._listed is not None and self._objects is not None:
+            chunks, are_last = self._objects.take_listed()
+            self._listed += chunks
+            if are_last:
+                # Objects go by name; their slot is only a number in the index.
+                finds[OBJECT_STORE] = Find(1, list(enumerate(self._listed)))
+                self._listed = None
+        return finds
+
+    def forget(self) -> None:
+        """Nothing they hold is served again, and nothing they get from now on outlives this process."""
+        for store in (self._disk, self._objects):
+            if store is not None:
+                store.forget()
+
+    def erase(self, chunks: Sequence[BlockKey]) -> None:
+        """Queues objects for deletion; the store sees to it in its own time."""
+        if self._objects is not None:
+            for chunk in chunks:
+                self._objects.delete_chunk(chunk)

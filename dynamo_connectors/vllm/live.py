@@ -1,0 +1,78 @@
+"""What the scheduler half knows of a request, and the limits it works under. Plain records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from dynamo_connectors.block_manager import Change
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.vllm.groups import Chains, Geometry
+from dynamo_connectors.vllm.hints import Hints
+
+#: The HBM block ids of a request, one table per KV cache group.
+Tables: TypeAlias = Sequence[Sequence[int]]
+
+
+class Holds(Protocol):
+    """Keeps HBM blocks from being re-used (`compat.HbmHolds`)."""
+
+    def hold(self, block_ids: Sequence[int]) -> None: ...
+    def release(self, block_ids: Sequence[int]) -> None: ...
+    @property
+    def held_blocks(self) -> int: ...
+
+
+class ChangeSink(Protocol):
+    """Hears of every block that appears or leaves (`kv_events.TierEvents`)."""
+
+    def describe(self, request: Any, group: int, index: int, key: BlockKey) -> None: ...
+    def publish(self, changes: Sequence[Change]) -> None: ...
+    def take(self) -> Iterable[Any]: ...
+
+
+class Gate(Protocol):
+    """Load or compute, whichever is faster (`load_gate.LoadGate`)."""
+
+    def observe_load(self, tier: str, num_bytes: int, seconds: float) -> None: ...
+    def observe_prefill(self, tokens: int, seconds: float) -> None: ...
+    def admit(self, run: Sequence[str], block_bytes: int, block_tokens: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    geometry: Geometry
+    offload_ratio: float
+    num_workers: int
+    #: HBM blocks that offloads may hold at one time. Beyond it running requests wait and finished ones are not kept.
+    max_held_blocks: int
+    #: Bytes of one block on one worker.
+    block_bytes: int
+    #: Whether the engine's own prefix cache hands loaded blocks on to others; without it nobody need wait for a load.
+    shares_loads: bool = True
+    #: Tiers that may hold blocks of an earlier run.
+    lasting_tiers: tuple[str, ...] = ()
+
+
+@dataclass
+class Live:
+    """A request between its arrival and its end."""
+
+    request: Any
+    chains: Chains
+    hints: Hints
+    #: Per group: how many of its first blocks have been offered to the block manager.
+    offered: list[int]
+    #: Tokens that were in HBM when the engine last asked.
+    local_tokens: int = 0
+    #: It has no HBM blocks yet.
+    is_queued: bool = True
+    #: Its use of its blocks has been counted.
+    is_noted: bool = False
+    #: A load for it failed: it computes the rest, however long a store takes to recover.
+    is_disappointed: bool = False
+
+    @property
+    def request_id(self) -> str:
+        return str(self.request.request_id)

@@ -1,0 +1,143 @@
+"""Finds what can be loaded for a request, decides whether it is worth it, and leases it until it has arrived."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+from dynamo_connectors.block_manager import BlockManager, Source
+from dynamo_connectors.vllm.compat import NULL_BLOCK_ID
+from dynamo_connectors.vllm.job_ledger import JobLedger, Running
+from dynamo_connectors.vllm.live import Gate, Limits, Live, Tables
+from dynamo_connectors.vllm.sharing import SharedLoads
+from dynamo_connectors.vllm.verdicts import damaged
+
+
+class Onboarding:
+    """Adds to `counts`, by (what, label)."""
+
+    def __init__(
+        self,
+        manager: BlockManager,
+        limits: Limits,
+        ledger: JobLedger,
+        gate: Gate | None,
+        counts: Counter[tuple[str, str]],
+    ) -> None:
+        self._manager = manager
+        self._limits = limits
+        self._geometry = limits.geometry
+        self._ledger = ledger
+        self._gate = gate
+        self._counts = counts
+        self._shared = SharedLoads()
+        #: The group whose blocks stand for a prefix: when others ask whether to wait for it, and what it costs to load.
+        self._main = next((i for i, group in enumerate(self._geometry.groups) if group.window_tokens is None), 0)
+        #: Requests whose blocks count as computed while their bytes are still on the way up.
+        self.loading: dict[str, Live] = {}
+
+    def matched_tokens(self, live: Live, computed_tokens: int) -> int | None:
+        """How many tokens behind `computed_tokens` can be loaded; None to be asked again later."""
+        live.local_tokens = computed_tokens
+        if live.is_disappointed:
+            return 0
+        if self._shall_wait(live):
+            return None
+        total = self._longest(live)
+        if total > computed_tokens and self._gate is not None:
+            total = self._worth_loading(live, self._gate, total)
+        return total - computed_tokens
+
+    def after_alloc(self, live: Live, tables: Tables, external_tokens: int) -> None:
+        """The engine took up the offer: lease the blocks and plan their load into `tables`."""
+        if live.is_queued:
+            live.is_queued = False
+            wanted = self._geometry.longest_limit(live.request.num_tokens, len(live.chains.hashes)) - live.local_tokens
+            self._counts["wanted_blocks", ""] += max(0, wanted) // self._main_tokens
+        if external_tokens == 0:
+            return
+        pairs: list[tuple[Source, int]] = []
+        missing: list[int] = []
+        total = live.local_tokens + external_tokens
+        for index, group in enumerate(self._geometry.groups):
+            needed = group.needed(live.local_tokens, total)
+            sources = self._manager.lease(live.chains.keys(index), needed.start, len(needed))
+            targets = tables[index][needed.start : needed.stop]
+            pairs += zip(sources, targets, strict=False)
+            missing += targets[len(sources) :]
+        assert all(block != NULL_BLOCK_ID for _, block in pairs), "a load into the null block"
+        self._ledger.load(live.request_id, pairs, missing)
+        self.loading[live.request_id] = live
+        self._shared.begin(live.request_id, (source.key for source, _ in pairs))
+        live.is_disappointed = bool(missing)
+        self._counts["load_failures", "evicted"] += len(missing)
+
+    def end(self, job: Running) -> None:
+        if job.loading is None:
+            return
+        live = self.loading.pop(job.loading)
+        live.is_disappointed |= bool(job.failed)
+        self._shared.end(job.loading)
+        self._manager.release(job.loads, damaged=damaged(job.failed))
+        if self._gate is not None:
+            for moved in job.moved:
+                self._gate.observe_load(*moved)
+        for source in job.loads:
+            if source.key in job.failed:
+                self._counts["load_failures", job.failed[source.key]] += 1
+            else:
+                self._counts["hit_blocks", source.tier] += 1
+
+    def prefetch(self, live: Live) -> None:
+        """Brings what lies further down up to host memory, while the request waits for its turn."""
+        for index, group in enumerate(self._geometry.groups):
+            if group.window_tokens is None:
+                self._manager.prefetch(live.chains.keys(index))
+
+    def leave(self, request_id: str) -> None:
+        """The request is gone. Who waits for its load goes on: what it loads now will not stay in HBM."""
+        self._shared.leave(request_id)
+
+    def check(self) -> None:
+        self._shared.check()
+        assert self.loading.keys() == self._ledger.loading_requests(), "loading requests and load jobs differ"
+
+    @property
+    def _main_tokens(self) -> int:
+        return self._geometry.groups[self._main].block_tokens
+
+    def _shall_wait(self, live: Live) -> bool:
+        keys, block = live.chains.keys(self._main), live.local_tokens // self._main_tokens
+        if not self._limits.shares_loads or block >= len(keys):
+            return False
+        before = self._shared.num_waits
+        waits = self._shared.must_wait(live.request_id, keys[block])
+        self._counts["shared_loads", ""] += self._shared.num_waits - before
+        return waits
+
+    def _longest(self, live: Live, most_tokens: int | None = None) -> int:
+        limit = self._geometry.longest_limit(live.request.num_tokens, len(live.chains.hashes))
+        if most_tokens is not None:
+            limit = min(limit, most_tokens)
+        return self._geometry.longest_prefix(live.local_tokens, limit, partial(self._readable, live))
+
+    def _readable(self, live: Live, group: int, start: int, stop: int) -> int:
+        return min(stop - start, self._manager.match(live.chains.keys(group), start))
+
+    def _worth_loading(self, live: Live, gate: Gate, total: int) -> int:
+        """The part of the prefix up to `total` tokens that is faster to load than to compute."""
+        first, last = live.local_tokens // self._main_tokens, total // self._main_tokens
+        run = [self._tier_of(live, block) for block in range(first, last)]
+        admitted = gate.admit(run, self._limits.block_bytes * len(self._geometry.groups), self._main_tokens)
+        if admitted >= len(run):
+            return total
+        self._counts["refused_blocks", ""] += len(run) - admitted
+        return self._longest(live, live.local_tokens + admitted * self._main_tokens) if admitted else live.local_tokens
+
+    def _tier_of(self, live: Live, block: int) -> str:
+        chain = live.chains.keys(self._main)
+        for tier in self._manager.tiers:
+            place = tier.place_of(chain, block)
+            if place is not None and place.name in tier.index:
+                return tier.name
+        return self._manager.tiers[-1].name  # outside its window: not loaded at all

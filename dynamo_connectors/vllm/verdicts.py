@@ -1,0 +1,34 @@
+"""Whether a failed read condemns the block or only its store's mood. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dynamo_connectors.blocks import BlockKey
+
+#: The store did not answer, or would not; the bytes may be fine. Everything else is told by the bytes themselves, or by
+#: nobody: such a block is never served again.
+_PASSING = frozenset(
+    {
+        "bad_answer",
+        "circuit_open",
+        "closed",
+        "deadline",
+        "forbidden",
+        "forgotten",
+        "tier_off",
+        "timeout",
+        "unavailable",
+        "unreachable",
+        "upload_backlog",
+        "write_failed",
+    }
+)
+
+
+def is_damage(reason: str) -> bool:
+    return reason not in _PASSING
+
+
+def damaged(failed: Mapping[BlockKey, str]) -> set[BlockKey]:
+    return {key for key, reason in failed.items() if is_damage(reason)}

@@ -1,0 +1,269 @@
+"""A vLLM engine of any supported version in one process: its real scheduler, its real worker-side call order, its real
+connector factory. Only the model is made up: the KV of a token is a number that depends on every token before it.
+
+Every position that a step would attend to is compared with that number first, and so is every block before it is
+offloaded. Wrong, stale or missing KV is an AssertionError at the step that would have used it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.distributed.kv_transfer import kv_transfer_state
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.forward_context import set_forward_context
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
+from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
+BLOCK = 32
+LAYERS = ("model.layers.0.attn", "model.layers.1.attn")
+SPEC = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+VOCABULARY = 500
+#: Far more than anything here takes; an idle step waits up to a millisecond for a copy.
+MAX_STEPS = 20_000
+
+
+@dataclass
+class Truth:
+    """All tokens of one request, its answer included, and the KV of each. Exact in float32."""
+
+    tokens: list[int]
+    numbers: list[float]
+    prompt_length: int
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], answer_tokens: int) -> Truth:
+        tokens, numbers, state = list(prompt), [], 1
+        # Steps that run ahead of the scheduler compute a little beyond the answer.
+        for position in range(len(prompt) + answer_tokens + 4):
+            if position == len(tokens):
+                tokens.append(state % VOCABULARY)
+            state = (state * 31 + tokens[position] + 7) % 65521
+            numbers.append(float(state))
+        return cls(tokens, numbers, len(prompt))
+
+
+@dataclass
+class Step:
+    """What the workers get: the scheduler's output, and the block tables as they were then."""
+
+    output: Any
+    tables: dict[str, list[int]]
+    computed: dict[str, int]
+    samples: set[str]
+
+
+@dataclass(frozen=True)
+class Mode:
+    name: str
+    async_scheduling: bool = False
+    v2_runner: bool = False
+    workers: int = 1
+
+
+class SimulatedWorker:
+    """One rank: its KV tensors, its connector, and the version's own order of calls around a forward."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, mode: Mode) -> None:
+        self._vllm_config = vllm_config
+        self._v2_runner = mode.v2_runner
+        shape = (kv_cache_config.num_blocks, 1, BLOCK, 16)
+        self.kv = {layer: torch.full(shape, -1.0) for layer in LAYERS}
+        self.connector = KVConnectorFactory.create_connector(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
+        with self._as_current_rank():
+            if mode.v2_runner:
+                self._hooks = ActiveKVConnector(vllm_config, self.kv)
+            else:
+                self.connector.register_kv_caches(self.kv)
+
+    def execute(self, step: Step, truths: dict[str, Truth]) -> Any:
+        """Returns the step's `KVConnectorOutput`, as it arrives in the scheduler's process."""
+        # The metadata is pickled on its way to a worker, and so is what comes back.
+        step.output.kv_connector_metadata = pickle.loads(pickle.dumps(step.output.kv_connector_metadata))
+        with self._as_current_rank():
+            output = self._execute_v2(step, truths) if self._v2_runner else self._execute_v1(step, truths)
+        return pickle.loads(pickle.dumps(output))
+
+    def _execute_v1(self, step: Step, truths: dict[str, Truth]) -> Any:
+        self.connector.handle_preemptions(step.output.kv_connector_metadata)
+        if not step.output.total_num_scheduled_tokens:
+            no_forward = KVConnectorModelRunnerMixin.kv_connector_no_forward
+            return no_forward(step.output, self._vllm_config).kv_connector_output
+        with (
+            set_forward_context(None, self._vllm_config),
+            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(step.output) as output,
+        ):
+            self._forward(step, truths)
+        return output
+
+    def _execute_v2(self, step: Step, truths: dict[str, Truth]) -> Any:
+        if not step.output.total_num_scheduled_tokens:
+            return self._hooks.no_forward(step.output).kv_connector_output
+        self._hooks.pre_forward(step.output)
+        self._forward(step, truths)
+        finished = step.output.finished_req_ids
+        if not hasattr(self._hooks, "finalize_step"):
+            return self._hooks.post_forward(finished)
+        # 0.33 ends the step after it has collected what ended.
+        output = self._hooks.post_forward(finished, defer_finalize=True)
+        self._hooks.finalize_step()
+        return output
+
+    def _forward(self, step: Step, truths: dict[str, Truth]) -> None:
+        for request_id, scheduled in step.output.num_scheduled_tokens.items():
+            truth, table, start = truths[request_id], step.tables[request_id], step.computed[request_id]
+            self.assert_kv(table, truth.numbers[:start], f"{request_id} before position {start}")
+            for position in range(start, start + scheduled):
+                for depth, layer in enumerate(LAYERS):
+                    number = truth.numbers[position] + depth
+                    self.kv[layer][table[position // BLOCK], :, position % BLOCK] = number
+
+    def assert_kv(self, table: Sequence[int], numbers: Sequence[float], what: str) -> None:
+        wanted = torch.tensor(numbers)
+        for depth, layer in enumerate(LAYERS):
+            rows = self.kv[layer][list(table)].permute(0, 2, 1, 3).flatten(0, 1)[: len(numbers)].flatten(1)
+            wrong = (rows != wanted[:, None] + depth).any(dim=1).nonzero().flatten().tolist()
+            assert not wrong, f"{what}: wrong KV in {layer} at positions {wrong[:5]}"
+
+    @contextmanager
+    def _as_current_rank(self) -> Iterator[None]:
+        kv_transfer_state._KV_CONNECTOR_AGENT = self.connector
+        try:
+            yield
+        finally:
+            kv_transfer_state._KV_CONNECTOR_AGENT = None
+
+
+class SimulatedEngine:
+    def __init__(self, vllm_config: Any, mode: Mode, num_blocks: int) -> None:
+        vllm_config.scheduler_config.async_scheduling = mode.async_scheduling
+        vllm_config.parallel_config.world_size = mode.workers
+        vllm_config.parallel_config.tensor_parallel_size = mode.workers
+        vllm_config.cache_config.num_gpu_blocks = num_blocks
+        kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(list(LAYERS), SPEC)])
+        init_none_hash(sha256)
+        self._block_hasher = get_request_block_hasher(BLOCK, sha256)
+        self.workers = [SimulatedWorker(vllm_config, kv_cache_config, mode) for _ in range(mode.workers)]
+        self._aggregator = KVOutputAggregator.from_connector(self.workers[0].connector, mode.workers)
+        scheduler_class = AsyncScheduler if mode.async_scheduling else Scheduler
+        structured = StructuredOutputManager(vllm_config)
+        self.scheduler = scheduler_class(vllm_config, kv_cache_config, structured, block_size=BLOCK, log_stats=True)
+        self.scheduler.use_v2_model_runner = mode.v2_runner
+        self.events: list[Any] = []
+        self.scheduler.kv_event_publisher.publish = lambda batch: self.events.extend(batch.events)
+        self.stats: list[dict[str, Any]] = []
+        self._depth = 2 if mode.async_scheduling else 1
+        self._in_flight: deque[Step] = deque()
+        self._truths: dict[str, Truth] = {}
+        self._block_numbers: dict[bytes, list[float]] = {}
+        self.answers: dict[str, list[int]] = {}
+        #: What the plans asked for so far.
+        self.planned: Counter[str] = Counter()
+        self.preemptions = 0
+
+    @property
+    def block_pool(self) -> Any:
+        return self.scheduler.kv_cache_manager.block_pool
+
+    def submit(self, request_id: str, prompt: Sequence[int], answer_tokens: int) -> Request:
+        sampling = SamplingParams(max_tokens=answer_tokens, ignore_eos=True)
+        request = Request(request_id, list(prompt), sampling, None, block_hasher=self._block_hasher)
+        self._truths[request_id] = Truth.of(prompt, answer_tokens)
+        self.answers[request_id] = []
+        self.scheduler.add_request(request)
+        return request
+
+    def abort(self, *request_ids: str) -> None:
+        self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
+
+    def schedule(self) -> None:
+        output = self.scheduler.schedule()
+        requests = self.scheduler.requests
+        self.preemptions += len(output.preempted_req_ids or ())
+        scheduled = output.num_scheduled_tokens
+        step = Step(
+            output,
+            {name: list(self.scheduler.kv_cache_manager.get_block_ids(name)[0]) for name in scheduled},
+            {name: requests[name].num_computed_tokens - tokens for name, tokens in scheduled.items()},
+            {name for name in scheduled if not requests[name].is_prefill_chunk},
+        )
+        for request in requests.values():
+            numbers = self._truths[request.request_id].numbers
+            for index, key in enumerate(request.block_hashes):
+                self._block_numbers[key] = numbers[index * BLOCK : (index + 1) * BLOCK]
+        self._in_flight.append(step)
+
+    def finish_step(self) -> None:
+        """Runs the oldest scheduled step on every worker, and tells the scheduler."""
+        step = self._in_flight.popleft()
+        plan = step.output.kv_connector_metadata
+        self.planned.update(loads=sum(len(load.items) for load in plan.loads))
+        self.planned.update(stores=sum(len(store.items) for store in plan.stores))
+        outputs = []
+        for worker in self.workers:
+            for item in (item for store in plan.stores for item in store.items):
+                worker.assert_kv([item.block], self._block_numbers[item.key], f"block {item.block} to store")
+            outputs.append(self._model_output(step, worker.execute(step, self._truths)))
+        combined = self._aggregator.aggregate(outputs) if len(outputs) > 1 else outputs[0]
+        for client_outputs in self.scheduler.update_from_output(step.output, combined).values():
+            for output in client_outputs.outputs:
+                self.answers[output.request_id].extend(output.new_token_ids)
+            if client_outputs.scheduler_stats and client_outputs.scheduler_stats.kv_connector_stats:
+                self.stats.append(client_outputs.scheduler_stats.kv_connector_stats)
+
+    def step(self) -> None:
+        if self.scheduler.has_requests():
+            self.schedule()
+        if self._in_flight and (len(self._in_flight) >= self._depth or not self.scheduler.has_requests()):
+            self.finish_step()
+
+    def run(self) -> None:
+        """Until nothing is left to do, offloads included."""
+        self.step_until(lambda: not self.scheduler.has_requests() and not self._in_flight)
+
+    def step_until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(MAX_STEPS):
+            if condition():
+                return
+            self.step()
+        raise AssertionError(f"not even after {MAX_STEPS} steps")
+
+    def expect_answer(self, request_id: str) -> None:
+        truth, answer = self._truths[request_id], self.answers[request_id]
+        wanted = truth.tokens[truth.prompt_length : truth.prompt_length + len(answer)]
+        assert answer == wanted, f"{request_id}: {answer} instead of {wanted}"
+
+    def close(self) -> None:
+        self.scheduler.shutdown()
+        for worker in self.workers:
+            worker.connector.shutdown()
+
+    def _model_output(self, step: Step, kv_connector_output: Any) -> ModelRunnerOutput:
+        names = list(step.output.num_scheduled_tokens)
+        sampled = []
+        for name in names:
+            end = step.computed[name] + step.output.num_scheduled_tokens[name]
+            sampled.append([self._truths[name].tokens[end]] if name in step.samples else [])
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=sampled,
+            kv_connector_output=kv_connector_output,
+        )

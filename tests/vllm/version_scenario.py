@@ -1,0 +1,253 @@
+"""What every supported vLLM has to do with our connector. A program: `python -m tests.vllm.version_scenario MODEL`.
+
+It runs in an interpreter of its own, because one interpreter holds one vLLM. It prints one line per part that passed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+from prometheus_client import REGISTRY
+from vllm.distributed.kv_events import BlockStored
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.request import RequestStatus
+
+from dynamo_connectors.transfer import TransferEngine
+from dynamo_connectors.vllm.connector import DynamoConnector
+from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine
+
+MODES = (
+    Mode("one worker"),
+    Mode("two workers", workers=2),
+    Mode("async scheduling", async_scheduling=True),
+    Mode("V2 runner", v2_runner=True),
+    Mode("V2 runner, async scheduling, two workers", async_scheduling=True, v2_runner=True, workers=2),
+)
+HBM_BLOCKS = 24
+ABORTED_IN = (
+    RequestStatus.WAITING,
+    RequestStatus.WAITING_FOR_REMOTE_KVS,
+    RequestStatus.RUNNING,
+    RequestStatus.PREEMPTED,
+)
+
+
+def engine_config(model: str, *flags: str) -> Any:
+    """Flags to a `VllmConfig`, the way `vllm serve` does it: our plugin adds and translates its own."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    sizes = ["--block-size", str(BLOCK), "--max-model-len", "512", "--max-num-batched-tokens", "64"]
+    events = ["--kv-events-config", json.dumps({"enable_kv_cache_events": True, "publisher": "null"})]
+    arguments = ["--model", model, "--dtype", "float32", "--enforce-eager", *sizes, *events, *flags]
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
+
+
+def dynamo_config(model: str) -> Any:
+    # 8 KiB a block and worker: some 120 blocks, five times HBM.
+    config = engine_config(model, "--kv-connector", "dynamo", "--kvbm-host-dram-gb", "0.001")
+    transfer = config.kv_transfer_config
+    assert (transfer.kv_connector, transfer.kv_role) == ("dynamo", "kv_both")
+    assert transfer.kv_connector_extra_config == {"kvbm_host_dram_gb": "0.001"}
+    assert transfer.kv_load_failure_policy == "recompute"
+    return config
+
+
+def multi_config(model: str) -> Any:
+    child = {"kv_connector": "dynamo", "kv_role": "kv_both", "kv_connector_extra_config": {"kvbm_host_dram_gb": 0.001}}
+    multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
+    multi["kv_connector_extra_config"] = {"connectors": [child]}
+    return engine_config(model, "--kv-transfer-config", json.dumps(multi))
+
+
+def prompt(seed: int, tokens: int) -> list[int]:
+    return random.Random(seed).choices(range(500), k=tokens)
+
+
+def evict_hbm(engine: SimulatedEngine, name: str) -> None:
+    for index in range(4):
+        engine.submit(f"{name}-filler-{index}", prompt(1000 + index, 12 * BLOCK), 2)
+        engine.run()
+
+
+def assert_nothing_left(engine: SimulatedEngine) -> None:
+    pool = engine.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "HBM blocks are still in use"
+    for connector in (engine.scheduler.connector, *(worker.connector for worker in engine.workers)):
+        assert isinstance(connector, DynamoConnector)
+        half = connector._scheduler or connector._worker
+        half.check()
+    scheduler = engine.scheduler.connector._scheduler
+    assert scheduler._holds.held_blocks == 0
+    assert not scheduler.has_work
+    assert not scheduler._requests, "finished requests are still known"
+    assert not engine.scheduler.connector._block_tables._tables, "block tables of finished requests are still kept"
+
+
+def cold_evicted_and_hit(engine: SimulatedEngine) -> None:
+    text = prompt(1, 5 * BLOCK + 9)
+    engine.submit("cold", text, 40)
+    engine.step_until(lambda: len(engine.answers["cold"]) >= 10)
+    assert engine.planned == {"stores": 5, "loads": 0}, "a running request's full blocks are not offloaded"
+    engine.run()
+    assert engine.planned == {"stores": 6, "loads": 0}, engine.planned
+    evict_hbm(engine, "hit")
+    before = engine.planned["loads"]
+    engine.submit("hit", text, 40)
+    engine.run()
+    assert engine.planned["loads"] == before + 5
+    assert engine.answers["hit"] == engine.answers["cold"]
+    assert len(engine.answers["hit"]) == 40
+    engine.expect_answer("hit")
+
+
+def preempted_requests_come_back_right(engine: SimulatedEngine) -> None:
+    names = [f"crowd-{index}" for index in range(8)]
+    for index, name in enumerate(names):
+        engine.submit(name, prompt(50 + index, 2 * BLOCK + 20), 90)
+    engine.run()
+    assert engine.preemptions > 0
+    for name in names:
+        engine.expect_answer(name)
+        assert len(engine.answers[name]) == 90
+
+
+def aborted_in_every_state(engine: SimulatedEngine) -> None:
+    """Between schedule and the step's result too, which is where vLLM looks at its queue of aborts."""
+    text = prompt(2, 4 * BLOCK + 1)
+    engine.submit("kept", text, 2)
+    engine.run()
+    for state in ABORTED_IN:
+        for half_a_step in (False, True):
+            name = f"leaves-{state.name}-{half_a_step}"
+            evict_hbm(engine, name)
+            rivals = 5 if state == RequestStatus.PREEMPTED else 1
+            for index in range(rivals):
+                engine.submit(f"{name}-stays-{index}", prompt(10 + index, 70), 90)
+            request = engine.submit(name, text + prompt(3, 3 * BLOCK), 90)
+            engine.step_until(lambda request=request, state=state: request.status == state)
+            if half_a_step:
+                engine.schedule()
+            engine.abort(name)
+            engine.run()
+            assert len(engine.answers[name]) < 90
+            for index in range(rivals):
+                engine.expect_answer(f"{name}-stays-{index}")
+                assert len(engine.answers[f"{name}-stays-{index}"]) == 90
+
+
+def lost_blocks_are_recomputed(engine: SimulatedEngine) -> None:
+    text = prompt(4, 6 * BLOCK + 3)
+    engine.submit("whole", text, 8)
+    engine.run()
+    evict_hbm(engine, "lost")
+    worker = engine.workers[-1]
+    worker_half, original, spoilt = worker.connector._worker, TransferEngine.poll, []
+
+    def poll(self: TransferEngine, *args: Any, **kwargs: Any) -> Any:
+        for report in original(self, *args, **kwargs):
+            load = worker_half._loads.get(report.job_id) if self is worker_half._transfers else None
+            if load is not None:
+                lost = load.items[2]
+                spoilt.append(lost.block)
+                for tensor in worker.kv.values():
+                    tensor[lost.block] = -2.0
+                report = type(report)(report.job_id, {lost.key: "made_up"})
+            yield report
+
+    TransferEngine.poll = poll  # type: ignore[method-assign]
+    try:
+        engine.submit("damaged", text, 8)
+        engine.run()
+    finally:
+        TransferEngine.poll = original  # type: ignore[method-assign]
+    assert spoilt
+    assert engine.answers["damaged"] == engine.answers["whole"]
+    assert any(stats.get("counts", {}).get("load_failures|made_up") for stats in engine.stats)
+
+
+def forgets_on_reset(engine: SimulatedEngine) -> None:
+    text = prompt(5, 5 * BLOCK)
+    engine.submit("before", text, 2)
+    engine.run()
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    before = engine.planned["loads"]
+    engine.submit("after", text, 2)
+    engine.run()
+    assert engine.planned["loads"] == before
+    assert engine.answers["after"] == engine.answers["before"]
+
+
+def random_traffic(engine: SimulatedEngine) -> None:
+    """Shared prefixes, four times more KV than HBM, aborts at any moment."""
+    chance = random.Random(7)
+    stems = [prompt(100 + index, chance.randrange(20, 5 * BLOCK)) for index in range(6)]
+    waiting = []
+    for index in range(60):
+        text = chance.choice(stems) + prompt(200 + index % 9, chance.randrange(1, 4 * BLOCK))
+        waiting.append((f"random-{index}", text, chance.randrange(1, 60)))
+    names = [name for name, _, _ in waiting]
+    while waiting:
+        for _ in range(chance.randrange(3)):
+            if waiting:
+                engine.submit(*waiting.pop())
+        for _ in range(chance.randrange(6)):
+            engine.step()
+        live = list(engine.scheduler.requests)
+        if live and chance.random() < 0.2:
+            engine.abort(chance.choice(live))
+        engine.scheduler.connector._scheduler.check()
+    engine.run()
+    for name in names:
+        engine.expect_answer(name)
+
+
+def speaks_to_metrics_and_routers(engine: SimulatedEngine, config: Any) -> None:
+    prometheus = KVConnectorProm(config, ["engine"], {0: ["0"]})
+    logging = KVConnectorLogging(config.kv_transfer_config)
+    for stats in engine.stats:
+        prometheus.observe(stats)
+        logging.observe(stats)
+    hits = REGISTRY.get_sample_value("dynamo_kvbm_hit_blocks_total", {"engine": "0", "tier": "host_dram"})
+    assert hits
+    lines: list[str] = []
+    logging.log(lambda text, *args: lines.append(text % args))
+    assert "hit_blocks|host_dram" in lines[0]
+    stored = [event for event in engine.events if isinstance(event, BlockStored) and event.medium == "CPU"]
+    assert stored
+    assert all(len(event.token_ids) == BLOCK == event.block_size for event in stored)
+
+
+PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
+    cold_evicted_and_hit,
+    preempted_requests_come_back_right,
+    aborted_in_every_state,
+    lost_blocks_are_recomputed,
+    forgets_on_reset,
+    random_traffic,
+)
+
+
+def main(model: str) -> None:
+    print(f"vllm {vllm.__version__}", flush=True)
+    for mode in MODES:
+        config = dynamo_config(model)
+        engine = SimulatedEngine(config, mode, HBM_BLOCKS)
+        for part in PARTS:
+            part(engine)
+            assert_nothing_left(engine)
+            print(f"passed: {mode.name}: {part.__name__}", flush=True)
+        if mode is MODES[0]:
+            speaks_to_metrics_and_routers(engine, config)
+            print(f"passed: {speaks_to_metrics_and_routers.__name__}", flush=True)
+        engine.close()
+    print("passed: everything", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
