@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 from dynamo_connectors.block_manager import Move, NamedTier, Source
@@ -14,13 +13,16 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import OBJECT_STORE
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.sglang.page_io import Page, ReadableStore
+from dynamo_connectors.tiers.base import Place
 from dynamo_connectors.tiers.index import TierIndex
-from dynamo_connectors.tiers.object import ObjectStore, RowRead
+from dynamo_connectors.tiers.object import ObjectStore
 
 logger = logging.getLogger(__name__)
 
 #: Reading a chunk back from the disk keeps up with any upload.
 _THREADS = 2
+#: A detach, or a server that stops, waits no longer for requests to hang up.
+_CLOSE_SECONDS = 5.0
 
 
 class Offloaded(NamedTuple):
@@ -39,7 +41,7 @@ class Lower(Protocol):
 
     def read(self, work: Sequence[tuple[Source, Page]]) -> dict[BlockKey, str]: ...
     def offload(self, moves: Sequence[Move], disk: ReadableStore, ended: Callable[[Offloaded], None]) -> None: ...
-    def erase(self, chunk: BlockKey) -> None: ...
+    def erase(self, chunk: BlockKey, ended: Callable[[], None]) -> None: ...
     def take_listed(self) -> list[tuple[int, BlockKey]]: ...
     def forget(self) -> None: ...
     def close(self) -> None: ...
@@ -53,13 +55,11 @@ class ObjectTier:
         store: ObjectStore,
         capacity_chunks: int,
         min_touches: int,
-        deadline_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.named = NamedTier(OBJECT_STORE, TierIndex(capacity_chunks, erases=True), store.chunk_blocks)
         self.min_touches = min_touches
         self._store = store
-        self._deadline_seconds = deadline_seconds
         self._clock = clock
         self._io = ThreadPoolExecutor(_THREADS, thread_name_prefix="dynamo-kvbm-object")
         #: Chunks that the store holds already take the last places; fresh ones are given out from the first on.
@@ -67,22 +67,20 @@ class ObjectTier:
         store.list_chunks(capacity_chunks)
 
     def read(self, work: Sequence[tuple[Source, Page]]) -> dict[BlockKey, str]:
-        """Fills pages, chunk by chunk, within one deadline for all; returns the keys that failed, with the reason."""
-        deadline = self._clock() + self._deadline_seconds
+        """Fills pages within one deadline for all; returns the keys that failed, with the reason."""
+        places = [Place(source.key, source.slot, source.chunk, source.row) for source, _ in work]
+        rows = [self._new_row() for _ in work]
+        ends = self._clock() + self._store.deadline_seconds
         failures: dict[BlockKey, str] = {}
-        for chunk, together in groupby(work, key=lambda item: item[0].chunk):
-            items = list(together)
-            rows = [RowRead(source.row, source.key, self._new_row()) for source, _ in items]
-            try:
-                assert chunk is not None, "an object has no name"
-                self._store.read_rows(chunk, rows, deadline)
-            except StoreError as error:
-                failures.update((source.key, error.reason) for source, _ in items)
-                continue
-            for (_, page), row in zip(items, rows, strict=True):
+        for batch in self._store.read(places, rows):
+            errors = _wait(batch.outcome, max(0.0, ends - self._clock()), len(batch.positions))
+            for position, error in zip(batch.positions, errors, strict=True):
+                if error is not None:
+                    failures[places[position].key] = error.reason
+                    continue
                 offset = 0
-                for piece in page:
-                    piece[:] = row.into[offset : offset + piece.nbytes]
+                for piece in work[position][1]:
+                    piece[:] = rows[position][offset : offset + piece.nbytes]
                     offset += piece.nbytes
         return failures
 
@@ -93,8 +91,9 @@ class ObjectTier:
         except RuntimeError:  # closed
             ended(Offloaded(moves, ok=False))
 
-    def erase(self, chunk: BlockKey) -> None:
-        self._store.delete_chunk(chunk)
+    def erase(self, chunk: BlockKey, ended: Callable[[], None]) -> None:
+        """Removes an object some time. `ended` is called once, from any thread."""
+        self._store.erase([chunk]).add_done_callback(lambda _: ended())
 
     def take_listed(self) -> list[tuple[int, BlockKey]]:
         """(place, chunk) of what the store was found to hold, since the last call."""
@@ -108,8 +107,9 @@ class ObjectTier:
 
     def close(self) -> None:
         """Drops what waits or runs. Idempotent."""
-        self._io.shutdown(wait=True, cancel_futures=False)
-        self._store.close()
+        self._io.shutdown(wait=True)
+        if not self._store.close(self._clock() + _CLOSE_SECONDS):
+            logger.warning("dynamo: the object store is still busy; its thread is left to end by itself")
 
     def check(self) -> None:
         self._store.check()
@@ -125,14 +125,24 @@ class ObjectTier:
                 ended(Offloaded(moves, ok=False, damaged=move.key))
                 return
             rows.append(row)
-        chunk = ordered[-1].key
-        try:
-            self._store.put_chunk(
-                chunk, [move.key for move in ordered], rows, lambda error: ended(Offloaded(moves, ok=error is None))
-            )
-        except Exception:
-            logger.exception("dynamo: a chunk could not be handed to the object store")
-            ended(Offloaded(moves, ok=False))
+        places = [Place(move.key, move.target_slot, move.chunk, move.row) for move in ordered]
+        for batch in self._store.write(places, rows):
+            batch.outcome.add_done_callback(lambda outcome: ended(Offloaded(moves, ok=_all_well(outcome))))
 
     def _new_row(self) -> memoryview:
         return memoryview(bytearray(self._store.row_bytes))
+
+
+def _wait(outcome: Future[Sequence[StoreError | None]], seconds: float, blocks: int) -> Sequence[StoreError | None]:
+    try:
+        return outcome.result(seconds)
+    except (TimeoutError, CancelledError):
+        outcome.cancel()
+        return [StoreError("deadline", "the object store did not answer in time")] * blocks
+    except Exception as error:
+        logger.exception("dynamo: a read of the object store failed")
+        return [StoreError("internal_error", str(error))] * blocks
+
+
+def _all_well(outcome: Future[Sequence[StoreError | None]]) -> bool:
+    return not outcome.cancelled() and outcome.exception() is None and not any(outcome.result())

@@ -10,9 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
-from dynamo_connectors.block_manager import BlockManager, Change, NamedTier, Source
+from dynamo_connectors.block_manager import BlockManager, Change, Erasure, NamedTier, Source
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.cascade import jobs_of
 from dynamo_connectors.sglang.object_tier import Lower, Offloaded
@@ -186,6 +187,7 @@ class PageStore:
             self._load_failures.update(failures.values())
             # Weights may have changed while the bytes came up.
             is_trusted = self._serves
+        self._move_down()  # what was found damaged is erased
         return [is_trusted and index < len(sources) and key not in failures for index, key in enumerate(keys)]
 
     def suspend(self) -> None:
@@ -279,9 +281,11 @@ class PageStore:
         for job in jobs_of(moves):
             self._lower.offload(job, self._store, self._moved_down)
         for erasure in erasures:
-            self._lower.erase(erasure.key)
-            with self._lock:
-                self._manager.end_erasure(erasure)
+            self._lower.erase(erasure.key, partial(self._erased, erasure))
+
+    def _erased(self, erasure: Erasure) -> None:
+        with self._lock:
+            self._manager.end_erasure(erasure)
 
     def _moved_down(self, offloaded: Offloaded) -> None:
         with self._lock:

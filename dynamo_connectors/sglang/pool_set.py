@@ -171,7 +171,7 @@ class PoolSet:
         logger.info(
             "dynamo: object_store tier %s: %d objects of %d pages each", tiers.object_url, capacity, chunk_blocks
         )
-        return ObjectTier(store, capacity, tiers.object_min_touches, tiers.object_deadline_seconds)
+        return ObjectTier(store, capacity, tiers.object_min_touches)
 
     def _refuse_object_store(self) -> None:
         if self._worker.tiers.object_url is None:
