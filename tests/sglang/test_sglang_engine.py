@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import threading
@@ -18,7 +17,7 @@ from dynamo_proxy.kv_events import decode_batch
 from dynamo_proxy.kv_index import MEDIUM_BITS, KvIndex
 
 from tests.sglang.asking import answer_from_storage, flood
-from tests.sglang.server import PAGE_TOKENS, Server, prompts
+from tests.sglang.server import PAGE_TOKENS, Answer, Server, prompts
 from tests.sglang.tiny_model import write_tiny_model
 from tools.server_process import SHARED_MEMORY, members_of
 
@@ -145,7 +144,9 @@ def test_detached_and_attached_again_the_tier_is_warm(server: Server) -> None:
     assert warm.storage_tokens >= 256, "the slab was not found again"
 
 
-def test_killed_under_load_and_restarted_it_answers_from_the_disk(server: Server) -> None:
+@pytest.fixture(scope="module")
+def killed_and_restarted(server: Server) -> list[tuple[list[int], Answer]]:
+    """SIGKILL to the whole server while it works, and a new one on its slab. What was asked before, and the answers."""
     mine = prompts(seed=9, count=4)
     cold = [server.generate(prompt) for prompt in mine]
     for prompt, first in zip(mine, cold, strict=True):
@@ -167,10 +168,15 @@ def test_killed_under_load_and_restarted_it_answers_from_the_disk(server: Server
     server.process.process.wait()
     for asker in askers:
         asker.join()
-    gc.collect()  # connections that the killed server has cut hang on the errors that tell of it
     server.process.start().wait_ready()
+    return list(zip(mine, cold, strict=True))
+
+
+def test_killed_under_load_and_restarted_it_answers_from_the_disk(
+    server: Server, killed_and_restarted: list[tuple[list[int], Answer]]
+) -> None:
     assert "blocks of an earlier engine found again" in server.log()
-    for prompt, first in zip(mine, cold, strict=True):
+    for prompt, first in killed_and_restarted:
         warm = server.generate(prompt)
         assert warm.output == first.output
         assert warm.storage_tokens >= 256
