@@ -32,7 +32,7 @@ vllm-env:
 	$(PYTHON) tools/bootstrap.py vllm
 
 sglang-env:
-	$(PYTHON) tools/bootstrap.py sglang
+	$(PYTHON) tools/bootstrap.py sglang sglang-0.5.14
 
 vllm-versions:
 	$(PYTHON) tools/bootstrap.py vllm-0.24 vllm-0.33

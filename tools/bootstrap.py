@@ -20,7 +20,11 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = {"vllm": "vllm-cpu.txt", "sglang": "sglang-cpu.txt"}
+LOCKS = {
+    "vllm": "vllm-cpu.txt",
+    "sglang": "sglang-cpu.txt",
+    "sglang-0.5.14": "sglang-0.5.14-cpu.txt",
+}
 #: Not environments of their own: folders for PYTHONPATH, in front of what .envs/vllm has installed.
 OVERLAYS = {"vllm-0.24": "vllm-0.24.txt", "vllm-0.33": "vllm-0.33.txt"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,18 @@ class DynamoHiCache(HiCacheBackend, HiCacheStorage):
 
     def __init__(self, storage_config: Any, kwargs: object = None) -> None:
         compat.require_weight_hooks()
+        self._is_publisher = compat.publishes_kv_events(storage_config)
         super().__init__(storage_config, kwargs)
+
+    def on_host_pools_registered(self) -> None:
+        """SGLang 0.5.23. A draft model's pools come later still; their slabs are opened with the rest at first use."""
+        if not compat.has_draft_model():
+            self.open()
+
+    def batch_exists_v2(
+        self, keys: list[str], pool_transfers: Sequence[Any] | None = None, extra_info: object = None
+    ) -> Any:
+        return compat.pool_transfer_result(self.match_pools(keys, pool_transfers, extra_info))
 
     def get_stats(self) -> Any:
         """SGLang's own histograms: pages and GB/s of every batch since the last call."""
@@ -30,3 +42,9 @@ class DynamoHiCache(HiCacheBackend, HiCacheStorage):
 
     def _first_page(self, pool: Any) -> Any:
         return torch.arange(pool.page_size, dtype=torch.int64)
+
+    def _engine_facts(self) -> Mapping[str, str]:
+        return compat.engine_facts()
+
+    def _publishes_events(self) -> bool:
+        return self._is_publisher

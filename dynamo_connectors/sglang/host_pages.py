@@ -35,7 +35,7 @@ def page_shape(pool: HostPool, first_page: Any) -> PageShape:
     """Asks the pool about one page. Raises `UnsupportedLayoutError` when it has no plain pages."""
     try:
         meta = pool.get_page_buffer_meta(first_page)
-    except (AttributeError, NotImplementedError) as error:
+    except (AttributeError, NotImplementedError, ValueError) as error:
         raise _unsupported(pool, f"it does not tell where its pages lie: {error}") from error
     if not meta or len(meta[0]) != len(meta[1]) or not meta[0]:
         raise _unsupported(pool, "it has no bytes of its own")

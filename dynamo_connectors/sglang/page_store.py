@@ -1,43 +1,43 @@
-"""Pages of one worker on one tier: a block manager that decides, a store that keeps, threads that move.
+"""Pages of one pool of one worker on the disk, and below it: a block manager decides, stores keep, a mover moves.
 
 SGLang calls from several threads. One lock guards the decisions; bytes move outside it, under a lease or a reservation.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
-from dynamo_connectors.block_manager import BlockManager, NamedTier
+from dynamo_connectors.block_manager import BlockManager, Change, Erasure, NamedTier, Source
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.errors import StoreError
+from dynamo_connectors.cascade import jobs_of
+from dynamo_connectors.sglang.object_tier import Lower, Offloaded
+from dynamo_connectors.sglang.page_io import Page, PageMover, Work
 from dynamo_connectors.tiers.base import TierStore
 from dynamo_connectors.tiers.index import TierIndex
 
-logger = logging.getLogger(__name__)
-
-#: One page in memory: the pieces that make up its row, in order. Together they are `row_bytes` long.
-Page = Sequence[memoryview]
-#: Requests in flight to one disk. An NVMe drive reaches its speed at a queue depth of about 8.
-IO_THREADS = 8
-#: Transfers remembered between two calls of `take_transfers`.
-_MAX_TRANSFERS = 1024
+#: Reasons after which an object is of no use any more.
+_GONE = ("not_found", "cut_body", "bad_header", "wrong_namespace", "wrong_key", "wrong_length", "bad_checksum")
 
 
-#: A page to move: slot, key, where it lies in memory.
-Work = tuple[int, BlockKey, Page]
-Move = Callable[[int, BlockKey, Page], None]
+class LastingStore(TierStore, Protocol):
+    """A store whose bytes outlive the engine, unless they are forgotten."""
+
+    recovered: Sequence[tuple[int, BlockKey]]
+
+    def forget(self) -> None:
+        """Nothing written so far is ever served again, here or by a later engine."""
 
 
 class Transfer(NamedTuple):
     """One batch that moved bytes."""
 
+    tier: str
     is_read: bool
     pages: int
     num_bytes: int
@@ -48,9 +48,11 @@ class Transfer(NamedTuple):
 class PageCounts:
     """Totals since the start, and what the tier holds now.
 
-    `dropped` (not kept, or no longer) and `load_failures` (gave no bytes) are by reason; a damaged page is in both.
+    `asked_pages` were looked up. `dropped` (not kept, or no longer) and `load_failures` (gave no bytes) are by reason;
+    a damaged page is in both.
     """
 
+    asked_pages: int
     read_pages: int
     written_pages: int
     dropped: dict[str, int]
@@ -60,35 +62,73 @@ class PageCounts:
     evicted_pages: int
 
 
+@dataclass(frozen=True)
+class Watcher:
+    """Told of what happens, from whatever thread: `on_changes` under the store's lock and in order."""
+
+    on_changes: Callable[[Sequence[Change]], None] = lambda changes: None
+    on_transfer: Callable[[Transfer], None] = lambda transfer: None
+
+
 class PageStore:
-    """Owns `store`: `close` closes it. `clock` gives seconds."""
+    """Owns `store` and `lower`: `close` closes them. `clock` gives seconds.
+
+    `before` is the keys of the pages before the given ones, from the first of the chain on. Only a store with a lower
+    tier asks for them: its chunks are aligned to the chain.
+    """
 
     def __init__(
-        self, name: str, store: TierStore, io_threads: int = IO_THREADS, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        store: LastingStore,
+        watcher: Watcher | None = None,
+        mover: PageMover | None = None,
+        lower: Lower | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._name = name
+        self._lower = lower
         self._store = store
-        self._manager = BlockManager([NamedTier(name, TierIndex(store.capacity_blocks))])
+        self._watcher = watcher or Watcher()
+        self._mover = mover or PageMover()
+        disk = NamedTier(name, TierIndex(store.capacity_blocks))
+        below = [] if lower is None else [lower.named]
+        self._manager = BlockManager([disk, *below], {tier.name: lower.min_touches for tier in below if lower})
+        self._manager.restore(name, store.recovered)
+        self._manager.take_changes()  # what was there before is no news
         self._clock = clock
         self._lock = threading.Lock()
-        self._local = threading.local()
-        self._io_threads = io_threads
-        self._io = ThreadPoolExecutor(io_threads, thread_name_prefix="dynamo-kvbm-io")
         self._is_open = True
         self._is_suspended = False
         self._load_failures: Counter[str] = Counter()
-        self._logged: set[str] = set()
+        self._asked_pages = 0
         self._read_pages = 0
         self._written_pages = 0
-        self._transfers: deque[Transfer] = deque(maxlen=_MAX_TRANSFERS)
+        #: Of the lower tier.
+        self._raised_pages = 0
+        self._lowered_pages = 0
 
-    def match(self, keys: Sequence[BlockKey]) -> int:
+    def match(self, keys: Sequence[BlockKey], before: Sequence[BlockKey] = ()) -> int:
         """Length of the leading run of `keys` that can be read now."""
+        chain = [*before, *keys]
         with self._lock:
+            self._asked_pages += len(keys)
             if not self._serves:
                 return 0
-            return self._manager.match(keys)
+            if self._lower is not None:
+                self._manager.restore(self._lower.named.name, self._lower.take_listed())
+                self._manager.note_use(chain)
+            run = self._manager.match(chain, len(before))
+        self._move_down()
+        return run
 
-    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page]) -> list[bool]:
+    def present(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which of `keys` can be read now."""
+        with self._lock:
+            index = self._manager.tiers[0].index
+            return [self._serves and key in index for key in keys]
+
+    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
         """Keeps pages; True for each one that is here (or on its way here by another thread) afterwards."""
         page_of = dict(zip(keys, pages, strict=True))
         with self._lock:
@@ -96,9 +136,12 @@ class PageStore:
                 return [False] * len(keys)
             # The head of the chain is leased so that its own tail cannot push it out.
             held = self._manager.lease(list(page_of))
-            targets = self._manager.reserve(page_of)
+            targets = self._manager.reserve(page_of, before[-1] if before else None)
+            self._tell_changes()
         started = self._clock()
-        failures = self._run(self._write, [(target.slot, target.key, page_of[target.key]) for target in targets])
+        failures = self._mover.write(
+            self._store, [Work(target.slot, target.key, page_of[target.key]) for target in targets]
+        )
         with self._lock:
             for target in targets:
                 reason = failures.get(target.key)
@@ -107,55 +150,78 @@ class PageStore:
                 else:
                     self._manager.abort(target, reason)
             self._manager.release(held)
-            self._manager.take_changes()
+            if self._lower is not None:
+                self._manager.offload([*before, *keys])
+            self._tell_changes()
             written = len(targets) - len(failures)
             self._written_pages += written
-            self._note(failures, Transfer(False, written, written * self._store.row_bytes, self._clock() - started))
             index = self._manager.tiers[0].index
-            return [index.is_known(key) for key in keys]
+            kept = [index.is_known(key) for key in keys]
+        self._tell_transfer(self._name, is_read=False, pages=written, started=started)
+        self._move_down()
+        return kept
 
-    def get(self, keys: Sequence[BlockKey], pages: Sequence[Page]) -> list[bool]:
+    def get(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
         """Fills the leading run of `pages` that can be read; a page answered False is untouched or worthless."""
         with self._lock:
             if not self._serves:
                 return [False] * len(keys)
-            sources = self._manager.lease(keys)
-        started = self._clock()
+            sources = self._manager.lease([*before, *keys], len(before), len(keys))
         # A prefix is all that can be used, and only its pages are leased.
-        leased = zip(sources, pages, strict=False)
-        failures = self._run(self._read, [(source.slot, source.key, page) for source, page in leased])
+        leased = list(zip(sources, pages, strict=False))
+        on_disk = [Work(source.slot, source.key, page) for source, page in leased if source.tier == self._name]
+        deeper = [(source, page) for source, page in leased if source.tier != self._name]
+        started = self._clock()
+        failures = self._mover.read(self._store, on_disk)
+        read = len(on_disk) - len(failures)
+        self._tell_transfer(self._name, is_read=True, pages=read, started=started)
+        raised, late = self._raise(deeper)
         with self._lock:
-            self._manager.release(sources, failures.keys())
-            self._manager.take_changes()
-            read = len(sources) - len(failures)
+            # What the lower tier did not give in time is still there; what it lost or damaged is not.
+            gone = {key for key, reason in late.items() if reason in _GONE}
+            self._manager.release(sources, failures.keys() | gone)
+            failures |= late
+            self._tell_changes()
             self._read_pages += read
-            self._note(failures, Transfer(True, read, read * self._store.row_bytes, self._clock() - started))
-        return [index < len(sources) and key not in failures for index, key in enumerate(keys)]
+            self._raised_pages += raised
+            self._load_failures.update(failures.values())
+            # Weights may have changed while the bytes came up.
+            is_trusted = self._serves
+        self._move_down()  # what was found damaged is erased
+        return [is_trusted and index < len(sources) and key not in failures for index, key in enumerate(keys)]
 
     def suspend(self) -> None:
         """From now on nothing is kept and nothing is served, until `resume`."""
         with self._lock:
             self._is_suspended = True
-            self._manager.clear()
-            self._manager.take_changes()
+            self._forget()
 
     def resume(self) -> None:
         with self._lock:
             if self._is_suspended:
-                self._manager.clear()
-                self._manager.take_changes()
+                self._forget()
                 self._is_suspended = False
 
     def clear(self) -> None:
         """Forgets every page. Transfers in flight end in peace and are not kept."""
         with self._lock:
-            self._manager.clear()
-            self._manager.take_changes()
+            self._forget()
+
+    def lower_counts(self) -> dict[str, PageCounts]:
+        """Of the tier below, by its name; reasons are counted for the disk, with its own."""
+        if self._lower is None:
+            return {}
+        name = self._lower.named.name
+        with self._lock:
+            held = self._manager.stats()[name]
+            numbers = (held.ready_blocks, held.capacity_blocks, held.evicted_blocks_total)
+            return {name: PageCounts(0, self._raised_pages, self._lowered_pages, {}, {}, *numbers)}
 
     def counts(self) -> PageCounts:
         with self._lock:
-            (stats,) = self._manager.stats().values()
+            stats = self._manager.stats()[self._name]
             return PageCounts(
+                asked_pages=self._asked_pages,
                 read_pages=self._read_pages,
                 written_pages=self._written_pages,
                 dropped=dict(self._manager.dropped),
@@ -165,18 +231,13 @@ class PageStore:
                 evicted_pages=stats.evicted_blocks_total,
             )
 
-    def take_transfers(self) -> list[Transfer]:
-        """What moved since the last call."""
-        with self._lock:
-            transfers = list(self._transfers)
-            self._transfers.clear()
-            return transfers
-
     def close(self) -> None:
         """Waits for transfers in flight, then gives everything back. Idempotent."""
         with self._lock:
             self._is_open = False
-        self._io.shutdown(wait=True)
+        self._mover.close()
+        if self._lower is not None:
+            self._lower.close()
         self._store.close()
 
     def check(self) -> None:
@@ -184,81 +245,57 @@ class PageStore:
         with self._lock:
             self._manager.check()
             assert self._read_pages >= 0, "the count of pages read is negative"
-            assert not self._manager.has_spills_waiting, "a single tier has nowhere to spill to"
 
     @property
     def _serves(self) -> bool:
         return self._is_open and not self._is_suspended
 
-    def _run(self, move: Move, work: Sequence[Work]) -> dict[BlockKey, str]:
-        """Moves every page on the I/O threads; returns the keys that failed, with the reason."""
-        # A page has failed until it is proven to have moved: an error that nobody foresaw must not read as success.
-        failures = {key: "internal_error" for _, key, _ in work}
+    def _forget(self) -> None:
+        self._manager.clear()
+        self._store.forget()
+        if self._lower is not None:
+            self._lower.forget()
+        self._tell_changes()
 
-        def move_some(some: Iterable[Work]) -> None:
-            for slot, key, page in some:
-                try:
-                    move(slot, key, page)
-                except StoreError as error:
-                    failures[key] = error.reason
-                    self._log_failure(error)
-                else:
-                    failures.pop(key, None)
+    def _tell_changes(self) -> None:
+        changes = self._manager.take_changes()
+        if changes:
+            self._watcher.on_changes(changes)
 
-        futures: list[Future[None]] = []
-        for start in range(min(self._io_threads, len(work))):
-            chunk = work[start :: self._io_threads]
-            try:
-                futures.append(self._io.submit(move_some, chunk))
-            except RuntimeError:
-                failures.update({key: "closed" for _, key, _ in chunk})
-        for future in futures:
-            error = future.exception()
-            if error is not None:
-                logger.error("dynamo: a transfer failed", exc_info=error)
-        return failures
+    def _raise(self, work: Sequence[tuple[Source, Page]]) -> tuple[int, dict[BlockKey, str]]:
+        """Reads pages of the lower tier: how many came, and why the others did not."""
+        if self._lower is None or not work:
+            return 0, {}
+        started = self._clock()
+        failed = self._lower.read(work)
+        self._tell_transfer(self._lower.named.name, is_read=True, pages=len(work) - len(failed), started=started)
+        return len(work) - len(failed), failed
 
-    def _write(self, slot: int, key: BlockKey, page: Page) -> None:
-        self._expect_full(page)
-        row = self._row()
-        offset = 0
-        for piece in page:
-            row[offset : offset + piece.nbytes] = piece
-            offset += piece.nbytes
-        self._store.write(slot, key, row)
-
-    def _read(self, slot: int, key: BlockKey, page: Page) -> None:
-        self._expect_full(page)
-        row = self._row()
-        self._store.read(slot, key, row)
-        offset = 0
-        for piece in page:
-            piece[:] = row[offset : offset + piece.nbytes]
-            offset += piece.nbytes
-
-    def _expect_full(self, page: Page) -> None:
-        num_bytes = sum(piece.nbytes for piece in page)
-        if num_bytes != self._store.row_bytes:
-            raise StoreError("wrong_length", f"a page has {num_bytes} bytes, the tier keeps {self._store.row_bytes}")
-
-    def _row(self) -> memoryview:
-        """One row per I/O thread: the pieces of a page lie apart in memory, its row does not."""
-        row: memoryview | None = getattr(self._local, "row", None)
-        if row is None:
-            row = memoryview(bytearray(self._store.row_bytes))
-            self._local.row = row
-        return row
-
-    def _note(self, failures: dict[BlockKey, str], transfer: Transfer) -> None:
-        if transfer.is_read:
-            self._load_failures.update(failures.values())
-        if transfer.pages:
-            self._transfers.append(transfer)
-
-    def _log_failure(self, error: StoreError) -> None:
-        """Loud the first time for each reason; the counters tell the rest."""
+    def _move_down(self) -> None:
+        """Starts the copies to the lower tier that are due."""
+        if self._lower is None:
+            return
         with self._lock:
-            is_first = error.reason not in self._logged
-            self._logged.add(error.reason)
-        if is_first:
-            logger.warning("dynamo: a page is lost and will be computed again: %s", str(error))
+            moves = self._manager.take_moves() if self._is_open else []
+            erasures = self._manager.take_erasures()
+        for job in jobs_of(moves):
+            self._lower.offload(job, self._store, self._moved_down)
+        for erasure in erasures:
+            self._lower.erase(erasure.key, partial(self._erased, erasure))
+
+    def _erased(self, erasure: Erasure) -> None:
+        with self._lock:
+            self._manager.end_erasure(erasure)
+
+    def _moved_down(self, offloaded: Offloaded) -> None:
+        with self._lock:
+            for move in offloaded.moves:
+                self._manager.end_move(move, offloaded.ok, damaged=move.key == offloaded.damaged)
+            self._lowered_pages += len(offloaded.moves) if offloaded.ok else 0
+            self._tell_changes()
+        self._move_down()  # what waited for room to move
+
+    def _tell_transfer(self, tier: str, is_read: bool, pages: int, started: float) -> None:
+        if pages:
+            num_bytes = pages * self._store.row_bytes
+            self._watcher.on_transfer(Transfer(tier, is_read, pages, num_bytes, self._clock() - started))

@@ -61,7 +61,22 @@ def _all_hooks() -> list[tuple[str, Hook, str]]:
     if compat.is_scheduler_process():
         weights = [(target, _weights_change, "BEFORE") for target in compat.weight_update_hooks()]
         weights.append((compat.FLUSH_CACHE, _cache_flushed, "AFTER"))
-    return [*arguments, *weights]
+    return [*arguments, *weights, *_storage_hooks()]
+
+
+def _storage_hooks() -> list[tuple[str, Hook, str]]:
+    """Of the scheduler: what a storage backend needs around its calls."""
+    if not compat.is_scheduler_process():
+        return []
+    hooks: list[tuple[str, Hook, str]] = [
+        (compat.ATTACH, _attach, "AROUND"),
+        (compat.PUBLISH_EVENTS, _publish_events, "AFTER"),
+        *((target, _looked_up, "AFTER") for target in compat.LOOKUPS),
+    ]
+    for target, _, _ in hooks:
+        compat.resolve(target)
+    seed = compat.hash_seed_hook()
+    return hooks if seed is None else [*hooks, (seed, compat.seed_page_hash, "BEFORE")]
 
 
 def _add_flags(_result: object, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
@@ -111,8 +126,45 @@ def _translate(given: Any, flags: dict[str, object]) -> Translation | None:
         refuse_tiny("kvbm_nvme_gb", translated.config.nvme_bytes)
         check_host(translated.config)
         compat.require_storage_interface()
+        compat.refuse_unsupported(given)
         compat.weight_update_hooks()
     return translated
+
+
+def _attach(attach: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """`PUT /hicache/storage-backend` with our name: translated as a launch is; a mistake is its answer."""
+    try:
+        translated = _translate(_Attachment(request, compat.server_args()), {})
+    except DynamoConnectorsError as error:
+        return compat.attach_refused(str(error))
+    if translated is not None:
+        request.hicache_storage_backend = "dynamic"
+        request.hicache_storage_backend_extra_config_json = translated.extra_config
+    return attach(scheduler, request)
+
+
+class _Attachment:
+    """An attach request, read like the launch it amends."""
+
+    def __init__(self, request: Any, launched_with: Any) -> None:
+        self._launched_with = launched_with
+        self.hicache_storage_backend = request.hicache_storage_backend
+        self.hicache_storage_backend_extra_config = request.hicache_storage_backend_extra_config_json
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._launched_with, name)
+
+
+def _publish_events(_result: object, publisher: Any) -> None:
+    for backend in live.backends.all():
+        compat.publish_events(publisher, *backend.take_events())
+
+
+def _looked_up(result: Any, _controller: object, operation: Any) -> None:
+    found = compat.looked_up(operation, result)
+    if found is not None:
+        for backend in live.backends.all():
+            backend.describe(*found, operation.last_hash)
 
 
 def _worker_count(given: Any) -> int:
@@ -123,12 +175,14 @@ def _worker_count(given: Any) -> int:
 
 
 def _weights_change(*_: object, **__: object) -> None:
-    live.suspend_all()
+    live.backends.suspend_all()
 
 
 def _cache_flushed(result: object, *_: object, **__: object) -> None:
     if result:
-        live.resume_all()
+        live.backends.resume_all()
+        for backend in live.backends.all():
+            backend.routers_forgot()
 
 
 def _stop(error: DynamoConnectorsError) -> NoReturn:

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import yaml
 
-from dynamo_connectors.config import HBM, HOST_DRAM, NVME_SSD, SETTINGS, KvbmConfig, flag_of, parse_config
+from dynamo_connectors.config import (
+    HBM,
+    HOST_DRAM,
+    NVME_SSD,
+    OBJECT_STORE,
+    SETTINGS,
+    KvbmConfig,
+    flag_of,
+    parse_config,
+)
 from dynamo_connectors.errors import ConfigError
 
 BACKEND = "dynamo"
@@ -23,7 +32,10 @@ DEFAULT_NVME_GB = 10.0
 SGLANG_SETTINGS = {
     "kvbm_nvme_path": f"({BACKEND}) {SETTINGS['kvbm_nvme_path']}",
     "kvbm_nvme_gb": f"({BACKEND}) {SETTINGS['kvbm_nvme_gb'].rstrip('.')} (default {DEFAULT_NVME_GB:g}).",
+    **{setting: f"({BACKEND}) {text}" for setting, text in SETTINGS.items() if setting.startswith("kvbm_object_")},
 }
+#: SGLang's own setting: tell the storage which pages come before the ones it is asked about.
+_PASS_PREFIX = "hicache_storage_pass_prefix_keys"
 #: Between how many workers the disk space is shared; written by the launcher, read by every scheduler process.
 WORKERS_KEY = "dynamo_workers"
 _DYNAMIC_BACKEND = {
@@ -68,40 +80,38 @@ def translate(launch: Launch) -> Translation | None:
             raise ConfigError(f"{flag_of(key)} is also in {BACKEND_FLAG}-extra-config; give it once")
     extra.update(given)
     config = parse_storage_settings(extra)
+    if config.object_url is not None and extra.setdefault(_PASS_PREFIX, True) is not True:
+        raise ConfigError(f"--kvbm-object-url needs {_PASS_PREFIX} true in {BACKEND_FLAG}-extra-config; drop it there")
     merged = {**extra, **_DYNAMIC_BACKEND, WORKERS_KEY: launch.workers}
     return Translation(json.dumps(merged), config)
 
 
 def parse_storage_settings(settings: Mapping[str, object]) -> KvbmConfig:
-    """The nvme_ssd tier for the whole engine. Raises `ConfigError`."""
+    """The nvme_ssd tier of the whole engine, and the object_store below it if it has a URL. Raises `ConfigError`."""
     for key in settings:
         if key.startswith("kvbm_") and key not in SGLANG_SETTINGS:
             hint = "; SGLang sizes host memory with --hicache-ratio or --hicache-size" if "dram" in key else ""
             raise ConfigError(f"{key!r} is no setting under SGLang{hint}; known: {', '.join(SGLANG_SETTINGS)}")
     if settings.get("kvbm_nvme_path") is None:
         raise ConfigError(f"{BACKEND_FLAG} {BACKEND} needs --kvbm-nvme-path DIR")
-    size_gb = settings.get("kvbm_nvme_gb")
-    tiers = ",".join((HBM, HOST_DRAM, NVME_SSD))
-    config = parse_config(
-        {
-            "kvbm_storage_tiers": tiers,
-            "kvbm_nvme_path": settings["kvbm_nvme_path"],
-            "kvbm_nvme_gb": DEFAULT_NVME_GB if size_gb is None else size_gb,
-        }
-    )
+    given = {key: value for key, value in settings.items() if key.startswith("kvbm_") and value is not None}
+    lone = next((key for key in given if key.startswith("kvbm_object_")), None)
+    if lone is not None and "kvbm_object_url" not in given:
+        raise ConfigError(f"{flag_of(lone)} needs --kvbm-object-url")
+    tiers = [HBM, HOST_DRAM, NVME_SSD, *([OBJECT_STORE] if "kvbm_object_url" in given else [])]
+    config = parse_config({"kvbm_nvme_gb": DEFAULT_NVME_GB, **given, "kvbm_storage_tiers": ",".join(tiers)})
     return replace(config, host_dram_bytes=0)
 
 
-def worker_storage(extra_config: Mapping[str, object], ranks: int) -> tuple[Path, int]:
-    """Directory and bytes of one worker's slab: an equal share. `ranks` counts if the launcher left no count."""
+def worker_storage(extra_config: Mapping[str, object], ranks: int) -> KvbmConfig:
+    """The tiers of one worker: an equal share. `ranks` counts if the launcher left no count."""
     if not extra_config.get("interface_v1"):
         raise ConfigError(f'the {BACKEND} storage backend needs "interface_v1": 1 in {BACKEND_FLAG}-extra-config')
     config = parse_storage_settings(extra_config)
-    assert config.nvme_path is not None
     workers = extra_config.get(WORKERS_KEY, ranks)
     if not isinstance(workers, int) or workers < 1:
         raise ConfigError(f"{WORKERS_KEY} {workers!r} in {BACKEND_FLAG}-extra-config must be a whole number above 0")
-    return config.nvme_path, config.nvme_bytes // workers
+    return replace(config, nvme_bytes=config.nvme_bytes // workers, object_bytes=config.object_bytes // workers)
 
 
 def read_extra_config(text: str | None) -> dict[str, object]:

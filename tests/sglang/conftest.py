@@ -39,11 +39,14 @@ def storage_config(directory: Path, **changes: Any) -> SimpleNamespace:
 def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
     made: list[HiCacheBackend] = []
 
-    def make(pool: FakeHostPool | None = None, **changes: Any) -> HiCacheBackend:
-        backend = HiCacheBackend(storage_config(tmp_path / "kv", **changes))
+    def make(
+        pool: FakeHostPool | None = None, kind: type[HiCacheBackend] = HiCacheBackend, **changes: Any
+    ) -> HiCacheBackend:
+        backend = kind(storage_config(tmp_path / "kv", **changes))
         made.append(backend)
         if pool is not None:
             backend.register_mem_pool_host(pool)
+            backend.open()
         return backend
 
     yield make
@@ -51,7 +54,7 @@ def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
         backend.check()
         backend.close()
         backend.check()
-    assert not list((tmp_path / "kv").glob("*")), "a slab was left behind"
+    assert not list((tmp_path / "kv").glob("*.tmp")), "half a file was left behind"
 
 
 @pytest.fixture(scope="session")

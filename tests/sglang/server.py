@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from tools.server_process import ServerProcess, free_port
 
 STAND_INS = Path(__file__).resolve().parent / "stand_ins"
 VOCABULARY = 512
+PAGE_TOKENS = 16
+ADMIN_KEY = "key-of-the-tests"
 
 
-def server_environment(**changes: str) -> dict[str, str]:
+def server_environment(name: str = "sglang", **changes: str) -> dict[str, str]:
     return {
-        "PATH": f"{environment('sglang') / 'bin'}:{os.environ['PATH']}",
+        "PATH": f"{environment(name) / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": f"{import_path()}{os.pathsep}{STAND_INS}",
         "PYTHONWARNINGS": "ignore",
         "SGLANG_USE_CPU_ENGINE": "1",
@@ -29,10 +32,10 @@ def server_environment(**changes: str) -> dict[str, str]:
     }
 
 
-def launch_command(model: Path, *arguments: str) -> list[str]:
-    command = [str(environment("sglang") / "bin" / "python"), "-m", "sglang.launch_server"]
+def launch_command(model: Path, *arguments: str, name: str = "sglang") -> list[str]:
+    command = [str(environment(name) / "bin" / "python"), "-m", "sglang.launch_server"]
     command += ["--model-path", str(model), "--device", "cpu", "--attention-backend", "torch_native"]
-    command += ["--host", "127.0.0.1", "--mem-fraction-static", "0.05", "--page-size", "16"]
+    command += ["--host", "127.0.0.1", "--mem-fraction-static", "0.05", "--page-size", str(PAGE_TOKENS)]
     return [*command, "--sleep-on-idle", "--skip-server-warmup", *arguments]
 
 
@@ -41,6 +44,8 @@ class Answer:
     output: list[int]
     #: Prompt tokens that came from the storage backend.
     storage_tokens: int
+    #: Prompt tokens that came from SGLang's own second level.
+    host_tokens: int
     cached_tokens: int
 
 
@@ -49,17 +54,25 @@ class Server:
     process: ServerProcess
     nvme: Path
     model: Path
+    replay_port: int
 
     def generate(self, tokens: list[int], **fields: object) -> Answer:
         sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
         answer = self.post("/generate", {"input_ids": tokens, "sampling_params": sampling, **fields})
         meta = answer["meta_info"]
         details = meta.get("cached_tokens_details") or {}
-        return Answer(answer["output_ids"], details.get("storage", 0), meta["cached_tokens"])
+        return Answer(answer["output_ids"], details.get("storage", 0), details.get("host", 0), meta["cached_tokens"])
 
     def post(self, path: str, body: object = None) -> Any:
-        response = requests.post(self.process.url + path, json=body or {}, timeout=120)
-        assert response.ok, f"{path} answered {response.status_code}: {response.text[:500]}"
+        return self.call("POST", path, body)
+
+    def log(self) -> str:
+        return self.process.log.read_text()
+
+    def call(self, method: str, path: str, body: object = None, expect: int = 200) -> Any:
+        headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+        response = requests.request(method, self.process.url + path, json=body or {}, headers=headers, timeout=120)
+        assert response.status_code == expect, f"{path} answered {response.status_code}: {response.text[:500]}"
         return response.json() if response.text.startswith(("{", "[")) else response.text
 
     def metric(self, name: str, *labels: str) -> float:
@@ -79,14 +92,18 @@ def prompts(seed: int, count: int, tokens: int = 320) -> list[list[int]]:
     return [[choose.randrange(7, VOCABULARY) for _ in range(tokens)] for _ in range(count)]
 
 
-def make_server(model: Path, folder: Path) -> Server:
+def make_server(model: Path, folder: Path, *more: str, name: str = "sglang") -> Server:
     """Not started. Its first two levels hold 512 and 1024 tokens: a handful of prompts flushes them."""
-    port = free_port()
+    port, events_port, replay_port = free_port(), free_port(), free_port()
     nvme = folder / "kv"
     levels = ["--max-total-tokens", "512", "--enable-hierarchical-cache", "--hicache-ratio", "2"]
     tier = ["--hicache-storage-backend", "dynamo", "--kvbm-nvme-path", str(nvme), "--kvbm-nvme-gb", "0.05"]
     patience = ["--hicache-storage-prefetch-policy", "wait_complete"]
     watch = ["--enable-metrics", "--enable-cache-report", "--port", str(port)]
-    command = launch_command(model, *levels, *tier, *patience, *watch)
+    watch += ["--admin-api-key", ADMIN_KEY, "--kv-events-config"]
+    endpoints = {"endpoint": f"tcp://*:{events_port}", "replay_endpoint": f"tcp://*:{replay_port}"}
+    watch.append(json.dumps({"publisher": "zmq", "topic": "kv-events", **endpoints}))
+    command = launch_command(model, *levels, *tier, *patience, *watch, *more, name=name)
     url = f"http://127.0.0.1:{port}"
-    return Server(ServerProcess("sglang", command, url, folder / "server.log", server_environment()), nvme, model)
+    process = ServerProcess("sglang", command, url, folder / "server.log", server_environment(name))
+    return Server(process, nvme, model, replay_port)

@@ -17,7 +17,7 @@ from dynamo_connectors.sglang import live
 from dynamo_connectors.sglang.backend import HiCacheBackend
 from dynamo_connectors.sglang.host_pages import layout_fingerprint, page_shape
 from dynamo_connectors.sglang.metrics import StorageMeter
-from dynamo_connectors.sglang.page_store import PageCounts
+from dynamo_connectors.sglang.page_store import PageCounts, Transfer
 from tests.sglang.conftest import MakeBackend, storage_config
 from tests.sglang.host_pool import FakeHostPool
 
@@ -71,7 +71,7 @@ def test_a_damaged_page_is_a_miss_and_leaves_the_pool_alone(make_backend: MakeBa
     backend.batch_set_v1(hashes(0, 1), pool.slots(0, 1))
     (slab,) = (tmp_path / "kv").glob("*.slab")
     with slab.open("r+b") as file:
-        file.seek(4096 + 17)
+        file.seek(2 * 4096 + 17)
         file.write(b"\xff\xfe")
     pool.fill(4, b"mine")
     assert backend.batch_get_v1(hashes(0, 1), pool.slots(4, 5)) == [False, True]
@@ -90,7 +90,7 @@ def test_a_wrong_number_of_slots_is_refused(make_backend: MakeBackend, caplog: p
     pool.piece_bytes -= 1
     assert backend.batch_set_v1(hashes(0), pool.slots(0)) == [False]
     pool.piece_bytes += 1
-    assert caplog.text.count("a transfer is refused") == 3
+    assert caplog.text.count("is refused: bad_request") == 3
 
 
 def test_before_the_pool_is_known_everything_is_a_miss(make_backend: MakeBackend) -> None:
@@ -129,19 +129,6 @@ def test_small_pages_are_warned_about_once(make_backend: MakeBackend, caplog: py
     assert "raise --page-size" not in caplog.text
 
 
-def test_ranks_that_would_have_to_share_pages_are_refused(make_backend: MakeBackend) -> None:
-    with pytest.raises(ConfigError, match="tensor-parallel"):
-        make_backend(is_mla_model=True, tp_size=2)
-    make_backend(FakeHostPool(pages=2), is_mla_model=True)
-
-
-def test_a_second_pool_is_refused(make_backend: MakeBackend) -> None:
-    backend = make_backend()
-    backend.register_mem_host_pool_v2(FakeHostPool(pages=2), "kv")
-    with pytest.raises(UnsupportedLayoutError, match=r"second pool \(mamba\)"):
-        backend.register_mem_host_pool_v2(FakeHostPool(pages=2), "mamba")
-
-
 def test_a_pool_without_pages_is_refused(make_backend: MakeBackend) -> None:
     class Logical(FakeHostPool):
         def get_page_buffer_meta(self, indices: range | list[int]) -> tuple[list[int], list[int]]:
@@ -164,20 +151,28 @@ def test_layouts_that_could_be_misread_differ() -> None:
     assert len(prints) == 4
 
 
-def test_a_change_of_weights_empties_the_tier(make_backend: MakeBackend) -> None:
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> live.Registry:
+    """The process's registry of backends, fresh: a change of weights is remembered for ever."""
+    fresh = live.Registry()
+    monkeypatch.setattr(live, "backends", fresh)
+    return fresh
+
+
+def test_a_change_of_weights_empties_the_tier(make_backend: MakeBackend, registry: live.Registry) -> None:
     pool = FakeHostPool(pages=4)
     backend = make_backend(pool)
     backend.batch_set_v1(hashes(0), pool.slots(0))
-    live.resume_all()
+    registry.resume_all()
     assert backend.batch_exists(hashes(0)) == 1, "a flush without a change of weights keeps the tier"
-    live.suspend_all()
+    registry.suspend_all()
     assert backend.batch_exists(hashes(0)) == 0
     assert backend.batch_set_v1(hashes(0), pool.slots(0)) == [False]
-    live.resume_all()
+    registry.resume_all()
     assert backend.batch_exists(hashes(0)) == 0
     assert backend.batch_set_v1(hashes(0), pool.slots(0)) == [True]
     backend.close()
-    live.suspend_all()
+    registry.suspend_all()
 
 
 def test_registering_again_starts_anew(make_backend: MakeBackend, tmp_path: Path) -> None:
@@ -186,7 +181,7 @@ def test_registering_again_starts_anew(make_backend: MakeBackend, tmp_path: Path
     backend.batch_set_v1(hashes(0), pool.slots(0))
     backend.register_mem_pool_host(FakeHostPool(pages=4, piece_bytes=128))
     assert backend.batch_exists(hashes(0)) == 0
-    assert len(list((tmp_path / "kv").glob("*.slab"))) == 1
+    assert len(list((tmp_path / "kv").glob("*.slab"))) == 2, "another shape of pages, another slab"
 
 
 @pytest.fixture
@@ -207,7 +202,7 @@ def test_a_full_disk_at_the_start_is_one_clear_error(make_backend: MakeBackend) 
 def test_sglang_threads_share_one_backend(make_backend: MakeBackend) -> None:
     """One thread backs up, one prefetches, the tier is too small for both: never another page's bytes."""
     pool = FakeHostPool(pages=64)
-    backend = make_backend(pool, extra_config={"kvbm_nvme_gb": 12 * 8192 / 1e9})
+    backend = make_backend(pool, extra_config={"kvbm_nvme_gb": 13 * 8192 / 1e9})
     for page in range(32):
         pool.fill(page, str(page).encode())
     wrong: list[int] = []
@@ -245,20 +240,26 @@ def test_sglang_threads_share_one_backend(make_backend: MakeBackend) -> None:
 def test_metrics_follow_the_totals() -> None:
     registry = CollectorRegistry()
     meter = StorageMeter(registry)
-    counts = PageCounts(3, 5, {"tier_busy": 2}, {"bad_checksum": 1}, 4, 16, 6)
-    meter.record("nvme_ssd", counts)
-    meter.record("nvme_ssd", counts)
+    counts = PageCounts(7, 3, 5, {"tier_busy": 2}, {"bad_checksum": 1}, 4, 16, 6)
+    meter.record("kv", counts)
+    meter.record("kv", counts)
+    meter.record("mamba", counts)
+    meter.observe(Transfer("nvme_ssd", is_read=True, pages=2, num_bytes=512, seconds=0.02))
     StorageMeter(registry).check()
     meter.check()
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"dynamo_kvbm_{name}", labels)
 
+    assert value("lookup_blocks_total") == 7
     assert value("hit_blocks_total", tier="nvme_ssd") == 3
+    assert value("transfer_bytes_total", tier="nvme_ssd", direction="read") == 512
+    assert value("transfer_seconds_bucket", tier="nvme_ssd", direction="read", le="0.01") == 0
+    assert value("transfer_seconds_bucket", tier="nvme_ssd", direction="read", le="0.025") == 1
     assert value("offloaded_blocks_total", tier="nvme_ssd") == 5
-    assert value("dropped_blocks_total", reason="tier_busy") == 2
-    assert value("dropped_blocks_total", reason="evicted") == 6
-    assert value("load_failures_total", reason="bad_checksum") == 1
+    assert value("dropped_blocks_total", reason="tier_busy") == 4
+    assert value("dropped_blocks_total", reason="evicted") == 12
+    assert value("load_failures_total", reason="bad_checksum") == 2
     assert value("memory_utilization_percent", tier="nvme_ssd") == 25
 
 
@@ -276,6 +277,7 @@ def test_workers_share_the_space_and_the_directory(tmp_path: Path) -> None:
     try:
         for backend, pool in zip(backends, pools, strict=True):
             backend.register_mem_pool_host(pool)
+            backend.open()
         counts = [backend.counts() for backend in backends]
         assert [count.capacity_pages for count in counts if count] == [61, 61]
         pools[0].fill(0, b"rank 0")
@@ -289,4 +291,4 @@ def test_workers_share_the_space_and_the_directory(tmp_path: Path) -> None:
     finally:
         for backend in backends:
             backend.close()
-    assert not list(tmp_path.iterdir())
+    assert len(list(tmp_path.glob("*.slab"))) == 2

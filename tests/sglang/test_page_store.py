@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from dynamo_connectors.blocks import BlockKey, Namespace
 from dynamo_connectors.errors import StoreError
-from dynamo_connectors.sglang.page_store import PageStore
+from dynamo_connectors.sglang.page_io import PageMover
+from dynamo_connectors.sglang.page_store import PageStore, Transfer, Watcher
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
+from dynamo_connectors.tiers.slab_format import PAGE_BYTES
 
 ROW = 512
 NAMESPACE = Namespace("sglang", "tiny", "", "bf16", "layout", 16)
@@ -47,7 +49,16 @@ def get(store: PageStore, keys: list[BlockKey]) -> list[bytes | None]:
     return [bytes(row) if here else None for row, here in zip(rows, found, strict=True)]
 
 
-class BrokenDisk(DramStore):
+class MemoryDisk(DramStore):
+    """A disk that is empty at every start."""
+
+    recovered: Sequence[tuple[int, BlockKey]] = ()
+
+    def forget(self) -> None:
+        pass
+
+
+class BrokenDisk(MemoryDisk):
     """Fails on request, as a full or dying disk does."""
 
     def __init__(self, capacity: int) -> None:
@@ -65,9 +76,10 @@ class BrokenDisk(DramStore):
 def make_store(tmp_path: Path) -> Iterator[MakeStore]:
     made: list[PageStore] = []
 
-    def make(capacity: int = 8, store: object = None) -> PageStore:
+    def make(capacity: int = 8, store: object = None, watcher: Watcher | None = None) -> PageStore:
         disk = store if store is not None else NvmeStore(tmp_path, capacity, ROW, NAMESPACE)
-        pages = PageStore("nvme_ssd", disk, io_threads=4)  # type: ignore[arg-type]
+        watcher = watcher or Watcher()
+        pages = PageStore("nvme_ssd", disk, watcher, PageMover(4))  # type: ignore[arg-type]
         made.append(pages)
         return pages
 
@@ -83,19 +95,19 @@ def slab_of(tmp_path: Path) -> Path:
 
 
 def test_what_goes_in_comes_out(make_store: MakeStore) -> None:
-    store = make_store()
+    moved: list[Transfer] = []
+    store = make_store(watcher=Watcher(on_transfer=moved.append))
     keys = keys_of("a", "b", "c")
     assert store.match(keys) == 0
     assert put(store, keys) == [True] * 3
     assert store.match(keys) == 3
     assert get(store, keys) == [content(key) for key in keys]
     assert (store.counts().written_pages, store.counts().read_pages) == (3, 3)
-    moved = store.take_transfers()
     assert [(transfer.is_read, transfer.pages, transfer.num_bytes) for transfer in moved] == [
         (False, 3, 3 * ROW),
         (True, 3, 3 * ROW),
     ]
-    assert store.take_transfers() == []
+    assert store.counts().asked_pages == 6
 
 
 def test_only_the_leading_run_counts(make_store: MakeStore) -> None:
@@ -135,9 +147,9 @@ def test_a_flipped_byte_on_disk_is_a_miss_for_ever(make_store: MakeStore, tmp_pa
     put(store, keys)
     slab = slab_of(tmp_path)
     with slab.open("r+b") as file:
-        file.seek(slot_bytes(ROW) + offset)
+        file.seek(PAGE_BYTES + slot_bytes(ROW) + offset)
         (byte,) = file.read(1)
-        file.seek(slot_bytes(ROW) + offset)
+        file.seek(PAGE_BYTES + slot_bytes(ROW) + offset)
         file.write(bytes([byte ^ 1]))
     assert get(store, keys) == [content(keys[0]), None, content(keys[2])]
     assert store.match(keys) == 1
@@ -151,7 +163,7 @@ def test_a_slab_cut_short_is_a_miss(make_store: MakeStore, tmp_path: Path) -> No
     store = make_store()
     put(store, keys_of("a", "b"))
     with slab_of(tmp_path).open("r+b") as file:
-        file.truncate(slot_bytes(ROW) + 100)
+        file.truncate(PAGE_BYTES + slot_bytes(ROW) + 100)
     assert get(store, keys_of("a", "b")) == [content(BlockKey(b"a")), None]
     assert store.counts().load_failures == {"short_read": 1}
 
@@ -210,13 +222,13 @@ def test_closed_everything_is_a_miss(make_store: MakeStore, tmp_path: Path) -> N
     assert store.match(keys_of("a")) == 0
     assert get(store, keys_of("a")) == [None]
     assert put(store, keys_of("b")) == [False]
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".log", ".slab"], "the next engine finds them"
 
 
 def test_a_page_being_written_when_the_cache_is_cleared_is_not_kept(make_store: MakeStore) -> None:
     started, go_on = threading.Event(), threading.Event()
 
-    class SlowDisk(DramStore):
+    class SlowDisk(MemoryDisk):
         def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
             started.set()
             assert go_on.wait(10)
@@ -272,7 +284,7 @@ def test_threads_that_write_read_and_evict_never_see_wrong_bytes(make_store: Mak
     cut=st.integers(0, ROW),
 )
 def test_any_bytes_cut_anywhere_come_back(rows: list[bytes], cut: int) -> None:
-    store = PageStore("nvme_ssd", DramStore(16, ROW), io_threads=3)
+    store = PageStore("nvme_ssd", MemoryDisk(16, ROW), mover=PageMover(3))
     try:
         keys = keys_of(*(str(position) for position in range(len(rows))))
         assert all(store.put(keys, [page_of(row, cut) for row in rows]))

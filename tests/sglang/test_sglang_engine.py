@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import requests
+import zmq
+from dynamo_proxy.block_hash import block_hash, root_hash
+from dynamo_proxy.kv_events import decode_batch
+from dynamo_proxy.kv_index import MEDIUM_BITS, KvIndex
 
-from tests.sglang.conftest import write_tiny_model
-from tests.sglang.server import Answer, Server, prompts
+from tests.sglang.asking import answer_from_storage, flood
+from tests.sglang.server import PAGE_TOKENS, Answer, Server, prompts
+from tests.sglang.tiny_model import write_tiny_model
 from tools.server_process import SHARED_MEMORY, members_of
 
 # Booting takes 35 s on a quiet machine of 2 cores and minutes on a busy one.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-
-_FLOOD = 6
-_ATTEMPTS = 5
-
-
-def flood(server: Server, seed: int) -> None:
-    """Other prompts, enough of them to push everything else out of both of SGLang's own levels."""
-    for prompt in prompts(seed, _FLOOD):
-        server.generate(prompt)
-
-
-def answer_from_storage(server: Server, prompt: list[int], expected: list[int]) -> Answer:
-    """Asks until the disk had part in the answer. SGLang writes in the background and may drop a first write."""
-    for attempt in range(_ATTEMPTS):
-        flood(server, seed=1000 + attempt)
-        answer = server.generate(prompt)
-        assert answer.output == expected
-        if answer.storage_tokens:
-            return answer
-        time.sleep(1)
-    pytest.fail(f"no answer came from the disk in {_ATTEMPTS} attempts")
 
 
 def test_warm_answers_equal_cold_ones_and_come_from_the_disk(server: Server) -> None:
@@ -47,6 +36,10 @@ def test_warm_answers_equal_cold_ones_and_come_from_the_disk(server: Server) -> 
     assert server.metric("dynamo_kvbm_hit_blocks_total", 'tier="nvme_ssd"') >= hits + 4 * 16
     assert server.metric("dynamo_kvbm_offloaded_blocks_total", 'tier="nvme_ssd"') > 0
     assert server.metric("dynamo_kvbm_memory_utilization_percent", 'tier="nvme_ssd"') > 0
+    assert server.metric("dynamo_kvbm_lookup_blocks_total") >= server.metric("dynamo_kvbm_hit_blocks_total")
+    for direction in ("read", "write"):
+        assert server.metric("dynamo_kvbm_transfer_bytes_total", f'direction="{direction}"') > 0
+        assert server.metric("dynamo_kvbm_transfer_seconds_count", f'direction="{direction}"') > 0
     assert server.metric("sglang:prefetched_tokens_total") > 0
     assert server.metric("sglang:prefetch_pgs_sum") > 0
 
@@ -89,6 +82,107 @@ def test_damage_on_the_live_disk_is_counted_and_never_answered_with(server: Serv
     answer_from_storage(server, prompt, cold.output)
 
 
+def test_routers_hear_of_the_disk_by_our_own_decoder(server: Server) -> None:
+    (prompt,) = prompts(seed=6, count=1)
+    cold = server.generate(prompt)
+    answer_from_storage(server, prompt, cold.output)
+    chain, parent = [], root_hash("", "")
+    for start in range(0, len(prompt), PAGE_TOKENS):
+        parent = block_hash(parent, tuple(prompt[start : start + PAGE_TOKENS]), b"")
+        chain.append(parent)
+    for _ in range(20):
+        index = replayed_index(server)
+        if all(index.media(0, node) & MEDIUM_BITS["DISK"] for node in chain):
+            return
+        server.generate(prompts(seed=61, count=1)[0])  # SGLang publishes as it works
+    pytest.fail("the prompt's pages were never announced as lying on the disk")
+
+
+def test_aborted_requests_leave_nothing_behind(server: Server) -> None:
+    mine = prompts(seed=7, count=6)
+    cold = [server.generate(prompt) for prompt in mine]
+    flood(server, seed=71)
+
+    def ask(prompt: list[int]) -> None:
+        with suppress(requests.RequestException, AssertionError, KeyError):  # an aborted one has no such answer
+            server.generate(prompt)
+
+    for pause_seconds in (0.0, 0.05, 0.3):  # during the prefetch, the prefill and the backup
+        askers = [threading.Thread(target=ask, args=(prompt,)) for prompt in mine]
+        for asker in askers:
+            asker.start()
+        time.sleep(pause_seconds)
+        server.post("/abort_request", {"abort_all": True})
+        for asker in askers:
+            asker.join()
+    for prompt, first in zip(mine, cold, strict=True):
+        assert server.generate(prompt).output == first.output
+    answer_from_storage(server, mine[0], cold[0].output)
+
+
+def test_detached_and_attached_again_the_tier_is_warm(server: Server) -> None:
+    (prompt,) = prompts(seed=8, count=1)
+    cold = server.generate(prompt)
+    answer_from_storage(server, prompt, cold.output)
+    backend = "/hicache/storage-backend"
+    for _ in range(2):
+        server.call("DELETE", backend)
+    assert server.log().count("nvme_ssd tier closed") == server.log().count("nvme_ssd tier /")
+    server.post("/flush_cache")
+    without = server.generate(prompt)
+    assert (without.output, without.storage_tokens) == (cold.output, 0)
+    server.post("/flush_cache")
+    attach = {"hicache_storage_backend": "dynamo", "hicache_storage_prefetch_policy": "wait_complete"}
+    extra = "hicache_storage_backend_extra_config_json"
+    refused = server.call("PUT", backend, {**attach, extra: '{"kvbm_nvme_gb": 0.05}'}, expect=400)
+    assert "needs --kvbm-nvme-path DIR" in refused
+    settings = f'{{"kvbm_nvme_path": "{server.nvme}", "kvbm_nvme_gb": 0.05}}'
+    for _ in range(2):
+        server.call("PUT", backend, {**attach, extra: settings})
+    warm = server.generate(prompt)
+    assert warm.output == cold.output
+    assert warm.storage_tokens >= 256, "the slab was not found again"
+
+
+@pytest.fixture(scope="module")
+def killed_and_restarted(server: Server) -> list[tuple[list[int], Answer]]:
+    """SIGKILL to the whole server while it works, and a new one on its slab. What was asked before, and the answers."""
+    mine = prompts(seed=9, count=4)
+    cold = [server.generate(prompt) for prompt in mine]
+    for prompt, first in zip(mine, cold, strict=True):
+        answer_from_storage(server, prompt, first.output)
+
+    def keep_asking() -> None:
+        with suppress(requests.RequestException, AssertionError, KeyError):
+            for prompt in prompts(seed=91, count=500):
+                server.generate(prompt)
+
+    askers = [threading.Thread(target=keep_asking) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    time.sleep(1.5)
+    assert server.process.process is not None
+    for pid in members_of(server.process.process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    server.process.process.wait()
+    for asker in askers:
+        asker.join()
+    server.process.start().wait_ready()
+    return list(zip(mine, cold, strict=True))
+
+
+def test_killed_under_load_and_restarted_it_answers_from_the_disk(
+    server: Server, killed_and_restarted: list[tuple[list[int], Answer]]
+) -> None:
+    assert "blocks of an earlier engine found again" in server.log()
+    for prompt, first in killed_and_restarted:
+        warm = server.generate(prompt)
+        assert warm.output == first.output
+        assert warm.storage_tokens >= 256
+    assert server.metric("dynamo_kvbm_load_failures_total") == 0
+
+
 def test_new_weights_never_meet_old_pages(server: Server, tmp_path: Path) -> None:
     (prompt,) = prompts(seed=5, count=1)
     old = server.generate(prompt)
@@ -105,7 +199,7 @@ def test_new_weights_never_meet_old_pages(server: Server, tmp_path: Path) -> Non
 
 
 def test_a_stopped_server_leaves_nothing_behind(server: Server) -> None:
-    """Last in this file: the session's server is gone afterwards."""
+    """Last in this file: the session's server is gone afterwards. Its weights had changed, so its slab goes too."""
     assert server.process.process is not None
     session = server.process.process.pid
     slab = server.slab()
@@ -113,7 +207,23 @@ def test_a_stopped_server_leaves_nothing_behind(server: Server) -> None:
     assert not slab.exists()
     assert not members_of(session)
     assert not [path for path in SHARED_MEMORY.iterdir() if "dynamo" in path.name or "kvbm" in path.name]
-    assert "nvme_ssd tier closed" in server.process.log.read_text()
+    assert "nvme_ssd tier closed" in server.log()
+
+
+def replayed_index(server: Server) -> KvIndex:
+    """Our proxy's index, fed with everything that SGLang has published."""
+    index = KvIndex()
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, 20_000)
+        socket.connect(f"tcp://127.0.0.1:{server.replay_port}")
+        socket.send_multipart([b"", (0).to_bytes(8, "big")])
+        while True:
+            *_, sequence, payload = socket.recv_multipart()
+            if sequence == b"\xff" * 8:
+                return index
+            for event in decode_batch(payload)[0]:
+                index.apply(0, 0, event)
 
 
 def corrupt_every_slot(slab: Path, step_bytes: int = 4096) -> None:

@@ -39,7 +39,8 @@ def test_flags_become_the_dynamic_backend() -> None:
     assert extra["prefetch_threshold"] == 64
     assert translated.config.nvme_bytes == 2 * 10**9
     assert translated.config.host_dram_bytes == 0
-    assert worker_storage(extra, ranks=7) == (Path("/kv"), 10**9)
+    assert (share := worker_storage(extra, ranks=7)).nvme_path == Path("/kv")
+    assert share.nvme_bytes == 10**9
 
 
 def test_the_size_has_a_default_and_the_extra_config_may_hold_everything() -> None:

@@ -7,12 +7,14 @@ it takes away what DYNAMO_TEST_DRIFT names, to imitate an SGLang of another vers
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from typing import Any
 
 import torch
 
-_MHA_POOL = "sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost"
+#: Since 0.5.23, and before.
+_MHA_POOLS = ("sglang.srt.mem_cache.pool_host.mha", "sglang.srt.mem_cache.memory_pool_host")
 
 
 def register() -> None:
@@ -27,8 +29,12 @@ def register() -> None:
         _delete(importlib.import_module(module), path)
     else:
         importlib.import_module("sglang.srt.mem_cache.pool_host.common").ALLOC_MEMORY_FUNCS["cpu"] = _allocate
-        HookRegistry.register(f"{_MHA_POOL}.load_to_device_per_layer", _load, HookType.REPLACE)
-        HookRegistry.register(f"{_MHA_POOL}.backup_from_device_all_layer", _backup, HookType.REPLACE)
+        is_old = importlib.util.find_spec(_MHA_POOLS[0]) is None
+        if is_old:
+            importlib.import_module("older_engine").install()
+        pool = f"{_MHA_POOLS[is_old]}.MHATokenToKVPoolHost"
+        HookRegistry.register(f"{pool}.load_to_device_per_layer", _load, HookType.REPLACE)
+        HookRegistry.register(f"{pool}.backup_from_device_all_layer", _backup, HookType.REPLACE)
 
 
 def _delete(owner: Any, path: str) -> None:

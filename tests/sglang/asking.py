@@ -1,0 +1,30 @@
+"""How the engine tests ask: prompts that push others out of SGLang's levels, answers that the disk had part in."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tests.sglang.server import Answer, Server, prompts
+
+_FLOOD = 6
+_ATTEMPTS = 5
+
+
+def flood(server: Server, seed: int, count: int = _FLOOD) -> None:
+    """Other prompts; the default number pushes everything else out of both of SGLang's own levels."""
+    for prompt in prompts(seed, count):
+        server.generate(prompt)
+
+
+def answer_from_storage(server: Server, prompt: list[int], expected: list[int]) -> Answer:
+    """Asks until the disk had part in the answer. SGLang writes in the background and may drop a first write."""
+    for attempt in range(_ATTEMPTS):
+        flood(server, seed=1000 + attempt)
+        answer = server.generate(prompt)
+        assert answer.output == expected
+        if answer.storage_tokens:
+            return answer
+        time.sleep(1)
+    pytest.fail(f"no answer came from the disk in {_ATTEMPTS} attempts")

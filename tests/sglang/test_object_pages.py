@@ -1,0 +1,169 @@
+"""The object store below the disk: chunks go down after their second use, and come back into SGLang's pages."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.sglang.backend import HiCacheBackend
+from dynamo_connectors.sglang.page_store import PageCounts
+from tests.sglang.conftest import storage_config
+from tests.sglang.host_pool import FakeHostPool
+from tests.tiers.s3_servers import BUCKET, CREDENTIALS, Moto, moto_server
+
+#: Of pages this small, a chunk holds the most blocks there are.
+CHUNK = 32
+Start = Callable[..., tuple[HiCacheBackend, FakeHostPool]]
+
+
+def hashes(first: int, count: int) -> list[str]:
+    return [f"{page:064x}" for page in range(first, first + count)]
+
+
+def behind(first: int) -> SimpleNamespace:
+    """SGLang's extra_info for pages from `first` on. Where nothing comes before them it says nothing."""
+    return SimpleNamespace(prefix_keys=hashes(0, first) or None)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Moto]:
+    with moto_server() as moto:
+        yield moto
+
+
+@pytest.fixture
+def start(service: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    service.delete_all()
+    started: list[HiCacheBackend] = []
+
+    def start_one(name: str = "kv", url: str = service.url) -> tuple[HiCacheBackend, FakeHostPool]:
+        extra = {
+            "kvbm_object_url": f"s3://{BUCKET}/team",
+            "kvbm_object_endpoint_url": url,
+            "kvbm_object_gb": 0.01,
+            "kvbm_object_deadline_ms": 20_000,
+        }
+        pool = FakeHostPool(pages=128)
+        backend = HiCacheBackend(storage_config(tmp_path / name, extra_config=extra))
+        started.append(backend)
+        backend.register_mem_pool_host(pool)
+        backend.open()
+        return backend, pool
+
+    yield start_one
+    for backend in started:
+        backend.check()
+        backend.close()
+
+
+def keep(backend: HiCacheBackend, pool: FakeHostPool, count: int) -> None:
+    """A request looks up, computes and keeps; a second one looks up again."""
+    backend.batch_exists(hashes(0, count), behind(0))
+    for page in range(count):
+        pool.fill(page, b"page %d" % page)
+    assert all(backend.batch_set_v1(hashes(0, count), pool.slots(*range(count)), behind(0)))
+    assert backend.batch_exists(hashes(0, count), behind(0)) == count
+
+
+def lower_counts(backend: HiCacheBackend) -> PageCounts:
+    pages = backend._set_of_pools.pages("kv")
+    assert pages is not None
+    return pages.lower_counts()["object_store"]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    for _ in range(600):
+        if what():
+            return
+        pause.wait(0.05)
+    pytest.fail("it did not come")
+
+
+def test_chunks_go_down_and_come_back_without_the_disk(start: Start, service: Moto, tmp_path: Path) -> None:
+    backend, pool = start()
+    keep(backend, pool, 2 * CHUNK + 5)
+    wait_for(lambda: lower_counts(backend).written_pages == 2 * CHUNK)
+    assert len(service.names()) == 2
+    backend.close()
+    shutil.rmtree(tmp_path / "kv")
+    again, pool = start()
+    wait_for(lambda: again.batch_exists(hashes(0, 70), behind(0)) == 2 * CHUNK)
+    # SGLang asks for what its own levels lack, wherever that begins.
+    first = 7
+    count = 2 * CHUNK - first
+    assert again.batch_exists(hashes(first, 60), behind(first)) == count
+    found = again.batch_get_v1(hashes(first, count), pool.slots(*range(first, 2 * CHUNK)), behind(first))
+    assert all(found)
+    assert all(pool.holds(page, b"page %d" % page) for page in range(first, 2 * CHUNK))
+    assert lower_counts(again).read_pages == count
+
+
+def test_another_replica_reads_what_this_one_wrote(start: Start) -> None:
+    backend, pool = start()
+    keep(backend, pool, CHUNK)
+    wait_for(lambda: lower_counts(backend).written_pages == CHUNK)
+    replica, pool = start("another disk")
+    wait_for(lambda: replica.batch_exists(hashes(0, CHUNK), behind(0)) == CHUNK)
+    assert all(replica.batch_get_v1(hashes(0, CHUNK), pool.slots(*range(CHUNK)), behind(0)))
+    assert pool.holds(CHUNK - 1, b"page %d" % (CHUNK - 1))
+
+
+def test_a_damaged_object_is_a_miss_and_goes(start: Start, service: Moto, tmp_path: Path) -> None:
+    backend, pool = start()
+    keep(backend, pool, CHUNK)
+    wait_for(lambda: lower_counts(backend).written_pages == CHUNK)
+    backend.close()
+    shutil.rmtree(tmp_path / "kv")
+    (name,) = service.names()
+    body = service.get(name)
+    body[4096 + 10] ^= 1
+    service.put(name, body)
+    again, pool = start()
+    wait_for(lambda: again.batch_exists(hashes(0, CHUNK), behind(0)) == CHUNK)
+    assert not any(again.batch_get_v1(hashes(0, CHUNK), pool.slots(*range(CHUNK)), behind(0)))
+    counts = again.counts()
+    assert counts is not None
+    assert counts.load_failures == {"bad_checksum": CHUNK}
+    wait_for(lambda: not service.names())
+    assert again.batch_exists(hashes(0, CHUNK), behind(0)) == 0
+
+
+def test_a_dead_store_costs_nothing_but_its_pages(start: Start) -> None:
+    backend, pool = start(url="http://127.0.0.1:9")
+    keep(backend, pool, CHUNK)
+    wait_for(lambda: bool((backend.counts() or pytest.fail("closed")).dropped))
+    found = backend.batch_get_v1(hashes(0, CHUNK), pool.slots(*range(64, 64 + CHUNK)), behind(0))
+    assert all(found), "the disk has them"
+    assert pool.holds(64, b"page 0")
+
+
+def test_changed_weights_leave_the_object_store_alone(start: Start, service: Moto) -> None:
+    backend, pool = start()
+    keep(backend, pool, CHUNK)
+    wait_for(lambda: lower_counts(backend).written_pages == CHUNK)
+    backend.suspend()
+    backend.resume()
+    assert backend.batch_exists(hashes(0, CHUNK), behind(0)) == 0
+    for page in range(64):
+        pool.fill(page, b"other weights %d" % page)
+    backend.batch_set_v1(hashes(0, 64), pool.slots(*range(64)), behind(0))
+    for _ in range(3):
+        backend.batch_exists(hashes(0, 64), behind(0))
+    backend.close()
+    assert len(service.names()) == 1
+
+
+def test_a_second_pool_is_refused_with_the_remedy(start: Start) -> None:
+    backend, _ = start()
+    backend.register_mem_host_pool_v2(FakeHostPool(pages=2), "mamba")
+    with pytest.raises(ConfigError, match=r"--kvbm-object-url does not work yet .* drop it"):
+        backend.open()
