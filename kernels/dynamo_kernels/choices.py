@@ -1,0 +1,147 @@
+"""Which path copies a case, and why: pure rules over figures, measured here (`calibration`) or once on an H200.
+
+Of the paths that are possible, those that slow decode by at most `TOLERATED_SLOWDOWN` more than the copy engines do are
+eligible; the fastest of them wins, and within `SAME_RATE` of it the one that disturbs least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import log2
+
+from dynamo_kernels.errors import CopyError
+
+TOLERATED_SLOWDOWN = 0.02
+SAME_RATE = 0.97
+#: From here on the copy engines alone reach the link's rate (H200, 2026-11-22).
+ENGINES_ALONE_BYTES = 64 << 10
+
+
+class Direction(str, Enum):
+    """H2D loads, D2H stores."""
+
+    H2D = "h2d"
+    D2H = "d2h"
+
+
+class Path(str, Enum):
+    """`SPLIT` gives the copy engines one share of the blocks and the kernel the rest, at the same time."""
+
+    DMA = "dma"
+    ZERO_COPY = "zero_copy"
+    SPLIT = "split"
+    STAGED = "staged"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A path with its settings, and the sentence that explains it to a person."""
+
+    path: Path
+    #: CTAs of the zero-copy kernel (ZERO_COPY, SPLIT).
+    ctas: int = 2
+    #: Share of the blocks that the copy engines take (SPLIT).
+    dma_share: float = 1.0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One copy as the rules see it."""
+
+    direction: Direction
+    fragment_bytes: int
+    fragments: int
+    #: Every address suits 16-byte loads (`Band.for_kernels`).
+    for_kernels: bool = True
+    #: A block is one two-dimensional copy (`Band.pitches`).
+    has_lines: bool = True
+    #: The parts of a host row touch, so that staging in HBM makes longer host fragments.
+    has_rows: bool = True
+
+    def allows(self, path: Path) -> bool:
+        if path is Path.STAGED:
+            return self.for_kernels and self.has_rows
+        return path is Path.DMA or self.for_kernels
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One path measured on one case: bytes a second, and how much longer decode steps took meanwhile."""
+
+    choice: Choice
+    bytes_per_second: float
+    slowdown: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where figures were taken."""
+
+    direction: Direction
+    fragment_bytes: int
+    fragments: int
+    has_lines: bool
+
+
+def rule_of_thumb(case: Case) -> Choice:
+    """The choice without a calibration, from the H200 figures in docs/benchmarks.md."""
+    if case.fragment_bytes >= ENGINES_ALONE_BYTES or not case.for_kernels:
+        reason = "fragments long enough for the copy engines" if case.for_kernels else "addresses unfit for kernels"
+        return Choice(Path.DMA, why=f"rule: {reason}")
+    if not case.has_lines:
+        return Choice(Path.ZERO_COPY, ctas=2, why="rule: short fragments at irregular distances")
+    share = 0.6 if case.fragment_bytes >= 8 << 10 else 0.35
+    ctas = 1 if case.fragment_bytes >= 8 << 10 else 2
+    return Choice(Path.SPLIT, ctas, share, why="rule: short fragments, engines and kernel share the link")
+
+
+def best(figures: Sequence[Figure], case: Case) -> Choice | None:
+    """The rule at the head of this file over what was measured; None when nothing measured is possible."""
+    possible = [figure for figure in figures if case.allows(figure.choice.path)]
+    floor = min((f.slowdown for f in possible if f.choice.path is Path.DMA and f.slowdown is not None), default=0.0)
+    quiet = [f for f in possible if f.slowdown is None or f.slowdown <= floor + TOLERATED_SLOWDOWN] or possible
+    if not quiet:
+        return None
+    fastest = max(figure.bytes_per_second for figure in quiet)
+    near = [figure for figure in quiet if figure.bytes_per_second >= SAME_RATE * fastest]
+    winner = min(near, key=lambda figure: (figure.slowdown or 0.0, -figure.bytes_per_second))
+    slower = "" if winner.slowdown is None else f", decode {winner.slowdown:+.1%} (engines alone {floor:+.1%})"
+    why = f"measured: {winner.bytes_per_second / 1e9:.1f} GB/s{slower}, best of {len(possible)}"
+    return Choice(winner.choice.path, winner.choice.ctas, winner.choice.dma_share, why)
+
+
+def choose(
+    case: Case, figures: Mapping[Point, Sequence[Figure]] | None = None, forced: Path | None = None
+) -> Choice:
+    """`forced` where it is possible, else the nearest calibrated point, else the rule of thumb."""
+    if forced is not None and case.allows(forced):
+        ruled = rule_of_thumb(case)
+        share = ruled.dma_share if ruled.path is Path.SPLIT else 0.5
+        return Choice(forced, ruled.ctas, share, why="set by DYNAMO_KERNELS_COPY_PATH")
+    alike = [point for point in figures or {} if (point.direction, point.has_lines) == (case.direction, case.has_lines)]
+    if figures and alike:
+        nearest = min(alike, key=lambda point: _distance(point, case))
+        measured = best(figures[nearest], case)
+        if measured is not None:
+            return measured
+    return rule_of_thumb(case)
+
+
+def _distance(point: Point, case: Case) -> tuple[float, float]:
+    """By fragment size first: it decides more than the count."""
+    size = abs(log2(point.fragment_bytes) - log2(case.fragment_bytes))
+    return round(size), abs(log2(point.fragments) - log2(max(1, case.fragments)))
+
+
+def parse_path(text: str) -> Path | None:
+    """The value of DYNAMO_KERNELS_COPY_PATH: a path's name, or `auto`."""
+    if text in ("", "auto"):
+        return None
+    try:
+        return Path(text)
+    except ValueError:
+        known = ", ".join(path.value for path in Path)
+        raise CopyError(f"DYNAMO_KERNELS_COPY_PATH={text!r} is no copy path; use auto or one of {known}") from None
