@@ -1,7 +1,7 @@
 """Which path copies a case, and why: pure rules over figures, measured here (`calibration`) or once on an H200.
 
-Of the paths that are possible, those that slow decode by at most `TOLERATED_SLOWDOWN` more than the copy engines do are
-eligible; the fastest of them wins, and within `SAME_RATE` of it the one that disturbs least.
+Of the paths that are possible, those that slow decode by at most `TOLERATED_SLOWDOWN` more than the copy engines do with
+long fragments are eligible; the fastest of them wins, and within `SAME_RATE` of it the one that disturbs least.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ TOLERATED_SLOWDOWN = 0.02
 SAME_RATE = 0.97
 #: From here on the copy engines alone reach the link's rate (H200, 2026-11-22).
 ENGINES_ALONE_BYTES = 64 << 10
+
+
+#: Fewer are copied before a kernel is launched.
+FEW_FRAGMENTS = 32
 
 
 class Direction(str, Enum):
@@ -91,24 +95,24 @@ def rule_of_thumb(case: Case) -> Choice:
     if case.fragment_bytes >= ENGINES_ALONE_BYTES or not case.for_kernels:
         reason = "fragments long enough for the copy engines" if case.for_kernels else "addresses unfit for kernels"
         return Choice(Path.DMA, why=f"rule: {reason}")
-    if not case.has_lines:
-        return Choice(Path.ZERO_COPY, ctas=2, why="rule: short fragments at irregular distances")
-    share = 0.6 if case.fragment_bytes >= 8 << 10 else 0.35
-    ctas = 1 if case.fragment_bytes >= 8 << 10 else 2
-    return Choice(Path.SPLIT, ctas, share, why="rule: short fragments, engines and kernel share the link")
+    if case.fragments < FEW_FRAGMENTS:
+        return Choice(Path.DMA, why="rule: too few fragments to be worth a launch")
+    return Choice(Path.ZERO_COPY, ctas=2, why="rule: short fragments, the kernel needs no host time for each")
 
 
-def best(figures: Sequence[Figure], case: Case) -> Choice | None:
-    """The rule at the head of this file over what was measured; None when nothing measured is possible."""
+def best(figures: Sequence[Figure], case: Case, floor: float) -> Choice | None:
+    """The rule at the head of this file over what was measured; None when nothing measured is possible.
+
+    `floor` is the slow-down that any copy at the link's rate causes: HBM writes cost decode bandwidth.
+    """
     possible = [figure for figure in figures if case.allows(figure.choice.path)]
-    floor = min((f.slowdown for f in possible if f.choice.path is Path.DMA and f.slowdown is not None), default=0.0)
     quiet = [f for f in possible if f.slowdown is None or f.slowdown <= floor + TOLERATED_SLOWDOWN] or possible
     if not quiet:
         return None
     fastest = max(figure.bytes_per_second for figure in quiet)
     near = [figure for figure in quiet if figure.bytes_per_second >= SAME_RATE * fastest]
     winner = min(near, key=lambda figure: (figure.slowdown or 0.0, -figure.bytes_per_second))
-    slower = "" if winner.slowdown is None else f", decode {winner.slowdown:+.1%} (engines alone {floor:+.1%})"
+    slower = "" if winner.slowdown is None else f", decode {winner.slowdown:+.1%} (long fragments {floor:+.1%})"
     why = f"measured: {winner.bytes_per_second / 1e9:.1f} GB/s{slower}, best of {len(possible)}"
     return Choice(winner.choice.path, winner.choice.ctas, winner.choice.dma_share, why)
 
@@ -118,16 +122,25 @@ def choose(
 ) -> Choice:
     """`forced` where it is possible, else the nearest calibrated point, else the rule of thumb."""
     if forced is not None and case.allows(forced):
-        ruled = rule_of_thumb(case)
-        share = ruled.dma_share if ruled.path is Path.SPLIT else 0.5
-        return Choice(forced, ruled.ctas, share, why="set by DYNAMO_KERNELS_COPY_PATH")
+        return Choice(forced, ctas=2, dma_share=0.5, why="set by DYNAMO_KERNELS_COPY_PATH")
     alike = [point for point in figures or {} if (point.direction, point.has_lines) == (case.direction, case.has_lines)]
     if figures and alike:
         nearest = min(alike, key=lambda point: _distance(point, case))
-        measured = best(figures[nearest], case)
+        measured = best(figures[nearest], case, _floor(figures, case.direction))
         if measured is not None:
             return measured
     return rule_of_thumb(case)
+
+
+def _floor(figures: Mapping[Point, Sequence[Figure]], direction: Direction) -> float:
+    """What the copy engines cost decode with the longest fragments measured."""
+    measured = {
+        point.fragment_bytes: figure.slowdown
+        for point, some in figures.items()
+        for figure in some
+        if point.direction is direction and figure.choice.path is Path.DMA and figure.slowdown is not None
+    }
+    return max(0.0, measured[max(measured)]) if measured else 0.0
 
 
 def _distance(point: Point, case: Case) -> tuple[float, float]:

@@ -140,10 +140,9 @@ def quantise(values: torch.Tensor, layout: HeadLayout, compression: Compression)
     magnitude = grouped.abs().amax(dim=(2, 4)) + (grouped * 0.0).sum(dim=(2, 4))  # NaN as soon as one is not finite
     scales = (magnitude * torch.tensor(1.0 / compression.largest, dtype=torch.float32)).clamp(min=SMALLEST_SCALE)
     scaled = grouped * (1.0 / scales)[:, :, None, :, None]
-    if compression is Compression.FP8:
-        coded = scaled.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
-    else:
-        coded = scaled.nan_to_num(0.0).round().clamp(-127.0, 127.0).to(torch.int8).view(torch.uint8)
+    scaled = torch.where(scaled == scaled, scaled, 0.0).clamp(-compression.largest, compression.largest)
+    kind = torch.float8_e4m3fn if compression is Compression.FP8 else torch.int8
+    coded = (scaled if compression is Compression.FP8 else scaled.round()).to(kind).view(torch.uint8)
     return coded.reshape(len(values), -1), scales.reshape(len(values), -1)
 
 

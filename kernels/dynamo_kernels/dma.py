@@ -69,8 +69,3 @@ def line_copies(band: Band, src_ids: Addresses, dst_ids: Addresses) -> NDArray[A
     copies["width"], copies["lines"], copies["depth"] = band.part_bytes, band.parts, 1
     copies["order"], copies["flags"] = ORDER_STREAM, OVERLAP
     return copies
-
-
-def row_numbers(count: int) -> Addresses:
-    """0, 1, 2 ...: the ids of a staging buffer's rows."""
-    return np.arange(count, dtype=np.int64)

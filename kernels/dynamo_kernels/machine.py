@@ -34,8 +34,8 @@ class KernelCopy:
     kernel: Kernel
     band: Band
     tables: Any
-    src_ids: Addresses
-    dst_ids: Addresses
+    #: (2, blocks) int32, source and destination, as `Machine.upload` gave them.
+    ids: Any
     ctas: int
 
 
@@ -49,6 +49,7 @@ class Machine(Protocol):
     def copy_fragments(self, table: Fragments, stream: Any) -> None: ...
     def copy_lines(self, table: NDArray[Any], stream: Any) -> None: ...
     def tables(self, band: Band) -> Any: ...
+    def upload(self, src_ids: Addresses, dst_ids: Addresses, stream: Any) -> Any: ...
     def launch(self, copy: KernelCopy, stream: Any) -> None: ...
     def staging(self, size: int) -> tuple[int, Any]: ...
 
@@ -94,34 +95,38 @@ class CudaMachine:
         memory = torch.empty(size, dtype=torch.uint8, device=self.device)
         return memory.data_ptr(), memory
 
+    def upload(self, src_ids: Addresses, dst_ids: Addresses, stream: Any) -> Any:
+        on_stream: AbstractContextManager[Any] = torch.cuda.stream(stream)
+        with on_stream:
+            ids = torch.from_numpy(np.stack([src_ids, dst_ids]).astype(np.int32))
+            # Pinned through torch's own allocator, which keeps the buffer until the stream has read it.
+            return ids.pin_memory().to(self.device, non_blocking=True)
+
     def launch(self, copy: KernelCopy, stream: Any) -> None:
         on_stream: AbstractContextManager[Any] = torch.cuda.stream(stream)
         with on_stream:
-            ids = np.stack([copy.src_ids, copy.dst_ids]).astype(np.int32)
-            # Pinned through torch's own allocator, which keeps the buffer until the stream has read it.
-            on_device = torch.from_numpy(ids).pin_memory().to(self.device, non_blocking=True)
             ctas = copy.ctas or self.multiprocessors
-            launch(replace(copy, ctas=ctas), _Address(copy.band.src.first), _Address(copy.band.dst.first), on_device)
+            launch(replace(copy, ctas=ctas), _Address(copy.band.src.first), _Address(copy.band.dst.first))
 
 
 #: Tiles in flight plus one. 80 KiB from each CTA; 13 stages were no faster (H200, 2026-11-22).
 _STAGES = 6
 
 
-def launch(copy: KernelCopy, src: Any, dst: Any, ids: Any) -> None:
-    """Launches `copy` on the current stream (or in Triton's interpreter). `ids` is (2, blocks) int32."""
+def launch(copy: KernelCopy, src: Any, dst: Any) -> None:
+    """Launches `copy` on the current stream, or in Triton's interpreter. `src` and `dst` lie at the sides' `first`."""
     from dynamo_kernels import triton_copy
 
     band = copy.band
     chunk_bytes = band.chunk_bytes
     per_part = band.part_bytes // chunk_bytes
-    chunks = len(copy.src_ids) * band.parts * per_part
+    chunks = copy.ids.shape[1] * band.parts * per_part
     rows = TILE_BYTES // chunk_bytes
     grid = (min(copy.ctas, -(-chunks // rows)),)
     pipelined = copy.kernel is Kernel.PIPELINED
     kernel = triton_copy.pipelined if pipelined else triton_copy.direct
     kernel[grid](
-        src, dst, copy.tables[0], copy.tables[1], ids[0], ids[1], chunks, band.parts, per_part,
+        src, dst, copy.tables[0], copy.tables[1], copy.ids[0], copy.ids[1], chunks, band.parts, per_part,
         band.src.stride // WORD_BYTES, band.dst.stride // WORD_BYTES,
         ROWS=rows, WORDS=chunk_bytes // 8, STAGES=_STAGES if pipelined else 1, num_warps=8,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Times every path on this GPU, and how much decode slows down meanwhile. Small copies, so that it ends in 2 seconds."""
+"""Times every path on this GPU, and how much decode slows down meanwhile: small copies, two seconds in all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dynamo_kernels.block_view import BlockView
-from dynamo_kernels.choices import Case, Choice, Direction, Figure, Path, Point
+from dynamo_kernels.choices import ENGINES_ALONE_BYTES, Case, Choice, Direction, Figure, Path, Point
 from dynamo_kernels.machine import CudaMachine
 from dynamo_kernels.plan import CopyPlan
 
@@ -19,8 +19,10 @@ from dynamo_kernels.plan import CopyPlan
 _BUDGET_SECONDS = 1.8
 _MOST_BYTES, _MOST_FRAGMENTS, _FEW_FRAGMENTS = 64 << 20, 4096, 64
 _TIMES = 2
+#: A transfer is longer than these copies: several in a row hide what happens once a call.
+_IN_A_ROW = 3
 #: (fragment, parts a block), the most telling first.
-_SHAPES = ((16 << 10, 8), (64 << 10, 8), (4 << 10, 8), (2 << 20, 1), (256 << 10, 1))
+_SHAPES = ((16 << 10, 32), (64 << 10, 32), (2 << 20, 1), (4 << 10, 32))
 #: Decode of a dense model is a stream of weights through HBM: 128 MiB of them, read four times a step.
 _WIDTH, _BATCH, _MATRICES, _STEPS = 8192, 16, 4, 10
 
@@ -55,10 +57,12 @@ def measure(device: torch.device) -> dict[Point, tuple[Figure, ...]]:
 def _points() -> Iterator[tuple[Point, int]]:
     for fragment, parts in _SHAPES:
         for direction in Direction:
-            for has_lines in (True, False) if parts > 1 else (False,):
-                many = min(_MOST_FRAGMENTS, _MOST_BYTES // fragment)
-                for count in (many, _FEW_FRAGMENTS) if many > _FEW_FRAGMENTS else (many,):
-                    yield Point(direction, fragment, count, has_lines), parts
+            many = min(_MOST_FRAGMENTS, _MOST_BYTES // fragment)
+            # Only short parts are copied as lines, so only for them the distances matter.
+            for has_lines in (True, False) if parts > 1 and fragment < ENGINES_ALONE_BYTES else (parts > 1,):
+                yield Point(direction, fragment, many, has_lines), parts
+            if parts > 1:
+                yield Point(direction, fragment, _FEW_FRAGMENTS, True), parts
 
 
 def _measure_point(point: Point, parts: int, memory: _Memory, decode: _Decode) -> tuple[Figure, ...]:
@@ -89,7 +93,7 @@ def _candidates(parts: int) -> tuple[Choice, ...]:
 
 
 class _Bench:
-    """One point's views and ids; pages of the parts at equal distances, or with two parts exchanged."""
+    """One point's views and ids: pages of the parts at equal distances, or with two parts exchanged."""
 
     def __init__(self, point: Point, parts: int, memory: _Memory) -> None:
         blocks = point.fragments // parts
@@ -120,18 +124,19 @@ class _Bench:
         for _ in range(1 + _TIMES):
             torch.cuda.current_stream().synchronize()
             started = time.perf_counter()
-            self.start(choice)
+            for _ in range(_IN_A_ROW):
+                self.start(choice)
             torch.cuda.current_stream().synchronize()
             seconds.append(time.perf_counter() - started)
-        return self._bytes / median(seconds[1:])
+        return self._bytes * _IN_A_ROW / median(seconds[1:])
 
 
 class _Decode:
     """A captured stack of matrix-vector products on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
-        weights = torch.zeros((_WIDTH, _WIDTH), dtype=torch.bfloat16, device=device)
-        batch = torch.zeros((_BATCH, _WIDTH), dtype=torch.bfloat16, device=device)
+        weights = torch.randn((_WIDTH, _WIDTH), dtype=torch.bfloat16, device=device)
+        batch = torch.randn((_BATCH, _WIDTH), dtype=torch.bfloat16, device=device)
         self._stream: Any = torch.cuda.Stream(device)
         self._graph: Any = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
@@ -144,7 +149,7 @@ class _Decode:
 
     def slowdown(self, bench: _Bench, choice: Choice) -> float:
         """How much longer a step takes while copies run, as a fraction."""
-        for _ in range(3):
+        for _ in range(_IN_A_ROW + 1):
             bench.start(choice)
         seconds = self._step_seconds()
         torch.cuda.current_stream().synchronize()

@@ -3,6 +3,7 @@
 Everything is counted in 16-byte words from a base that the launcher proves aligned, so every load and store is 16
 bytes wide. Rows of a tile beyond the last chunk repeat it: the same bytes twice are cheaper than a mask.
 """
+# ruff: noqa: N803 - constexpr arguments are written in capitals, as Triton does
 
 from __future__ import annotations
 

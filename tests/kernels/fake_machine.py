@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from dynamo_kernels.dma import LINE_COPY, ORDER_STREAM, Fragments
-from dynamo_kernels.geometry import WORD_BYTES, Band
+from dynamo_kernels.geometry import WORD_BYTES, Addresses, Band
 from dynamo_kernels.machine import Kernel, KernelCopy
 from numpy.typing import NDArray
 
 from tests.kernels.stream_order import Stream, Tape
 
-Range = tuple[int, int]
+#: An address stands for the bytes from it on: every copy of an order test is a multiple of this.
+GRAIN = 16
 
 
 class FakeMachine:
@@ -51,32 +52,40 @@ class FakeMachine:
                 moves.append((src, dst, int(copy["width"])))
         self._move("lines", moves, stream)
 
+    def upload(self, src_ids: Addresses, dst_ids: Addresses, stream: Stream) -> torch.Tensor:
+        return torch.from_numpy(np.stack([src_ids, dst_ids]).astype(np.int32))
+
     def launch(self, copy: KernelCopy, stream: Stream) -> None:
-        band = copy.band
         self.calls.append(copy.kernel.value)
-        sources, targets = band.src.addresses(copy.src_ids).ravel(), band.dst.addresses(copy.dst_ids).ravel()
-        stream.work(copy.kernel.value, sources.tolist(), targets.tolist())
+        sources, targets = fragment_addresses(copy)
+        stream.work(copy.kernel.value, _grains(copy, sources), _grains(copy, targets))
         self._run_kernel(copy)
 
     def _move(self, name: str, moves: Iterable[tuple[int, int, int]], stream: Stream) -> None:
         moves = list(moves)
         self.calls.append(name)
-        grain = 16  # the smallest part of the order tests: an address stands for what starts there
-        reads = {at for src, _, size in moves for at in range(src, src + size, grain)}
-        writes = {at for _, dst, size in moves for at in range(dst, dst + size, grain)}
+        reads = {at for src, _, size in moves for at in range(src, src + size, GRAIN)}
+        writes = {at for _, dst, size in moves for at in range(dst, dst + size, GRAIN)}
         stream.work(name, reads, writes)
         for src, dst, size in moves:
             ctypes.memmove(dst, src, size)
 
 
+def fragment_addresses(copy: KernelCopy) -> tuple[Addresses, Addresses]:
+    sources, targets = copy.ids.numpy().astype(np.int64)
+    return copy.band.src.addresses(sources).ravel(), copy.band.dst.addresses(targets).ravel()
+
+
+def _grains(copy: KernelCopy, addresses: Addresses) -> set[int]:
+    return {int(at) + step for at in addresses for step in range(0, copy.band.part_bytes, GRAIN)}
+
+
 def copy_plainly(copy: KernelCopy) -> None:
     """What a kernel must do."""
     assert copy.kernel in Kernel
-    band = copy.band
-    for src, dst in zip(
-        band.src.addresses(copy.src_ids).ravel().tolist(), band.dst.addresses(copy.dst_ids).ravel().tolist(), strict=True
-    ):
-        ctypes.memmove(dst, src, band.part_bytes)
+    sources, targets = fragment_addresses(copy)
+    for src, dst in zip(sources.tolist(), targets.tolist(), strict=True):
+        ctypes.memmove(dst, src, copy.band.part_bytes)
 
 
 def memory_at(address: int, num_bytes: int) -> torch.Tensor:
