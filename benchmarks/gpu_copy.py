@@ -40,6 +40,7 @@ class Decode:
     def __init__(self) -> None:
         weights = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
         batch = torch.randn(16, 8192, device="cuda", dtype=torch.bfloat16)
+        self.inputs = weights, batch  # a graph keeps addresses, not tensors
         torch.mm(batch, weights[0])
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()

@@ -1,7 +1,7 @@
 """Which path copies a case, and why: pure rules over figures, measured here (`calibration`) or once on an H200.
 
-Of the paths that are possible, those that slow decode by at most `TOLERATED_SLOWDOWN` more than the copy engines do with
-long fragments are eligible; the fastest of them wins, and within `SAME_RATE` of it the one that disturbs least.
+A load is waited for: the fastest path wins, and within `SAME_RATE` of it the one that slows decode least. A store is
+background work: of the paths within `STORE_RATE` of the fastest, the one that slows decode least wins.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from math import log2
 
 from dynamo_kernels.errors import CopyError
 
-TOLERATED_SLOWDOWN = 0.02
 SAME_RATE = 0.97
+STORE_RATE = 0.9
 #: From here on the copy engines alone reach the link's rate (H200, 2026-11-22).
 ENGINES_ALONE_BYTES = 64 << 10
 
 
-#: Fewer are copied before a kernel is launched.
-FEW_FRAGMENTS = 32
+#: Less than this is across before kernels and buffers pay (H200, 2026-11-22: 1 MiB 6 GB/s by engines, else 2).
+FEW_BYTES = 4 << 20
 
 
 class Direction(str, Enum):
@@ -95,52 +95,41 @@ def rule_of_thumb(case: Case) -> Choice:
     if case.fragment_bytes >= ENGINES_ALONE_BYTES or not case.for_kernels:
         reason = "fragments long enough for the copy engines" if case.for_kernels else "addresses unfit for kernels"
         return Choice(Path.DMA, why=f"rule: {reason}")
-    if case.fragments < FEW_FRAGMENTS:
-        return Choice(Path.DMA, why="rule: too few fragments to be worth a launch")
-    return Choice(Path.ZERO_COPY, ctas=2, why="rule: short fragments, the kernel needs no host time for each")
+    if case.has_lines and case.fragment_bytes * case.fragments < FEW_BYTES:
+        return Choice(Path.DMA, why="rule: too little to be worth a launch")
+    if case.direction is Direction.H2D and case.has_rows:
+        return Choice(Path.STAGED, why="rule: short fragments of whole rows, a load is waited for")
+    if case.direction is Direction.D2H and case.has_lines:
+        return Choice(Path.SPLIT, ctas=1, dma_share=0.5, why="rule: short fragments, a store must not be noticed")
+    return Choice(Path.ZERO_COPY, ctas=2, why="rule: short fragments at irregular distances")
 
 
-def best(figures: Sequence[Figure], case: Case, floor: float) -> Choice | None:
-    """The rule at the head of this file over what was measured; None when nothing measured is possible.
-
-    `floor` is the slow-down that any copy at the link's rate causes: HBM writes cost decode bandwidth.
-    """
+def best(figures: Sequence[Figure], case: Case) -> Choice | None:
+    """The rule at the head of this file over what was measured; None when nothing measured is possible."""
     possible = [figure for figure in figures if case.allows(figure.choice.path)]
-    quiet = [f for f in possible if f.slowdown is None or f.slowdown <= floor + TOLERATED_SLOWDOWN] or possible
-    if not quiet:
+    if not possible:
         return None
-    fastest = max(figure.bytes_per_second for figure in quiet)
-    near = [figure for figure in quiet if figure.bytes_per_second >= SAME_RATE * fastest]
+    fastest = max(figure.bytes_per_second for figure in possible)
+    share = SAME_RATE if case.direction is Direction.H2D else STORE_RATE
+    near = [figure for figure in possible if figure.bytes_per_second >= share * fastest]
     winner = min(near, key=lambda figure: (figure.slowdown or 0.0, -figure.bytes_per_second))
-    slower = "" if winner.slowdown is None else f", decode {winner.slowdown:+.1%} (long fragments {floor:+.1%})"
-    why = f"measured: {winner.bytes_per_second / 1e9:.1f} GB/s{slower}, best of {len(possible)}"
+    slower = "" if winner.slowdown is None else f", decode {winner.slowdown:+.1%}"
+    of = f"fastest of {len(possible)} {fastest / 1e9:.1f}"
+    why = f"measured: {winner.bytes_per_second / 1e9:.1f} GB/s{slower} ({of})"
     return Choice(winner.choice.path, winner.choice.ctas, winner.choice.dma_share, why)
 
 
-def choose(
-    case: Case, figures: Mapping[Point, Sequence[Figure]] | None = None, forced: Path | None = None
-) -> Choice:
+def choose(case: Case, figures: Mapping[Point, Sequence[Figure]] | None = None, forced: Path | None = None) -> Choice:
     """`forced` where it is possible, else the nearest calibrated point, else the rule of thumb."""
     if forced is not None and case.allows(forced):
         return Choice(forced, ctas=2, dma_share=0.5, why="set by DYNAMO_KERNELS_COPY_PATH")
     alike = [point for point in figures or {} if (point.direction, point.has_lines) == (case.direction, case.has_lines)]
     if figures and alike:
         nearest = min(alike, key=lambda point: _distance(point, case))
-        measured = best(figures[nearest], case, _floor(figures, case.direction))
+        measured = best(figures[nearest], case)
         if measured is not None:
             return measured
     return rule_of_thumb(case)
-
-
-def _floor(figures: Mapping[Point, Sequence[Figure]], direction: Direction) -> float:
-    """What the copy engines cost decode with the longest fragments measured."""
-    measured = {
-        point.fragment_bytes: figure.slowdown
-        for point, some in figures.items()
-        for figure in some
-        if point.direction is direction and figure.choice.path is Path.DMA and figure.slowdown is not None
-    }
-    return max(0.0, measured[max(measured)]) if measured else 0.0
 
 
 def _distance(point: Point, case: Case) -> tuple[float, float]:

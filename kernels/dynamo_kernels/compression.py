@@ -146,9 +146,7 @@ def quantise(values: torch.Tensor, layout: HeadLayout, compression: Compression)
     return coded.reshape(len(values), -1), scales.reshape(len(values), -1)
 
 
-def dequantise(
-    coded: torch.Tensor, scales: torch.Tensor, layout: HeadLayout, compression: Compression
-) -> torch.Tensor:
+def dequantise(coded: torch.Tensor, scales: torch.Tensor, layout: HeadLayout, compression: Compression) -> torch.Tensor:
     """What `quantise` gave, back as (n, elements) of the layout's dtype."""
     kind = torch.float8_e4m3fn if compression is Compression.FP8 else torch.int8
     grouped = coded.view(kind).to(torch.float32).reshape(-1, *layout.levels)

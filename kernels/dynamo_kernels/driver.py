@@ -74,9 +74,7 @@ class CopyDriver:
         attributes, index = ctypes.addressof(self._attributes), ctypes.addressof(self._first_index)
         for start in range(0, count, _FRAGMENTS_PER_CALL):
             at, some = 8 * start, min(_FRAGMENTS_PER_CALL, count - start)
-            code = self._flat(
-                dsts + at, srcs + at, sizes + at, some, attributes, index, 1, *self._tail(), stream
-            )
+            code = self._flat(dsts + at, srcs + at, sizes + at, some, attributes, index, 1, *self._tail(), stream)
             self._raise_for(code, "cuMemcpyBatchAsync", stream)
 
     def copy_lines(self, table: NDArray[Any], stream: int) -> None:

@@ -20,11 +20,20 @@ _BUDGET_SECONDS = 1.8
 _MOST_BYTES, _MOST_FRAGMENTS, _FEW_FRAGMENTS = 64 << 20, 4096, 64
 _TIMES = 2
 #: A transfer is longer than these copies: several in a row hide what happens once a call.
-_IN_A_ROW = 3
+_IN_A_ROW = 2
 #: (fragment, parts a block), the most telling first.
 _SHAPES = ((16 << 10, 32), (64 << 10, 32), (2 << 20, 1), (4 << 10, 32))
+#: As long as the decode steps that are timed beside them.
+_ENOUGH_COPIES = 5
+_CANDIDATES = (
+    Choice(Path.DMA),
+    Choice(Path.ZERO_COPY, ctas=2),
+    Choice(Path.SPLIT, ctas=1, dma_share=0.5),
+    Choice(Path.STAGED),
+)
+_OF_ONE_PART = (Path.DMA, Path.ZERO_COPY)
 #: Decode of a dense model is a stream of weights through HBM: 128 MiB of them, read four times a step.
-_WIDTH, _BATCH, _MATRICES, _STEPS = 8192, 16, 4, 10
+_WIDTH, _BATCH, _MATRICES, _STEPS = 8192, 16, 4, 30
 
 
 @dataclass
@@ -61,35 +70,19 @@ def _points() -> Iterator[tuple[Point, int]]:
             # Only short parts are copied as lines, so only for them the distances matter.
             for has_lines in (True, False) if parts > 1 and fragment < ENGINES_ALONE_BYTES else (parts > 1,):
                 yield Point(direction, fragment, many, has_lines), parts
-            if parts > 1:
+            if fragment == _SHAPES[0][0]:
                 yield Point(direction, fragment, _FEW_FRAGMENTS, True), parts
 
 
 def _measure_point(point: Point, parts: int, memory: _Memory, decode: _Decode) -> tuple[Figure, ...]:
     bench = _Bench(point, parts, memory)
-    rates: dict[tuple[Path, int], float] = {}
-    figures = []
-    for choice in _candidates(parts):
-        if choice.path is Path.SPLIT:
-            engines, kernel = rates[Path.DMA, 0], rates[Path.ZERO_COPY, choice.ctas]
-            choice = Choice(Path.SPLIT, choice.ctas, round(engines / (engines + kernel), 2))
-        rate = bench.rate(choice)
-        rates[choice.path, choice.ctas if choice.path is Path.ZERO_COPY else 0] = rate
-        figures.append(Figure(choice, rate, None))
-    if point.fragments <= _FEW_FRAGMENTS:
-        return tuple(figures)
-    promising = 0.7 * max(figure.bytes_per_second for figure in figures)
+    rates = [(choice, bench.rate(choice)) for choice in _CANDIDATES if parts > 1 or choice.path in _OF_ONE_PART]
+    promising = 0.8 * max(rate for _, rate in rates)
+    many = point.fragments > _FEW_FRAGMENTS or parts == 1
     return tuple(
-        Figure(each.choice, each.bytes_per_second, decode.slowdown(bench, each.choice))
-        if each.bytes_per_second >= promising
-        else each
-        for each in figures
+        Figure(choice, rate, decode.slowdown(bench, choice) if many and rate >= promising else None)
+        for choice, rate in rates
     )
-
-
-def _candidates(parts: int) -> tuple[Choice, ...]:
-    shared = (Choice(Path.DMA), Choice(Path.ZERO_COPY, ctas=1), Choice(Path.ZERO_COPY, ctas=2))
-    return shared if parts == 1 else (*shared, Choice(Path.SPLIT, ctas=1), Choice(Path.STAGED))
 
 
 class _Bench:
@@ -139,17 +132,17 @@ class _Decode:
         batch = torch.randn((_BATCH, _WIDTH), dtype=torch.bfloat16, device=device)
         self._stream: Any = torch.cuda.Stream(device)
         self._graph: Any = torch.cuda.CUDAGraph()
+        self._inputs = weights, batch  # a graph keeps addresses, not tensors
         with torch.cuda.stream(self._stream):
             torch.mm(batch, weights)
             torch.cuda.synchronize(device)
             with torch.cuda.graph(self._graph, stream=self._stream):
-                for _ in range(_MATRICES):
-                    torch.mm(batch, weights)
+                self._outputs = [torch.mm(batch, weights) for _ in range(_MATRICES)]
         self._alone = median(self._step_seconds() for _ in range(5))
 
     def slowdown(self, bench: _Bench, choice: Choice) -> float:
         """How much longer a step takes while copies run, as a fraction."""
-        for _ in range(_IN_A_ROW + 1):
+        for _ in range(_ENOUGH_COPIES):
             bench.start(choice)
         seconds = self._step_seconds()
         torch.cuda.current_stream().synchronize()

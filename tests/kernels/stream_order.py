@@ -82,9 +82,7 @@ class Stream:
     def work(self, name: str, reads: Iterable[Hashable] = (), writes: Iterable[Hashable] = ()) -> None:
         _merge(self.clock, self._tape.host)
         number = self.clock.get(self.number, -1) + 1
-        self._tape.works.append(
-            Work(name, self.number, number, frozenset(reads), frozenset(writes), dict(self.clock))
-        )
+        self._tape.works.append(Work(name, self.number, number, frozenset(reads), frozenset(writes), dict(self.clock)))
         self.clock[self.number] = number
 
     def record_event(self, event: Event | None = None) -> Event:

@@ -51,7 +51,9 @@ def test_pages_and_rows(size: int, choice: Choice, direction: Direction) -> None
 
 @pytest.mark.parametrize("choice", KINDS, ids=lambda choice: choice.path.value)
 def test_a_row_of_parts_of_several_sizes(choice: Choice) -> None:
-    copied(choice, Direction.H2D, arena(4, [144, 16, 144, 33], 0, 0, 1), [2, 1, 0], arena(5, [144, 16, 144, 33], 7, 3, 2))
+    copied(
+        choice, Direction.H2D, arena(4, [144, 16, 144, 33], 0, 0, 1), [2, 1, 0], arena(5, [144, 16, 144, 33], 7, 3, 2)
+    )
 
 
 @settings(max_examples=80, deadline=None)

@@ -133,5 +133,7 @@ def is_needed(races: dict[int, list[tuple[str, str]]]) -> Callable[[int], bool]:
 def test_every_wait_of_the_staging_ring_is_needed() -> None:
     """Filled before it is emptied, emptied before it is filled again: of 5 rounds over 2 buffers, both directions."""
     races = without_each_wait(Choice(Path.STAGED))
-    inside = [number for number, found in races.items() if any("direct" in a + b and "fragments" in a + b for a, b in found)]
+    inside = [
+        number for number, found in races.items() if any("direct" in a + b and "fragments" in a + b for a, b in found)
+    ]
     assert len(inside) == 2 * (5 + 3)
