@@ -158,4 +158,4 @@ def _describe(choice: Choice) -> str:
         return f"zero_copy, {choice.ctas} CTAs"
     if choice.path is Path.SPLIT:
         return f"split, {choice.dma_share:.0%} engines, {choice.ctas} CTAs"
-    return choice.path.value
+    return str(choice.path.value)

@@ -93,7 +93,7 @@ class HeadLayout:
 
     @property
     def page_bytes(self) -> int:
-        return self.elements * self.dtype.itemsize
+        return self.elements * int(self.dtype.itemsize)
 
     @property
     def scales_offset(self) -> int:

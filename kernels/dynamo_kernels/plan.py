@@ -139,7 +139,7 @@ class _Staging:
         local = (rows, dst_ids) if self._loads else (src_ids, rows)
         crossing = (src_ids, rows) if self._loads else (rows, dst_ids)
         # One upload for all rounds; the kernels' stream reads it after it is there.
-        on_device = self._machine.upload(*local, self._machine.kernels)
+        on_device = self._machine.upload(local[0], local[1], self._machine.kernels)
         for number, start in enumerate(range(0, len(rows), self._per_buffer)):
             some = slice(start, start + self._per_buffer)
             buffer = self._buffers[number % _BUFFERS]

@@ -2,12 +2,12 @@
 
 The arithmetic is the reference's, operation by operation (`compression.quantise`), so that both give the same bytes.
 """
-# ruff: noqa: N803 - constexpr arguments are written in capitals, as Triton does
+# ruff: noqa: N803, N806 - constexprs are written in capitals, as Triton does
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 
 _PLAIN = ("blocks", "parts", "page_stride", "row_stride")
 #: Adding and taking it away rounds a float32 below 2**22 to a whole number, half to even.

@@ -7,8 +7,8 @@ bytes wide. Rows of a tile beyond the last chunk repeat it: the same bytes twice
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped, unused-ignore]
 
 #: Sizes and counts change from call to call: none of them is worth a compilation of its own.
 _PLAIN = ("chunks", "parts", "chunks_per_part", "src_stride", "dst_stride")

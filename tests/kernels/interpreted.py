@@ -54,7 +54,7 @@ def copies() -> int:
 
         expected = naive_copy(src, [3, 0, 3], dst, [1, 2, 0])
         CopyPlan(src.view, dst.view, direction, machine, chosen).enqueue([3, 0, 3], [1, 2, 0])
-        if dst.images() != expected or "fragments" in machine.calls and choice.path is not Path.STAGED:
+        if dst.images() != expected or ("fragments" in machine.calls and choice.path is not Path.STAGED):
             print("wrong:", size, choice, direction)
             wrong += 1
     print(len(cases), "copies")

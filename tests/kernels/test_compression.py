@@ -1,4 +1,4 @@
-"""What compressed KV costs: the stated error bound, the shapes that are refused, and rows of exactly the stated size."""
+"""What compressed KV costs: the stated error bound, the shapes that are refused, rows of the stated size."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from dynamo_kernels import BlockView, ComputeFence, CopyLane
@@ -60,7 +58,7 @@ def test_two_readers_do_not_race_and_two_writers_do() -> None:
 
 
 def a_store_and_a_load(tape: Tape, choice: Choice) -> FakeMachine:
-    """What the connector does: compute writes blocks, they are stored; they are loaded elsewhere, attention reads them."""
+    """What the connector does: compute writes blocks, they are stored, loaded elsewhere and read."""
     machine = FakeMachine(tape)
     machine_compute = machine.compute
     copies = tape.stream()
@@ -124,10 +122,6 @@ def test_a_store_that_does_not_wait_for_compute_is_caught(choice: Choice) -> Non
 def test_attention_that_does_not_wait_for_the_load_is_caught(choice: Choice) -> None:
     races = without_each_wait(choice)
     assert any(second == "attention" for _, second in races[max(races)])  # the load's lane is awaited last
-
-
-def is_needed(races: dict[int, list[tuple[str, str]]]) -> Callable[[int], bool]:
-    return lambda number: bool(races[number])
 
 
 def test_every_wait_of_the_staging_ring_is_needed() -> None:
