@@ -25,7 +25,7 @@ from dynamo_kernels.ids import checked_ids
 _TILE, _LARGEST_GROUP = 16 << 10, 64 << 10
 #: CTAs that write compressed rows to the host: enough to be bound by the link, few enough to leave decode alone.
 _STORE_CTAS = 16
-_STAGING_BYTES = 16 << 20
+_STAGING_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ class CompressedCopy:
         for number, (layout, part) in enumerate(zip(codec.layouts, pages.parts, strict=True)):
             alike.setdefault((layout, part.stride(0)), []).append(number)
         self._bands = [_Band(layout, tuple(numbers), stride) for (layout, stride), numbers in alike.items()]
+        #: Part offsets of every band by where the rows' parts lie: rows of one staging buffer are alike.
+        self._tables: dict[tuple[int, ...], list[Any]] = {}
+        self._staging: list[torch.Tensor] = []
 
     def store(self, page_ids: Sequence[int], row_ids: Sequence[int]) -> None:
         """Compresses pages into rows. The bytes are in place when it returns."""
@@ -78,10 +81,12 @@ class CompressedCopy:
         lane, driver = torch.cuda.Stream(device, priority=-1), copy_driver()
         lane.wait_stream(current)
         at_once = max(1, _STAGING_BYTES // self._codec.row_bytes)
-        buffers = [torch.empty((at_once, self._codec.row_bytes), dtype=torch.uint8, device=device) for _ in range(2)]
+        if not self._staging:
+            shape = (at_once, self._codec.row_bytes)
+            self._staging = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2)]
         free: list[Any] = [None, None]
         for number, start in enumerate(range(0, len(row_ids), at_once)):
-            some, staging = row_ids[start : start + at_once], buffers[number % 2]
+            some, staging = row_ids[start : start + at_once], self._staging[number % 2]
             if free[number % 2] is not None:
                 lane.wait_event(free[number % 2])
             numbers = np.arange(len(some), dtype=np.int64)
@@ -98,13 +103,12 @@ class CompressedCopy:
         """Launches one kernel over all parts on the current stream, or in Triton's interpreter."""
         from dynamo_kernels import triton_compression
 
-        for band in self._bands:
+        ids = self._on_device(np.stack([page_ids, row_ids]).astype(np.int32))
+        for band, offsets in zip(self._bands, self._offsets(rows), strict=True):
             layout, first = band.layout, band.numbers[0]
             outer, middle, inner, width = layout.levels
             groups = _groups_at_once(inner, _power_of_two(middle) * _power_of_two(width))
             page_base, row_base = self._pages.parts[first], rows.parts[first]
-            ids = self._on_device(np.stack([page_ids, row_ids]).astype(np.int32))
-            offsets = self._offsets(band, rows)
             count = len(page_ids) * len(band.numbers) * outer * (inner // groups)
             getattr(triton_compression, kernel)[(min(ctas, count),)](
                 page_base.view(layout.dtype), row_base, offsets[0], offsets[1], ids[0], ids[1],
@@ -114,12 +118,17 @@ class CompressedCopy:
                 FP8=self._codec.compression is Compression.FP8, SMALLEST=SMALLEST_SCALE, num_warps=8,
             )  # fmt: skip
 
-    def _offsets(self, band: _Band, rows: BlockView) -> Any:
-        item = band.layout.dtype.itemsize
-        page_bytes = [self._pages.parts[number].data_ptr() for number in band.numbers]
-        row_bytes = [rows.parts[number].data_ptr() for number in band.numbers]
-        pages = (np.asarray(page_bytes, np.int64) - page_bytes[0]) // item
-        return self._on_device(np.stack([pages, np.asarray(row_bytes, np.int64) - row_bytes[0]]))
+    def _offsets(self, rows: BlockView) -> list[Any]:
+        """(2, parts) of every band: elements from its first page, bytes from its first row part."""
+        places = tuple(part.data_ptr() - rows.parts[0].data_ptr() for part in rows.parts)
+        if places not in self._tables:
+            self._tables[places] = [self._on_device(self._offsets_of(band, places)) for band in self._bands]
+        return self._tables[places]
+
+    def _offsets_of(self, band: _Band, places: tuple[int, ...]) -> Any:
+        pages = np.asarray([self._pages.parts[number].data_ptr() for number in band.numbers], np.int64)
+        pieces = np.asarray([places[number] for number in band.numbers], np.int64)
+        return np.stack([(pages - pages[0]) // band.layout.dtype.itemsize, pieces - pieces[0]])
 
     def _on_device(self, table: Any) -> Any:
         tensor = torch.from_numpy(table)

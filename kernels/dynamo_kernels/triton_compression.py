@@ -44,6 +44,16 @@ def _tile(  # type: ignore[no-untyped-def]
     return elements, (middle < MIDDLE) & (column < WIDTH) & (group < INNER)
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _rounded_to_e4m3(values):  # type: ignore[no-untyped-def]
+    """To the nearest value of the format, half to even: the cast after it is then exact, also in the interpreter."""
+    bits = values.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    small = (values + 24576.0) - 24576.0  # steps of 2**-9; the sign of a zero comes from the value
+    small = tl.where(small == 0.0, values * 0.0, small)
+    return tl.where(tl.abs(values) < 0.015625, small, normal)
+
+
 @triton.jit(do_not_specialize=_PLAIN)  # type: ignore[untyped-decorator, unused-ignore]
 def quantise_pages(  # type: ignore[no-untyped-def]
     pages, rows, page_offsets, row_offsets, page_ids, row_ids, blocks, parts, page_stride, row_stride,
@@ -65,7 +75,7 @@ def quantise_pages(  # type: ignore[no-untyped-def]
         scaled = values * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[None, :, None]
         scaled = tl.minimum(tl.maximum(tl.where(scaled == scaled, scaled, 0.0), -LARGEST), LARGEST)
         if FP8:
-            coded = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            coded = _rounded_to_e4m3(scaled).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         else:
             coded = ((scaled + _ROUND) - _ROUND).to(tl.int8).to(tl.uint8, bitcast=True)
         tl.store(rows + row + elements, coded, mask=inside)
