@@ -49,6 +49,23 @@ def doctor(
     raise typer.Exit(0 if is_healthy(findings) else 1)
 
 
+@app.command()
+def calibrate(
+    again: Annotated[bool, typer.Option("--again", help="Measure even if figures are on disk.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable figures.")] = False,
+) -> None:
+    """Measures the copy paths of every GPU here, keeps the figures and prints what they choose. Exits 1 without one."""
+    import torch
+    from dynamo_kernels import calibration
+
+    if not torch.cuda.is_available():
+        typer.echo("no GPU here: nothing to calibrate", err=True)
+        raise typer.Exit(1)
+    for index in range(torch.cuda.device_count()):
+        made = calibration.calibrate(torch.device("cuda", index), again)
+        typer.echo(calibration.as_json(made) if json_ else calibration.table(made))
+
+
 def main() -> None:
     """Console entry point; bad usage exits with 2."""
     app()

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynamo_kernels.block_view import BlockView
-    from dynamo_kernels.copy import copy_blocks
-    from dynamo_kernels.fence import ComputeFence
+    from dynamo_kernels.calibration import calibrate
+    from dynamo_kernels.copy import copy_blocks, decisions
+    from dynamo_kernels.fence import ComputeFence, CopyLane
 
-__all__ = ["BlockView", "ComputeFence", "copy_blocks"]
+__all__ = ["BlockView", "ComputeFence", "CopyLane", "calibrate", "copy_blocks", "decisions"]
 
-_HOME = {"BlockView": "block_view", "copy_blocks": "copy", "ComputeFence": "fence"}
+_HOME = {
+    "BlockView": "block_view",
+    "ComputeFence": "fence",
+    "CopyLane": "fence",
+    "calibrate": "calibration",
+    "copy_blocks": "copy",
+    "decisions": "copy",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,59 +1,101 @@
-"""`copy_blocks`: the torch reference. It defines the result that every faster path must reproduce bit for bit."""
+"""`copy_blocks`: one call for every pair of views, whatever memory they lie in."""
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from dynamo_kernels.block_view import BlockView
+from dynamo_kernels.choices import Direction
 from dynamo_kernels.errors import CopyError
+from dynamo_kernels.ids import checked_ids
+from dynamo_kernels.plan import CopyPlan, Decision
+from dynamo_kernels.reference import copy_by_torch
 
-#: Widest first: eight bytes at a time instead of one, wherever the addresses allow it.
-_WIDE_DTYPES = (torch.int64, torch.int32, torch.int16)
+#: The one setting: auto, or the path to take wherever it is possible.
+PATH_SETTING = "DYNAMO_KERNELS_COPY_PATH"
 
 
-def copy_blocks(src: BlockView, src_ids: Sequence[int], dst: BlockView, dst_ids: Sequence[int]) -> None:
+def copy_blocks(
+    src: BlockView,
+    src_ids: Sequence[int] | NDArray[Any],
+    dst: BlockView,
+    dst_ids: Sequence[int] | NDArray[Any],
+) -> None:
     """Copies block `src_ids[i]` of `src` over block `dst_ids[i]` of `dst`, every part, as opaque bytes.
 
     The views may live on different devices. When the call returns, the bytes are in place for the host and for the
     current stream. Raises `CopyError` before anything is copied when an id is out of range, a destination is named
     twice, or the parts differ in size.
     """
-    _validate(src, src_ids, dst, dst_ids)
-    if not src_ids:
-        return
-    source_index = torch.tensor(src_ids, dtype=torch.int64, device=src.device)
-    target_index = torch.tensor(dst_ids, dtype=torch.int64, device=dst.device)
-    for source, target in zip(src.parts, dst.parts, strict=True):
-        wide_source, wide_target = _widened(source, target)
-        moved = wide_source.index_select(0, source_index).to(dst.device)
-        wide_target.index_copy_(0, target_index, moved)
-
-
-def _validate(src: BlockView, src_ids: Sequence[int], dst: BlockView, dst_ids: Sequence[int]) -> None:
-    if len(src_ids) != len(dst_ids):
-        raise CopyError(f"{len(src_ids)} source blocks for {len(dst_ids)} destinations")
     if src.part_bytes != dst.part_bytes:
         raise CopyError(f"parts differ: source {src.part_bytes} bytes, destination {dst.part_bytes}")
-    for name, ids, count in (("source", src_ids, src.num_blocks), ("destination", dst_ids, dst.num_blocks)):
-        for block in ids:
-            if not 0 <= block < count:
-                raise CopyError(f"{name} block {block} is outside 0..{count - 1}")
-    if len(set(dst_ids)) != len(dst_ids):
-        raise CopyError("a destination block is named twice")
+    sources, targets = checked_ids(src.num_blocks, src_ids, dst.num_blocks, dst_ids)
+    if not len(sources):
+        return
+    plan = _PLANS.between(src, dst)
+    if plan is None:
+        copy_by_torch(src, sources, dst, targets)
+        return
+    plan.enqueue(sources, targets)
+    torch.cuda.current_stream(_gpu_of(src, dst)).synchronize()
 
 
-def _widened(source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both parts as the widest integers that their size, strides and addresses allow."""
-    for dtype in _WIDE_DTYPES:
-        width = dtype.itemsize
-        if all(
-            part.shape[1] % width == 0
-            and part.stride(0) % width == 0
-            and part.storage_offset() % width == 0
-            and part.data_ptr() % width == 0
-            for part in (source, target)
-        ):
-            return source.view(dtype), target.view(dtype)
-    return source, target
+def decisions() -> tuple[Decision, ...]:
+    """What `copy_blocks` last chose for every pair of views that is still in use."""
+    return tuple(decision for plan in _PLANS.all() for decision in plan.decisions)
+
+
+def prepare(src: BlockView, dst: BlockView) -> CopyPlan:
+    """A plan of one's own between HBM and pinned rows. Raises `CopyError` where only the reference copies."""
+    from dynamo_kernels.calibration import chooser_for
+    from dynamo_kernels.machine import CudaMachine
+
+    if not _is_hbm_and_pinned(src, dst):
+        raise CopyError("a plan copies between one GPU and pinned host memory; `copy_blocks` takes any two views")
+    device = _gpu_of(src, dst)
+    direction = Direction.D2H if src.device.type == "cuda" else Direction.H2D
+    return CopyPlan(src, dst, direction, CudaMachine(device), chooser_for(device, os.environ.get(PATH_SETTING, "")))
+
+
+def _gpu_of(src: BlockView, dst: BlockView) -> torch.device:
+    return src.device if src.device.type == "cuda" else dst.device
+
+
+def _is_hbm_and_pinned(src: BlockView, dst: BlockView) -> bool:
+    kinds = {src.device.type, dst.device.type}
+    if kinds != {"cpu", "cuda"}:
+        return False
+    host = src if src.device.type == "cpu" else dst
+    # One question a view: its parts are columns of one slab. Pageable memory would make every path synchronous.
+    return bool(host.parts[0].is_pinned()) and bool(host.parts[-1].is_pinned())
+
+
+class _Plans:
+    """A plan a pair of views, for as long as both live: plans hold addresses only."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: weakref.WeakKeyDictionary[BlockView, weakref.WeakKeyDictionary[BlockView, CopyPlan | None]]
+        self._of = weakref.WeakKeyDictionary()
+
+    def between(self, src: BlockView, dst: BlockView) -> CopyPlan | None:
+        """None where the reference must copy."""
+        with self._lock:
+            of_src = self._of.setdefault(src, weakref.WeakKeyDictionary())
+            if dst not in of_src:
+                of_src[dst] = prepare(src, dst) if _is_hbm_and_pinned(src, dst) else None
+            return of_src[dst]
+
+    def all(self) -> list[CopyPlan]:
+        with self._lock:
+            return [plan for of_src in self._of.values() for plan in of_src.values() if plan is not None]
+
+
+_PLANS = _Plans()

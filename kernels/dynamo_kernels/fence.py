@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -15,37 +16,54 @@ class ComputeFence:
     CPU compute is done when the call returns, so there is nothing to wait for.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(device))
+    def __init__(self, device: torch.device, stream: Any = None) -> None:
+        """`stream` is the compute stream; the current one of `device` when left out."""
+        self._event: Any = None
+        if stream is not None:
+            self._event = stream.record_event()
+        elif device.type == "cuda":
+            self._event = torch.cuda.current_stream(device).record_event()
 
     def wait(self) -> None:
         """Blocks the calling thread, not the GPU, until that work is done."""
         if self._event is not None:
             self._event.synchronize()
 
+    def hold(self, stream: Any) -> None:
+        """Whatever `stream` is given from now on starts after that work; the calling thread goes on."""
+        if self._event is not None:
+            stream.wait_event(self._event)
+
 
 class CopyLane:
-    """A stream of its own for the copies made inside the `with` block; all of them are complete when it ends."""
+    """A stream of its own for the copies made inside the `with` block; all of them are complete when it ends.
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    With a fence they start after the compute before it, in stream order: the thread does not wait for the GPU twice.
+    """
+
+    def __init__(self, device: torch.device, fence: ComputeFence | None = None, stream: Any = None) -> None:
+        self._stream = stream
+        if stream is None and device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)
+        self._fence = fence
         self._context: AbstractContextManager[object] | None = None
 
     def __enter__(self) -> CopyLane:
         if self._stream is not None:
-            self._context = torch.cuda.stream(self._stream)
-            self._context.__enter__()
+            if isinstance(self._stream, torch.cuda.Stream):
+                self._context = torch.cuda.stream(self._stream)
+                self._context.__enter__()
+            if self._fence is not None:
+                self._fence.hold(self._stream)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._stream is None or self._context is None:
+        if self._stream is None:
             return
         try:
             self._stream.synchronize()
         finally:
-            self._context.__exit__(kind, error, trace)
+            if self._context is not None:
+                self._context.__exit__(kind, error, trace)

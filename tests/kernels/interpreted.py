@@ -1,0 +1,103 @@
+"""Run with TRITON_INTERPRET=1, as a child of the tests: the real kernels, in Triton's interpreter, over host memory.
+
+`python -m tests.kernels.interpreted copy|compression` prints one line for each case that is wrong, then how many ran.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from itertools import product
+
+import numpy as np
+import torch
+
+warnings.simplefilter("ignore")
+
+from dynamo_kernels import BlockView  # noqa: E402
+from dynamo_kernels.choices import Choice, Direction, Path  # noqa: E402
+from dynamo_kernels.compressed_copy import CompressedCopy  # noqa: E402
+from dynamo_kernels.compression import Codec, Compression, HeadLayout, compress_blocks, expand_blocks  # noqa: E402
+from dynamo_kernels.machine import KernelCopy, launch  # noqa: E402
+from dynamo_kernels.plan import CopyPlan  # noqa: E402
+
+from tests.kernels.fake_machine import FakeMachine, fragment_addresses, memory_at  # noqa: E402
+from tests.kernels.memory import arena, naive_copy  # noqa: E402
+
+#: Powers of two, what MLA and odd heads make, one chunk, several tiles.
+SIZES = [128, 144 * 16, 4096, 18432, 16384, 36864, 65536]
+LAYOUTS = [
+    ((2, 16, 2, 32), (0, 2)),
+    ((2, 2, 16, 32), (0, 1)),
+    ((5, 24), ()),
+    ((3, 5, 7), (1,)),
+    ((4, 2, 2, 16), (1, 2)),
+]
+
+
+def run_kernel(copy: KernelCopy) -> None:
+    bases = [side.first for side in (copy.band.src, copy.band.dst)]
+    ends = [int(each.max()) + copy.band.part_bytes for each in fragment_addresses(copy)]
+    ctas = KernelCopy(copy.kernel, copy.band, copy.tables, copy.ids, copy.ctas or 5)
+    launch(ctas, *(memory_at(base, end - base) for base, end in zip(bases, ends, strict=True)))
+
+
+def copies() -> int:
+    wrong = 0
+    cases = list(product(SIZES, (Choice(Path.ZERO_COPY, 1), Choice(Path.ZERO_COPY, 3), Choice(Path.STAGED)), Direction))
+    for size, choice, direction in cases:
+        src, dst = arena(4, [size] * 2, 16, 0, 1), arena(3, [size] * 2, 0, 32, 2)
+        machine = FakeMachine(run_kernel=run_kernel)
+
+        def chosen(case: object, choice: Choice = choice) -> Choice:
+            return choice if case.allows(choice.path) else Choice(Path.ZERO_COPY)  # type: ignore[attr-defined]
+
+        expected = naive_copy(src, [3, 0, 3], dst, [1, 2, 0])
+        CopyPlan(src.view, dst.view, direction, machine, chosen).enqueue([3, 0, 3], [1, 2, 0])
+        if dst.images() != expected or ("fragments" in machine.calls and choice.path is not Path.STAGED):
+            print("wrong:", size, choice, direction)
+            wrong += 1
+    print(len(cases), "copies")
+    return wrong
+
+
+def compression() -> int:
+    wrong = 0
+    cases = list(product((torch.bfloat16, torch.float16, torch.float32), LAYOUTS, Compression))
+    for dtype, (sizes, scaled), kind in cases:
+        layout = HeadLayout(dtype, sizes, scaled)
+        codec = Codec(kind, (layout,) * 2)
+        values = [torch.randn(4, layout.elements).mul(3.0**part).to(dtype) for part in range(2)]
+        values[0][1] = 0
+        values[1][3, 5] = float("nan")
+        pages = BlockView.of_pages(values, [layout.page_bytes] * 2)
+        memory = [torch.zeros(3, codec.row_bytes, dtype=torch.uint8) for _ in range(2)]
+        rows = [BlockView.of_rows(each, codec.part_bytes) for each in memory]
+        compress_blocks(codec, pages, [1, 3, 0], rows[0], [2, 0, 1])
+        kernels = CompressedCopy(codec, pages, rows[1])
+        kernels.run("quantise_pages", rows[1], np.array([1, 3, 0]), np.array([2, 0, 1]), 2)
+        backs = [[torch.zeros_like(each) for each in values] for _ in range(2)]
+        views = [BlockView.of_pages(back, [layout.page_bytes] * 2) for back in backs]
+        expand_blocks(codec, rows[0], [2, 0], views[0], [0, 2])
+        expanding = CompressedCopy(codec, views[1], rows[0])
+        expanding.run("dequantise_pages", rows[0], np.array([0, 2]), np.array([2, 0]), 2)
+        if not torch.equal(*memory) or not same_values(dtype, *backs):
+            print("wrong:", dtype, sizes, scaled, kind)
+            wrong += 1
+    print(len(cases), "codecs")
+    return wrong
+
+
+def same_values(dtype: torch.dtype, one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """To the bit, but for bfloat16, which the interpreter cuts off instead of rounding."""
+    for a, b in zip(one, other, strict=True):
+        if not torch.equal(a.isnan(), b.isnan()):
+            return False
+        close = 2.0**-7 if dtype is torch.bfloat16 else 0.0
+        if not torch.allclose(a.float(), b.float(), rtol=close, atol=0.0, equal_nan=True):
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit({"copy": copies, "compression": compression}[sys.argv[1]]())
