@@ -64,7 +64,7 @@ def tiny_arms(disk: Path) -> list[Arm]:
     return [
         Arm(NONE, 0, hbm_blocks=80),
         Arm(DRAM, 0, (*DYNAMO, *dram), 80),
-        Arm(NVME, 0, (*DYNAMO, *_disk_flags(disk / NVME, 0.0015, 0.02)), 64),
+        Arm(NVME, 0, (*DYNAMO, *_disk_flags(disk / NVME, 0.0015, 0.02)), 64, 1_024),
         Arm(EXACT_REFERENCE, 0, hbm_blocks=600),
         Arm(EXACT, 0, (*DYNAMO, *_disk_flags(disk / EXACT, 0.008, 0.04), *_EAGER_DISK), 40, 1_024),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -12,7 +13,7 @@ import aiohttp
 from benchmarks.served.arms import Arm, Site, server
 from benchmarks.served.client import EngineClient, session
 from benchmarks.served.record import Record
-from tools.server_process import ServerError, ServerProcess, first_error
+from tools.server_process import ServerError, ServerProcess
 
 
 class Fleet:
@@ -48,8 +49,9 @@ class Fleet:
         try:
             await asyncio.to_thread(process.wait_ready, 240.0)
         except ServerError as error:
-            self._record.note("boot", arm=process.name, error=str(error), log=process.log.read_text()[-4000:])
-            self._record.say(f"{process.name} did not start: {first_error(process.log)}")
+            said = [line for line in process.log.read_text().splitlines() if re.search(r"\w+Error: ", line)]
+            self._record.note("boot", arm=process.name, error=str(error), errors=said[-8:])
+            self._record.say("\n".join([f"{process.name} did not start: {error}", *said[-4:]]))
             return
         seconds = time.monotonic() - started
         self._record.note("boot", arm=process.name, seconds=seconds, command=list(process.command))
