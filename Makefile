@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .envs/vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean vllm-env sglang-env
+.PHONY: help demo test lint bench clean vllm-env sglang-env vllm-versions
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python3.11]'
@@ -13,7 +13,7 @@ help: ## this list
 demo: vllm-env ## the main job on real engines
 	$(BIN)/python -m demo $(ARGS)
 
-test: vllm-env sglang-env ## builds the environments from locks/, runs every test once (ARGS: for pytest)
+test: vllm-env sglang-env vllm-versions ## builds the environments from locks/, runs every test once (ARGS: for pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: vllm-env ## ruff, and mypy --strict on our packages
@@ -33,3 +33,6 @@ vllm-env:
 
 sglang-env:
 	$(PYTHON) tools/bootstrap.py sglang
+
+vllm-versions:
+	$(PYTHON) tools/bootstrap.py vllm-0.24 vllm-0.33

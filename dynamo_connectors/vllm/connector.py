@@ -18,7 +18,7 @@ from dynamo_connectors.config import KvbmConfig, parse_config
 from dynamo_connectors.errors import DynamoConnectorsError
 from dynamo_connectors.host_limits import check_host
 from dynamo_connectors.vllm import setup
-from dynamo_connectors.vllm.compat import HbmHolds, engine_logger, scheduled_block_ids, tokens_in_flight
+from dynamo_connectors.vllm.compat import BlockTables, HbmHolds, engine_logger, tokens_in_flight
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.metrics import KvbmPromMetrics, KvbmStats
 from dynamo_connectors.vllm.scheduler import SchedulerHalf, single_group
@@ -37,6 +37,9 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
+        self._block_tables = BlockTables()
+        #: The plan of this step until its offloads are started.
+        self._unsaved: StepPlan | None = None
         try:
             self._config: KvbmConfig = parse_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
             check_host(self._config)
@@ -118,7 +121,8 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.start_loads(self._plan())
+            self._unsaved = self._plan()
+            self._worker.start_loads(self._unsaved)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads are asynchronous: a request is not scheduled before its blocks are complete."""
@@ -127,10 +131,10 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         """Whole blocks are offloaded over all layers at once, after the step."""
 
     def wait_for_save(self) -> None:
-        if self._worker is not None:
-            self._worker.start_offloads(self._plan())
+        self._start_offloads()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        self._start_offloads()
         return None, self._worker.take_loaded_requests() if self._worker is not None else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -171,10 +175,17 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
             raise TypeError(f"expected the dynamo scheduler's plan, got {type(plan).__name__}")
         return plan
 
+    def _start_offloads(self) -> None:
+        """Once a step, by whichever hook comes first: 0.24 leaves `wait_for_save` out in steps without a forward."""
+        plan, self._unsaved = self._unsaved, None
+        if self._worker is not None and plan is not None:
+            self._worker.start_offloads(plan)
+
     def _offer_computed_blocks(self, scheduler: SchedulerHalf, scheduler_output: Any) -> None:
         """Offers what earlier steps have computed; blocks of this step are offered by the next one."""
+        self._block_tables.follow(scheduler_output)
         cached = scheduler_output.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, tokens in computed.items():
-            scheduler.offer(request_id, tokens, partial(scheduled_block_ids, scheduler_output, request_id))
+            scheduler.offer(request_id, tokens, partial(self._block_tables.blocks_of, request_id))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,16 +177,12 @@ def test_a_vllm_that_lost_a_method_is_reported_not_broken() -> None:
 
 
 def test_an_older_vllm_is_refused_at_start_and_not_at_its_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.core.sched import output
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
     from dynamo_connectors.errors import PluginError
     from dynamo_connectors.vllm.compat import require_supported_engine
 
-    @dataclasses.dataclass
-    class OlderOutput:
-        num_scheduled_tokens: dict[str, int]
-
     require_supported_engine()
-    monkeypatch.setattr(output, "SchedulerOutput", OlderOutput)
-    with pytest.raises(PluginError, match=r"0\.32 or newer"):
+    monkeypatch.setattr(base, "KVConnectorBase_V1", type("OlderConnector", (), {}))
+    with pytest.raises(PluginError, match=r"0\.24 or newer"):
         require_supported_engine()
