@@ -20,7 +20,7 @@ import torch
 
 _COPY_BYTES = 1 << 30
 _COPIES = 10
-_FILE_BYTES = 4 << 30
+_FILE_BYTES = 2 << 30
 #: (bytes of one read, readers at a time)
 _READS = ((16 << 20, 1), (16 << 20, 4), (2 << 20, 4), (2 << 20, 16))
 
@@ -33,7 +33,7 @@ def main(folder: Path) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **pcie()}
-    return facts | disk(folder, _FILE_BYTES if torch.cuda.is_available() else _FILE_BYTES >> 6)
+    return facts | disk(folder, _FILE_BYTES if torch.cuda.is_available() else _FILE_BYTES >> 5)
 
 
 def pcie() -> dict[str, float]:
