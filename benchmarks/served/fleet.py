@@ -47,7 +47,7 @@ class Fleet:
     async def _wait(self, process: ServerProcess) -> None:
         started = time.monotonic()
         try:
-            await asyncio.to_thread(process.wait_ready, 240.0)
+            await asyncio.to_thread(process.wait_ready, 150.0)
         except ServerError as error:
             said = [line for line in process.log.read_text().splitlines() if re.search(r"\w+Error: ", line)]
             self._record.note("boot", arm=process.name, error=str(error), errors=said[-8:])
