@@ -1,6 +1,6 @@
 """Real vLLM, tiered: answers bit for bit after reload, TTFT of a long prefix, disk, load without hits, chats.
 
-python -m benchmarks gpu_engine [--tiny] [--parts exact,prefix,load,chat,disk] [--arms none,native,dynamo]
+python -m benchmarks gpu_engine [--tiny] [--parts exact,prefix,load,chat] [--arms none,native,dynamo]
     [--out DIR] [--disk DIR] [--flag FLAG ...]
 python -m benchmarks gpu_engine --judge RAW.jsonl
 Needs a GPU with about 130 GB, or `--tiny` and a vLLM for CPU. Raw figures go to DIR/gpu_engine.jsonl as they come.
@@ -26,9 +26,9 @@ from benchmarks.served.scale import H200, TINY, Scale
 from tools.tiny_model import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("exact", "prefix", "load", "chat", "disk")
-#: Arms of the two groups of engines. The exact ones are batch-invariant and never timed.
-TIMED = (lines.NONE, lines.NATIVE, lines.DRAM, lines.FP8, lines.NVME)
+PARTS = ("exact", "prefix", "load", "chat")
+#: Never timed.
+EXACT_ARMS = (lines.EXACT_REFERENCE, lines.EXACT)
 _LONGEST_PART_SECONDS = 240
 
 
@@ -54,7 +54,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_engine", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="small model, CPU engine: does the bench itself work?")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--arms", default=f"{lines.NONE},{lines.NATIVE},{lines.DRAM}", help="of prefix, load and chat")
+    parser.add_argument(
+        "--arms", default=f"{lines.NONE},{lines.NATIVE},{lines.DYNAMO_ARM}", help="of prefix, load and chat"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / ".build" / "gpu_engine")
     parser.add_argument("--disk", type=Path, help="where the disk tier lives (default: the temporary folder)")
     parser.add_argument("--flag", action="append", default=[], help="one more vLLM flag for every arm, as --flag=--x")
@@ -65,7 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def has_gpu() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    return bool(torch.cuda.is_available())
 
 
 async def measure(options: argparse.Namespace, folder: Path, record: Record) -> None:
@@ -77,14 +79,9 @@ async def measure(options: argparse.Namespace, folder: Path, record: Record) -> 
     arms = {arm.name: arm for arm in (lines.tiny_arms if options.tiny else lines.gpu_arms)(folder)}
     record.note("machine", **floors(folder))
     record.note("prefix_size", tokens=scale.prefix.tokens, block_tokens=scale.block_tokens)
-    if "exact" in parts:
-        async with Fleet([arms[lines.EXACT_REFERENCE], arms[lines.EXACT]], site, record) as fleet:
-            await exact_part(fleet, scale, record)
-    needed = [name for name in wanted if {"prefix", "load", "chat"} & set(parts)]
-    needed += [lines.NVME] if "disk" in parts else []
-    if needed:
-        async with Fleet(chosen(arms, needed), site, record) as fleet:
-            await timed_parts(fleet, scale, record, parts)
+    needed = [*(EXACT_ARMS if "exact" in parts else ()), *(wanted if {"prefix", "load", "chat"} & set(parts) else ())]
+    async with Fleet(chosen(arms, needed), site, record) as fleet:
+        await all_parts(fleet, scale, record, parts)
 
 
 def chosen(arms: dict[str, Arm], names: Sequence[str]) -> list[Arm]:
@@ -101,23 +98,24 @@ def floors(folder: Path) -> dict[str, object]:
     return facts
 
 
-async def exact_part(fleet: Fleet, scale: Scale, record: Record) -> None:
-    if fleet.has(lines.EXACT_REFERENCE, lines.EXACT):
-        reference, tiered = fleet.clients[lines.EXACT_REFERENCE], fleet.clients[lines.EXACT]
+async def all_parts(fleet: Fleet, scale: Scale, record: Record, parts: Sequence[str]) -> None:
+    """In this order, because the later ones push out of DRAM what `disk` and `gate` want to find on the disk alone."""
+    clients = fleet.clients
+    timed = [client for name, client in clients.items() if name not in EXACT_ARMS]
+    compared = [client for client in timed if client.name in (lines.NONE, lines.DYNAMO_ARM)]
+    if "exact" in parts and fleet.has(*EXACT_ARMS):
+        reference, tiered = (clients[name] for name in EXACT_ARMS)
+        await guarded("disk store", disk.store(tiered, scale, record), record)
         await guarded("exact", exactness.run(reference, tiered, scale, record), record)
-
-
-async def timed_parts(fleet: Fleet, scale: Scale, record: Record, parts: Sequence[str]) -> None:
-    together = [fleet.clients[name] for name in TIMED if name != lines.NVME and name in fleet.clients]
+        await guarded("disk load", disk.load(tiered, scale, record), record)
     if "prefix" in parts:
-        await guarded("prefix", prefix.run(together, scale, record), record)
-    if "disk" in parts and fleet.has(lines.NVME):
-        await guarded("disk", disk.run(fleet.clients[lines.NVME], scale, record), record)
+        await guarded("prefix", prefix.run(timed, scale, record), record)
     if "load" in parts:
-        compared = [client for client in together if client.name in (lines.NONE, lines.DRAM)]
         await guarded("load", throughput.run(compared, scale, record), record)
     if "chat" in parts:
-        await guarded("chat", chat.run(together, scale, record), record)
+        await guarded("chat", chat.run(compared, scale, record), record)
+    if {"prefix", "chat"} <= set(parts) and fleet.has(lines.DYNAMO_ARM):
+        await guarded("gate", disk.gate(clients[lines.DYNAMO_ARM], prefix.make_prompts(scale), record), record)
 
 
 async def guarded(what: str, part: Awaitable[None], record: Record) -> None:

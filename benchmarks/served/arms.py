@@ -14,10 +14,10 @@ from tools.server_process import ServerProcess, free_port
 
 GIB = 1 << 30
 #: Host memory of a tier. vLLM's flag counts in GiB, ours in GB.
-TIER_GIB = 32
+TIER_GIB = 28
 DYNAMO = ("--kv-connector", "dynamo")
 
-NONE, NATIVE, DRAM, FP8, NVME = "none", "native", "dynamo", "dynamo_fp8", "dynamo_nvme"
+NONE, NATIVE, DYNAMO_ARM, FP8 = "none", "native", "dynamo", "dynamo_fp8"
 EXACT_REFERENCE, EXACT = "exact_reference", "exact_dynamo"
 
 
@@ -45,28 +45,28 @@ class Site:
 
 
 def gpu_arms(disk: Path) -> list[Arm]:
-    dram = ("--kvbm-host-dram-gb", f"{TIER_GIB * GIB / 1e9:.3f}")
+    """All but the last fit on one H200 together; `dynamo_fp8` takes the place of another."""
+    dram_gb = round(TIER_GIB * GIB / 1e9, 3)
+    exact = (*DYNAMO, *_tier_flags(disk / EXACT, 10, 30), *_EAGER_DISK)
     return [
-        Arm(NONE, 16),
-        Arm(NATIVE, 16, ("--kv-offloading-size", str(TIER_GIB))),
-        Arm(DRAM, 16, (*DYNAMO, *dram)),
-        Arm(FP8, 16, (*DYNAMO, *dram, "--kvbm-compression", "fp8")),
-        Arm(NVME, 4, (*DYNAMO, *_disk_flags(disk / NVME, dram_gb=3, disk_gb=16)), max_tokens=20_480),
-        Arm(EXACT_REFERENCE, 36, max_tokens=2_048, batch_invariant=True),
-        # 20 of 32 requests fit at their longest: the others are preempted or wait. A third of the KV fits into DRAM.
-        Arm(EXACT, 2, (*DYNAMO, *_disk_flags(disk / EXACT, 10, 40), *_EAGER_DISK), 700, 2_048, True),
+        Arm(NONE, 12),
+        Arm(NATIVE, 12, ("--kv-offloading-size", str(TIER_GIB))),
+        Arm(DYNAMO_ARM, 12, (*DYNAMO, *_tier_flags(disk / DYNAMO_ARM, dram_gb, 22))),
+        Arm(EXACT_REFERENCE, 7, max_tokens=2_048, batch_invariant=True),
+        # HBM for about 27 of the 32 requests, DRAM for a third of what they leave behind.
+        Arm(EXACT, 2, exact, hbm_blocks=700, max_tokens=10_240, batch_invariant=True),
+        Arm(FP8, 12, (*DYNAMO, *_tier_flags(disk / FP8, dram_gb, 22), "--kvbm-compression", "fp8")),
     ]
 
 
 def tiny_arms(disk: Path) -> list[Arm]:
     """vLLM's own offloading needs a GPU."""
-    dram = ("--kvbm-host-dram-gb", "0.04")
+    exact = (*DYNAMO, *_tier_flags(disk / EXACT, 0.008, 0.04), *_EAGER_DISK)
     return [
         Arm(NONE, 0, hbm_blocks=80),
-        Arm(DRAM, 0, (*DYNAMO, *dram), 80),
-        Arm(NVME, 0, (*DYNAMO, *_disk_flags(disk / NVME, 0.0015, 0.02)), 64, 1_024),
-        Arm(EXACT_REFERENCE, 0, hbm_blocks=600),
-        Arm(EXACT, 0, (*DYNAMO, *_disk_flags(disk / EXACT, 0.008, 0.04), *_EAGER_DISK), 40, 1_024),
+        Arm(DYNAMO_ARM, 0, (*DYNAMO, *_tier_flags(disk / DYNAMO_ARM, 0.012, 0.03)), hbm_blocks=80),
+        Arm(EXACT_REFERENCE, 0, hbm_blocks=300),
+        Arm(EXACT, 0, exact, hbm_blocks=40, max_tokens=1_024),
     ]
 
 
@@ -74,7 +74,7 @@ def tiny_arms(disk: Path) -> list[Arm]:
 _EAGER_DISK = ("--kvbm-nvme-min-touches", "1", "--kvbm-load-gate", "off")
 
 
-def _disk_flags(folder: Path, dram_gb: float, disk_gb: float) -> tuple[str, ...]:
+def _tier_flags(folder: Path, dram_gb: float, disk_gb: float) -> tuple[str, ...]:
     folder.mkdir(parents=True, exist_ok=True)
     tiers = ("--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-host-dram-gb", str(dram_gb))
     return (*tiers, "--kvbm-nvme-path", str(folder), "--kvbm-nvme-gb", str(disk_gb))

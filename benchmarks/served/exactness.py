@@ -1,7 +1,9 @@
 """Answers after evict-and-reload against an engine without a tier whose prefixes never left HBM: tokens and logprobs.
 
-Both engines run batch-invariant, so any difference is wrong KV. HBM of the tiered one is far too small for the prompts:
-they are preempted, pushed out, and come back from DRAM and disk.
+Both engines run in vLLM's batch-invariant mode. HBM of the tiered one is far too small for the prompts: they are pushed
+out and come back from DRAM and disk. The mode is not exact between a prompt computed whole and one of which only the
+tail is computed, nor for a preempted request, whose generated tokens are prefilled again: so hits are compared with
+hits, and where an answer differs the first token that does is told. The first token of all depends on loaded KV alone.
 """
 
 from __future__ import annotations
@@ -26,22 +28,21 @@ _OURS = ("dynamo_kvbm_hit_blocks_total", "dynamo_kvbm_load_failures_total", "dyn
 
 
 async def run(reference: EngineClient, tiered: EngineClient, scale: Scale, record: Record) -> None:
-    prompts = make_prompts(scale)
+    prompts, exact = make_prompts(scale), scale.exact
     (cold, hbm_hit), first = await asyncio.gather(
-        _reference(reference, prompts, scale.exact, record), _pass(tiered, prompts, scale.exact, record, "first")
+        _reference(reference, prompts, exact, record),
+        _pass(tiered, prompts, exact.concurrency, exact, record),
     )
-    reload_order = list(range(len(prompts)))
-    random.Random(4).shuffle(reload_order)
-    shuffled = await _pass(tiered, [prompts[index] for index in reload_order], scale.exact, record, "reload")
-    reloaded = [answer for _, answer in sorted(zip(reload_order, shuffled, strict=True), key=lambda pair: pair[0])]
-    _compare(record, "hbm_hit against cold, no tier", hbm_hit, cold)
-    _compare(record, "first pass against hbm_hit", first, hbm_hit)
-    _compare(record, "reload against hbm_hit", reloaded, hbm_hit)
+    preempted = await _shuffled(tiered, prompts, exact.concurrency, exact, record)
+    calm = await _shuffled(tiered, prompts, exact.calm_concurrency, exact, record)
+    _compare(record, "no tier: HBM hit against cold", hbm_hit, cold)
+    _compare(record, "first pass, preempted, against cold", first, cold)
+    _compare(record, "reload, preempted, against HBM hit", preempted, hbm_hit)
+    _compare(record, "reload, never preempted, against HBM hit", calm, hbm_hit)
     # The comparison must be able to fail: one other token in the first block, and nothing else, is wrong KV.
-    count = min(64, len(prompts))
-    damaged = [[prompt[0] ^ 1, *prompt[1:]] for prompt in prompts[:count]]
-    other = await _pass(reference, damaged, scale.exact, record, "damaged")
-    _compare(record, "control: one token of the first block changed", other, hbm_hit[:count])
+    damaged = [[prompt[0] ^ 1, *prompt[1:]] for prompt in prompts[: exact.batch]]
+    other = await _pass(reference, damaged, exact.concurrency, exact, record)
+    _compare(record, "control: one token of the first block changed", other, hbm_hit[: exact.batch])
 
 
 def make_prompts(scale: Scale) -> list[list[int]]:
@@ -53,15 +54,30 @@ def make_prompts(scale: Scale) -> list[list[int]]:
 async def _reference(
     client: EngineClient, prompts: Sequence[list[int]], exact: Exact, record: Record
 ) -> tuple[list[Answer], list[Answer]]:
-    cold = await _pass(client, prompts, exact, record, "cold")
-    return cold, await _pass(client, prompts, exact, record, "hbm_hit")
+    """In batches that fit into HBM: what was computed cold is asked again before it is pushed out."""
+    cold: list[Answer] = []
+    hits: list[Answer] = []
+    for start in range(0, len(prompts), exact.batch):
+        batch = prompts[start : start + exact.batch]
+        cold += await _pass(client, batch, exact.concurrency, exact, record)
+        hits += await _pass(client, batch, exact.concurrency, exact, record)
+    return cold, hits
+
+
+async def _shuffled(
+    client: EngineClient, prompts: Sequence[list[int]], concurrency: int, exact: Exact, record: Record
+) -> list[Answer]:
+    order = list(range(len(prompts)))
+    random.Random(concurrency).shuffle(order)
+    answers = await _pass(client, [prompts[index] for index in order], concurrency, exact, record)
+    return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
 
 async def _pass(
-    client: EngineClient, prompts: Sequence[list[int]], exact: Exact, record: Record, name: str
+    client: EngineClient, prompts: Sequence[list[int]], concurrency: int, exact: Exact, record: Record
 ) -> list[Answer]:
     before = await client.counters()
-    slots = asyncio.Semaphore(exact.concurrency)
+    slots = asyncio.Semaphore(concurrency)
 
     async def ask(prompt: list[int]) -> Answer:
         async with slots:
@@ -70,8 +86,8 @@ async def _pass(
     answers = await asyncio.gather(*(ask(prompt) for prompt in prompts))
     await client.calm()
     moved = evidence(before, await client.counters())
-    record.note("exact_pass", arm=client.name, name=name, prompts=len(prompts), **moved)
-    record.say(f"exact, {name} on {client.name}: {len(prompts)} prompts; {moved}")
+    record.note("exact_pass", arm=client.name, concurrency=concurrency, prompts=len(prompts), **moved)
+    record.say(f"exact, {client.name}: {len(prompts)} prompts, {concurrency} at a time; {moved}")
     return answers
 
 
@@ -80,11 +96,22 @@ def evidence(before: Counter[str], after: Counter[str]) -> dict[str, float]:
     return {name: after[name] - before[name] for name in sorted(wanted) if after[name] != before[name]}
 
 
+def first_difference(got: Answer, wanted: Answer) -> int | None:
+    """Index of the first token that differs, in itself or in its logprob."""
+    pairs = zip(
+        zip(got.tokens, got.logprobs, strict=True), zip(wanted.tokens, wanted.logprobs, strict=True), strict=True
+    )
+    return next((index for index, (mine, other) in enumerate(pairs) if mine != other), None)
+
+
 def _compare(record: Record, what: str, got: Sequence[Answer], wanted: Sequence[Answer]) -> None:
     pairs = list(zip(got, wanted, strict=True))
-    same_tokens = sum(a.tokens == b.tokens for a, b in pairs)
-    same_all = sum(a.tokens == b.tokens and a.logprobs == b.logprobs for a, b in pairs)
-    apart = max((abs(x - y) for a, b in pairs for x, y in zip(a.logprobs, b.logprobs, strict=True)), default=0.0)
-    facts = {"same_tokens": same_tokens, "same_tokens_and_logprobs": same_all, "largest_logprob_difference": apart}
-    record.note("exact", what=what, prompts=len(pairs), **facts)
-    record.say(f"exact, {what}: {same_all} of {len(pairs)} bit-equal ({same_tokens} in tokens)")
+    places = [first_difference(mine, other) for mine, other in pairs]
+    differ = {index: place for index, place in enumerate(places) if place is not None}
+    same, first = len(pairs) - len(differ), sum(place == 0 for place in differ.values())
+    tokens = sum(mine.tokens == other.tokens for mine, other in pairs)
+    facts = {"prompts": len(pairs), "same": same, "same_tokens": tokens, "first_token_differs": first}
+    record.note("exact", what=what, differ=differ, **facts)
+    record.say(
+        f"exact, {what}: {same} of {len(pairs)} bit-equal, {tokens} in tokens; {first} differ in their first token"
+    )

@@ -34,6 +34,7 @@ class Fleet:
         except BaseException:
             await self._close()
             raise
+        self.clients = {name: self.clients[name] for name in self._servers if name in self.clients}
         return self
 
     async def __aexit__(

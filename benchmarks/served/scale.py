@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Prefix:
-    """The long shared prefix. Its length ends 8 tokens behind a whole block: every kind of hit computes as much."""
+    """The long prefix. Its length ends 8 tokens behind a whole block: every kind of hit computes as much."""
 
     tokens: int
     prompts: int
@@ -18,7 +18,6 @@ class Prefix:
 class Disk:
     tokens: int
     prompts: int
-    rounds: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,12 @@ class Exact:
     shortest_tokens: int
     longest_tokens: int
     answer_tokens: int
+    #: More than the tiered engine's HBM has room for.
     concurrency: int
+    #: So few that even the longest fit, and none is preempted.
+    calm_concurrency: int
+    #: Prompts that the reference keeps in HBM at one time.
+    batch: int
 
 
 @dataclass(frozen=True)
@@ -65,18 +69,18 @@ class Scale:
 H200 = Scale(
     block_tokens=16,
     vocabulary=128_000,
-    prefix=Prefix(tokens=32_768 + 8, prompts=5, rounds=3),
-    disk=Disk(tokens=16_384 + 8, prompts=4, rounds=3),
-    chat=Chat(users=40, turns=5, first_tokens=4_096, turn_tokens=256, answer_tokens=48, think_seconds=4.0),
+    prefix=Prefix(tokens=32_768 + 8, prompts=4, rounds=3),
+    disk=Disk(tokens=8_192 + 8, prompts=4),
+    chat=Chat(users=40, turns=4, first_tokens=4_096, turn_tokens=256, answer_tokens=48, think_seconds=4.0),
     load=Load(requests=48, prompt_tokens=2_048, answer_tokens=128, concurrency=16, rounds=3),
-    exact=Exact(prompts=500, shortest_tokens=200, longest_tokens=600, answer_tokens=32, concurrency=32),
+    exact=Exact(500, 200, 600, answer_tokens=32, concurrency=32, calm_concurrency=16, batch=100),
 )
 TINY = Scale(
     block_tokens=32,
     vocabulary=500,
     prefix=Prefix(tokens=1_024 + 8, prompts=2, rounds=2),
-    disk=Disk(tokens=512 + 8, prompts=4, rounds=1),
+    disk=Disk(tokens=512 + 8, prompts=2),
     chat=Chat(users=8, turns=3, first_tokens=512, turn_tokens=64, answer_tokens=8, think_seconds=0.5),
     load=Load(requests=6, prompt_tokens=256, answer_tokens=8, concurrency=3, rounds=1),
-    exact=Exact(prompts=40, shortest_tokens=100, longest_tokens=300, answer_tokens=80, concurrency=8),
+    exact=Exact(40, 100, 300, answer_tokens=80, concurrency=8, calm_concurrency=3, batch=20),
 )
