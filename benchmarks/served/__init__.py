@@ -1,0 +1,1 @@
+"""What `gpu_engine` is made of: engines side by side, the loads put on them, and the verdict on the raw figures."""
