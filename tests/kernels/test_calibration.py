@@ -22,9 +22,9 @@ def test_figures_come_back_as_they_were_written(tmp_path: FilePath) -> None:
 
 
 def test_a_device_and_a_driver_have_a_file_of_their_own() -> None:
-    home = {"HOME": "/home/me"}
+    home = {"HOME": "/srv/me"}
     assert calibration_file("NVIDIA H200", 13000, home) == FilePath(
-        "/home/me/.cache/dynamo-connectors/copy-nvidia-h200-driver13000.json"
+        "/srv/me/.cache/dynamo-connectors/copy-nvidia-h200-driver13000.json"
     )
     elsewhere = calibration_file("A/../B", 1, {"XDG_CACHE_HOME": "/cache", **home})
     assert elsewhere == FilePath("/cache/dynamo-connectors/copy-a-b-driver1.json")
