@@ -101,7 +101,7 @@ class Vllm(Engine):
 
 
 class Sglang(Engine):
-    """Its DRAM is its own second level, and the object store lies below the disk: without the disk means an empty one."""
+    """Its DRAM is its own second level. Its object store lies below the disk: no disk means an empty one."""
 
     name, block_tokens = "SGLang", PAGE_TOKENS
 
