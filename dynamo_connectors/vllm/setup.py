@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import vllm
+from dynamo_kernels.errors import CopyError
 
 from dynamo_connectors.block_manager import BlockManager, NamedTier
 from dynamo_connectors.blocks import Namespace
@@ -91,6 +92,8 @@ def build_worker_half(
     num_workers = vllm_config.parallel_config.world_size
     capacities = tier_capacities(config, planned_row_bytes(kv_cache_config), num_workers)
     on_gpu = pages.view.device.type == "cuda"
+    if on_gpu:
+        _measure_copy_paths(pages.view.device)
     dram = DramStore(capacities[HOST_DRAM], pages.row_bytes, pin_host_memory if on_gpu else None)
     space = namespace(vllm_config, geometry, pages)
     disk: NvmeStore | None = None
@@ -110,6 +113,18 @@ def build_worker_half(
         raise
     lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0))
     return WorkerHalf(pages.view, Stores(dram, disk, objects), lasting, len(geometry.groups))
+
+
+def _measure_copy_paths(device: torch.device) -> None:
+    """Once a device and driver; what is known from an earlier start is used at once."""
+    from dynamo_kernels.calibration import calibrate
+
+    try:
+        found = calibrate(device)
+    except (RuntimeError, OSError, CopyError) as error:
+        log.warning("dynamo: copy paths could not be measured (%s); the rules of thumb choose them", error)
+    else:
+        log.info("dynamo: copy paths of %s measured in %.1f s", found.device, found.seconds)
 
 
 def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dict[str, int]:
