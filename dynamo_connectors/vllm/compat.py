@@ -40,6 +40,15 @@ def tokens_in_flight(request: Any) -> int:
     return int(request.num_output_placeholders if in_flight is None else in_flight)
 
 
+def is_surely_computed(scheduler_output: Any) -> bool:
+    """Whether what the step computes is right for sure once it has run, so that it can be offloaded by the same step.
+
+    Another connector that loads within the step may fail, and with it what the step computes. Before 0.32 no step tells
+    whether there is such a load, so blocks are offloaded one step later there.
+    """
+    return not getattr(scheduler_output, "has_sync_kv_loads", True)
+
+
 class BlockTables:
     """The HBM blocks of the requests that a step schedules, one table per KV cache group.
 

@@ -5,10 +5,12 @@ It runs in an interpreter of its own, because one interpreter holds one vLLM. It
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import vllm
@@ -21,12 +23,13 @@ from vllm.v1.request import RequestStatus
 
 from dynamo_connectors.transfer import TransferEngine
 from dynamo_connectors.vllm.connector import DynamoConnector
-from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine
+from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, ours
 
 MODES = (
     Mode("one worker"),
     Mode("two workers", workers=2),
     Mode("async scheduling", async_scheduling=True),
+    Mode("draft model", draft_layer=True),
     Mode("V2 runner", v2_runner=True),
     Mode("V2 runner, async scheduling, two workers", async_scheduling=True, v2_runner=True, workers=2),
 )
@@ -49,17 +52,19 @@ def engine_config(model: str, *flags: str) -> Any:
 
 
 def dynamo_config(model: str) -> Any:
-    # 8 KiB a block and worker: some 120 blocks, five times HBM.
-    config = engine_config(model, "--kv-connector", "dynamo", "--kvbm-host-dram-gb", "0.001")
+    # 8 KiB a block and worker: some 120 blocks, five times HBM. The load gate would decide by measured times.
+    size = ["--kvbm-host-dram-gb", "0.001"]
+    config = engine_config(model, "--kv-connector", "dynamo", "--kvbm-load-gate", "off", *size)
     transfer = config.kv_transfer_config
     assert (transfer.kv_connector, transfer.kv_role) == ("dynamo", "kv_both")
-    assert transfer.kv_connector_extra_config == {"kvbm_host_dram_gb": "0.001"}
+    assert transfer.kv_connector_extra_config == {"kvbm_load_gate": "off", "kvbm_host_dram_gb": "0.001"}
     assert transfer.kv_load_failure_policy == "recompute"
     return config
 
 
 def multi_config(model: str) -> Any:
-    child = {"kv_connector": "dynamo", "kv_role": "kv_both", "kv_connector_extra_config": {"kvbm_host_dram_gb": 0.001}}
+    settings = {"kvbm_host_dram_gb": 0.001, "kvbm_load_gate": "off"}
+    child = {"kv_connector": "dynamo", "kv_role": "kv_both", "kv_connector_extra_config": settings}
     multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
     multi["kv_connector_extra_config"] = {"connectors": [child]}
     return engine_config(model, "--kv-transfer-config", json.dumps(multi))
@@ -79,14 +84,14 @@ def assert_nothing_left(engine: SimulatedEngine) -> None:
     pool = engine.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "HBM blocks are still in use"
     for connector in (engine.scheduler.connector, *(worker.connector for worker in engine.workers)):
-        assert isinstance(connector, DynamoConnector)
-        half = connector._scheduler or connector._worker
+        dynamo = ours(connector)
+        assert isinstance(dynamo, DynamoConnector)
+        half = dynamo._scheduler or dynamo._worker
         half.check()
-    scheduler = engine.scheduler.connector._scheduler
-    assert scheduler._holds.held_blocks == 0
-    assert not scheduler.has_work
-    assert not scheduler._requests, "finished requests are still known"
-    assert not engine.scheduler.connector._block_tables._tables, "block tables of finished requests are still kept"
+    dynamo = ours(engine.scheduler.connector)
+    assert not dynamo._scheduler.has_work
+    assert not dynamo._scheduler._requests, "finished requests are still known"
+    assert not dynamo._block_tables._tables, "block tables of finished requests are still kept"
 
 
 def cold_evicted_and_hit(engine: SimulatedEngine) -> None:
@@ -147,7 +152,7 @@ def lost_blocks_are_recomputed(engine: SimulatedEngine) -> None:
     engine.run()
     evict_hbm(engine, "lost")
     worker = engine.workers[-1]
-    worker_half, original, spoilt = worker.connector._worker, TransferEngine.poll, []
+    worker_half, original, spoilt = ours(worker.connector)._worker, TransferEngine.poll, []
 
     def poll(self: TransferEngine, *args: Any, **kwargs: Any) -> Any:
         for report in original(self, *args, **kwargs):
@@ -157,7 +162,7 @@ def lost_blocks_are_recomputed(engine: SimulatedEngine) -> None:
                 spoilt.append(lost.block)
                 for tensor in worker.kv.values():
                     tensor[lost.block] = -2.0
-                report = type(report)(report.job_id, {lost.key: "made_up"})
+                report = dataclasses.replace(report, failed={lost.key: "made_up"})
             yield report
 
     TransferEngine.poll = poll  # type: ignore[method-assign]
@@ -201,7 +206,7 @@ def random_traffic(engine: SimulatedEngine) -> None:
         live = list(engine.scheduler.requests)
         if live and chance.random() < 0.2:
             engine.abort(chance.choice(live))
-        engine.scheduler.connector._scheduler.check()
+        ours(engine.scheduler.connector)._scheduler.check()
     engine.run()
     for name in names:
         engine.expect_answer(name)
@@ -233,19 +238,23 @@ PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
 )
 
 
+def run_parts(config: Any, mode: Mode, parts: Sequence[Callable[[SimulatedEngine], None]]) -> None:
+    engine = SimulatedEngine(config, mode, HBM_BLOCKS)
+    for part in parts:
+        part(engine)
+        assert_nothing_left(engine)
+        print(f"passed: {mode.name}: {getattr(part, 'func', part).__name__}", flush=True)
+    engine.close()
+
+
 def main(model: str) -> None:
     print(f"vllm {vllm.__version__}", flush=True)
-    for mode in MODES:
-        config = dynamo_config(model)
-        engine = SimulatedEngine(config, mode, HBM_BLOCKS)
-        for part in PARTS:
-            part(engine)
-            assert_nothing_left(engine)
-            print(f"passed: {mode.name}: {part.__name__}", flush=True)
-        if mode is MODES[0]:
-            speaks_to_metrics_and_routers(engine, config)
-            print(f"passed: {speaks_to_metrics_and_routers.__name__}", flush=True)
-        engine.close()
+    first = dynamo_config(model)
+    run_parts(first, MODES[0], [*PARTS, partial(speaks_to_metrics_and_routers, config=first)])
+    for mode in MODES[1:]:
+        run_parts(dynamo_config(model), mode, PARTS)
+    multi = Mode("a child of MultiConnector", workers=2)
+    run_parts(multi_config(model), multi, [cold_evicted_and_hit, aborted_in_every_state])
     print("passed: everything", flush=True)
 
 
