@@ -21,8 +21,6 @@ from dynamo_connectors.tiers.base import LowerTier, Place
 
 log = logging.getLogger(__name__)
 
-#: A read that takes longer is a miss: the request would rather be computed.
-DEADLINE_SECONDS = 30.0
 #: Rows that one load may hold: enough to keep a disk busy, few enough that several loads share them.
 _MOST_ROWS = 16
 
@@ -42,19 +40,18 @@ class LoadFromBelow:
         self._rows = BlockView.of_rows(torch.from_numpy(staging.store.rows), hbm.part_bytes)
         self._reads: dict[Future[Sequence[StoreError | None]], _Read] = {}
 
-    def run(self, items: Sequence[LoadItem], failed: dict[BlockKey, str]) -> int:
+    def run(self, items: Sequence[LoadItem], seconds: float, failed: dict[BlockKey, str]) -> int:
         """Fills the HBM blocks of `items`; notes in `failed` why one was not. Returns how many were.
 
+        What takes longer than `seconds` is a miss: the request would rather be computed.
         However it ends, no read of this load can reach memory that somebody else uses by then.
         """
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + seconds
         waiting, good = list(items), 0
         try:
-            while waiting or self._reads:
+            while (waiting or self._reads) and time.monotonic() < deadline:
                 del waiting[: self._start(waiting, deadline)]
                 done = wait(self._reads, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED).done
-                if not done:
-                    break
                 good += self._finish(done, failed)
             late = [item for read in self._reads.values() for item in read.items]
             failed.update({item.key: "timeout" for item in [*late, *waiting]})

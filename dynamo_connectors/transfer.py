@@ -23,7 +23,7 @@ from dynamo_kernels.fence import ComputeFence, CopyLane
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.errors import StoreError
-from dynamo_connectors.jobs import JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
+from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
 from dynamo_connectors.lanes import Lane
 from dynamo_connectors.loads import LoadFromBelow, reasons
 from dynamo_connectors.staging import StagingRows
@@ -31,15 +31,16 @@ from dynamo_connectors.tiers.base import Batch, LowerTier, Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.nvme import NvmeStore
 from dynamo_connectors.tiers.nvme_lanes import NvmeTier
+from dynamo_connectors.tiers.object import ObjectStore
 
 log = logging.getLogger(__name__)
 
-Job: TypeAlias = StoreJob | LoadJob | MoveJob
+Job: TypeAlias = StoreJob | LoadJob | MoveJob | EraseJob
 
 #: Memory that loads from below pass through, and the rows that it has at least (enough to keep a disk busy).
 _STAGING_BYTES = 64 << 20
 _MIN_STAGING_ROWS = 16
-#: Loads from below that run at a time. Loads from host memory have a thread of their own and never wait for these.
+#: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.
 _LOADS_FROM_BELOW = 4
 #: How long stopping may take when a device does not answer.
 _CLOSE_SECONDS = 10.0
@@ -51,7 +52,7 @@ class Stores:
 
     dram: DramStore
     disk: NvmeStore | None = None
-    object_store: LowerTier | None = None
+    object_store: ObjectStore | None = None
 
 
 @dataclass
@@ -66,8 +67,18 @@ class _Outcome:
             self.moved.append(Moved(tier, blocks * row_bytes, time.monotonic() - started))
 
 
+class _Below:
+    """A tier below host memory, with the threads and the memory that loads from it take."""
+
+    def __init__(self, name: str, tier: LowerTier, dram: DramStore) -> None:
+        self.tier = tier
+        rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // dram.row_bytes)
+        self.staging = StagingRows(dram.another(min(rows, 4 * _MIN_STAGING_ROWS)))
+        self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
+
+
 class TransferEngine:
-    """Stores (HBM to host), loads (any tier to HBM) and moves (host to a tier below, and back) of one worker.
+    """Stores (HBM to host), loads (any tier to HBM), moves (host to a tier below, and back) and erasures of one worker.
 
     Every submitted job is reported once: if its thread dies, if it is cancelled, and if it could not even start.
     """
@@ -81,19 +92,16 @@ class TransferEngine:
         self._lock = threading.Lock()
         self._unreported = 0
         self._closed = False
-        self._below: dict[str, LowerTier] = {}
-        if stores.disk is not None:
-            self._below[NVME_SSD] = NvmeTier(stores.disk)
-        if stores.object_store is not None:
-            self._below[OBJECT_STORE] = stores.object_store
-        self._staging: StagingRows | None = None
-        if self._below:
-            rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // stores.dram.row_bytes)
-            self._staging = StagingRows(stores.dram.another(min(rows, 4 * _MIN_STAGING_ROWS)))
+        self._objects = stores.object_store
         # A lane per kind keeps its jobs in order, and lets loads overtake stores.
         self._store_lane = Lane("kvbm-store", 1)
         self._load_lane = Lane("kvbm-load", 1)
-        self._below_lane = Lane("kvbm-load-below", _LOADS_FROM_BELOW if self._below else 0)
+        #: Fastest first.
+        self._below: dict[str, _Below] = {}
+        if stores.disk is not None:
+            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores.dram)
+        if stores.object_store is not None:
+            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores.dram)
 
     def submit(self, job: Job, fence: ComputeFence) -> None:
         """Starts `job` once the compute before `fence` is done. Its report comes out of `poll`, always."""
@@ -102,11 +110,13 @@ class TransferEngine:
         if isinstance(job, StoreJob):
             ended = self._store_lane.submit(partial(self._store, job, fence))
         elif isinstance(job, LoadJob):
-            only_dram = all(item.tier == HOST_DRAM for item in job.items)
-            lane = self._load_lane if only_dram else self._below_lane
-            ended = lane.submit(partial(self._load, job, fence))
-        else:
+            tiers = {item.tier for item in job.items}
+            lane = next((self._below[name].lane for name in reversed(self._below) if name in tiers), self._load_lane)
+            ended = lane.submit(partial(self._load, job, fence, time.monotonic()))
+        elif isinstance(job, MoveJob):
             ended = self._move(job)
+        else:
+            ended = self._erase(job)
         ended.add_done_callback(partial(self._report, job))
 
     def poll(self, wait_seconds: float = 0.0) -> list[JobReport]:
@@ -129,32 +139,32 @@ class TransferEngine:
         self._closed = True
         deadline = time.monotonic() + _CLOSE_SECONDS
         ended = [lane.stop(deadline) for lane in (self._store_lane, self._load_lane)]
-        ended += [tier.close(deadline) for tier in self._below.values()]
-        ended.append(self._below_lane.stop(deadline))
+        for below in self._below.values():
+            ended += [below.tier.close(deadline), below.lane.stop(deadline)]
         if not all(ended):
             log.error("dynamo: stopped while transfers were still running; their memory stays until this process ends")
             return
         del self._rows
-        if self._staging is not None:
-            self._staging.store.close()
+        for below in self._below.values():
+            below.staging.store.close()
         self._dram.close()
 
     def check(self) -> None:
         with self._lock:
             assert self._unreported >= 0, "a job was reported twice"
-        if self._staging is not None:
-            self._staging.check()
+        for below in self._below.values():
+            below.staging.check()
 
     def _report(self, job: Job, ended: Future[_Outcome]) -> None:
         """Runs as the last thing of every job, on whichever thread ended it."""
         try:
             outcome = ended.result()
         except CancelledError:
-            outcome = _Outcome({item.key: "closed" for item in job.items})
+            outcome = _Outcome(dict.fromkeys(_keys_of(job), "closed"))
         except BaseException:
             # The boundary of a background task: whatever went wrong, the blocks are a miss and the engine recomputes.
             log.exception("dynamo: %s %d failed; its blocks are treated as a miss", type(job).__name__, job.job_id)
-            outcome = _Outcome({item.key: "internal_error" for item in job.items})
+            outcome = _Outcome(dict.fromkeys(_keys_of(job), "internal_error"))
         with self._lock:
             self._unreported -= 1
         self._reports.put(JobReport(job.job_id, outcome.failed, tuple(outcome.moved)))
@@ -172,17 +182,20 @@ class TransferEngine:
         outcome.note_move(HOST_DRAM, len(job.items), self._dram.row_bytes, started)
         return outcome
 
-    def _load(self, job: LoadJob, fence: ComputeFence) -> _Outcome:
+    def _load(self, job: LoadJob, fence: ComputeFence, submitted: float) -> _Outcome:
+        # Waiting for its turn is part of what a load may take; the compute before it would delay a miss just as well.
+        queued_seconds = time.monotonic() - submitted
         fence.wait()
         outcome = _Outcome()
         by_tier: dict[str, list[LoadItem]] = {}
         for item in job.items:
             by_tier.setdefault(item.tier, []).append(item)
         self._load_from_dram(by_tier.pop(HOST_DRAM, []), outcome)
-        for tier, below in by_tier.items():
-            started = time.monotonic()
-            good = LoadFromBelow(self._below[tier], self._staging_rows(), self._hbm).run(below, outcome.failed)
-            outcome.note_move(tier, good, self._dram.row_bytes, started)
+        for name, items in by_tier.items():
+            started, below = time.monotonic(), self._below[name]
+            load = LoadFromBelow(below.tier, below.staging, self._hbm)
+            good = load.run(items, below.tier.deadline_seconds - queued_seconds, outcome.failed)
+            outcome.note_move(name, good, self._dram.row_bytes, started)
         return outcome
 
     def _load_from_dram(self, items: Sequence[LoadItem], outcome: _Outcome) -> None:
@@ -197,22 +210,35 @@ class TransferEngine:
             copy_blocks(self._rows, [item.slot for item in good], self._hbm, [item.block for item in good])
         outcome.note_move(HOST_DRAM, len(good), self._dram.row_bytes, started)
 
-    def _staging_rows(self) -> StagingRows:
-        assert self._staging is not None, "there is a tier below, so there is staging"
-        return self._staging
-
     # -- between host memory and the tiers below ------------------------------------------------------------------
     def _move(self, job: MoveJob) -> Future[_Outcome]:
         """Starts a move; no thread waits for it. The host rows are pinned by their index until the report."""
         ended: Future[_Outcome] = Future()
         try:
             if job.source_tier == HOST_DRAM:
-                _Move(self._dram, self._below[job.target_tier], job, ended).down()
+                _Move(self._dram, self._below[job.target_tier].tier, job, ended).down()
             else:
-                _Move(self._dram, self._below[job.source_tier], job, ended).up()
+                _Move(self._dram, self._below[job.source_tier].tier, job, ended).up()
         except Exception as error:  # noqa: BLE001 - reported like the error of any other job
             ended.set_exception(error)
         return ended
+
+    def _erase(self, job: EraseJob) -> Future[_Outcome]:
+        ended: Future[_Outcome] = Future()
+
+        def end(done: Future[Sequence[StoreError | None]]) -> None:
+            why = zip(job.chunks, reasons(done, len(job.chunks)), strict=True)
+            ended.set_result(_Outcome({chunk: reason for chunk, reason in why if reason is not None}))
+
+        if self._objects is None:
+            ended.set_exception(StoreError("no_tier", f"there is no {job.tier} to erase in"))
+        else:
+            self._objects.erase(job.chunks).add_done_callback(end)
+        return ended
+
+
+def _keys_of(job: Job) -> Sequence[BlockKey]:
+    return job.chunks if isinstance(job, EraseJob) else [item.key for item in job.items]
 
 
 class _Move:

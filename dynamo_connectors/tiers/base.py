@@ -60,6 +60,9 @@ class LowerTier(Protocol):
     when read, proven. An outcome may never come (a device that hangs): callers of `read` keep their own deadline.
     """
 
+    #: What a whole load may wait for this tier; what comes later is a miss.
+    deadline_seconds: float
+
     def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Batch]:
         """Fills `into[i]` with the block at `places[i]`."""
 

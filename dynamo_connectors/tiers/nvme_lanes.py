@@ -26,6 +26,8 @@ class NvmeTier:
     """A `LowerTier` over one slab. Owns the store. Reads and writes have threads of their own: reads never queue
     behind writes."""
 
+    deadline_seconds = 30.0
+
     def __init__(self, store: NvmeStore) -> None:
         self.store = store
         self._run_slots = max(1, min(_MAX_RUN_SLOTS, _RUN_BYTES // slot_bytes(store.row_bytes)))

@@ -1,40 +1,35 @@
 """G4, an S3 object store: whole chunks of blocks, written behind the engine's back, read under a hard deadline.
 
 Objects are content-addressed, `PREFIX/NAMESPACE DIGEST/CHUNK KEY`, so replicas share them; one that another replica has
-deleted is a miss. A store that is slow, dead or wrong costs a request its deadline at most, and, once the circuit is
-open, nothing. Bytes arrive in a buffer of the request's own and are copied out, by the waiting thread, when all of them
-are there and proven: an answer that comes late has nobody to write for.
+erased is a miss. A store that is slow, dead or wrong costs a request its deadline at most, and, once the circuit is
+open, nothing. Bytes arrive in a buffer of the request's own and are copied out when all of them are there and proven,
+and only while somebody still wants them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, TypeAlias
 
 from dynamo_connectors.blocks import BlockKey, Namespace
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.tiers import object_format
+from dynamo_connectors.tiers.base import Batch, Buffer, Place
 from dynamo_connectors.tiers.object_client import ObjectClient
 from dynamo_connectors.tiers.object_requests import ObjectRequests
 from dynamo_connectors.tiers.object_upkeep import ObjectUpkeep
 
-log = logging.getLogger(__name__)
+Outcome: TypeAlias = "Future[Sequence[StoreError | None]]"
 
-#: Called once when an upload has ended: None when the object is stored.
-UploadDone = Callable[[StoreError | None], None]
-
-#: Nobody waits for an upload.
-_UPLOAD_SECONDS = 30.0
+#: No request waits for an upload, but host memory stays pinned for it.
+_UPLOAD_SECONDS = 15.0
 _UPLOADS_AT_ONCE = 4
-#: The object is not what its name says: it goes, or every replica would stumble over it for ever.
-_DAMAGE = ("cut_body", "bad_header", "wrong_namespace", "wrong_key", "wrong_length", "bad_checksum")
 
 
 @dataclass(frozen=True)
@@ -44,16 +39,8 @@ class ObjectSettings:
     url: str
     endpoint_url: str | None = None
     deadline_seconds: float = 1.0
-    #: Rows copied and waiting for their upload; beyond it new ones are dropped.
-    upload_queue_bytes: int = 256 << 20
-
-
-class RowRead(NamedTuple):
-    """Row `row` of a chunk, which must be the block `key`, wanted in `into` (`row_bytes` long)."""
-
-    row: int
-    key: BlockKey
-    into: memoryview
+    #: Rows that are pinned for uploads, waiting or running; what comes beyond it is dropped.
+    upload_queue_bytes: int = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ class ObjectStats:
 
 
 class ObjectStore:
-    """The objects of one worker: every call may come from any thread, and only `read_rows` waits."""
+    """The objects of one worker, a `LowerTier`. Calls return at once; bytes move on one thread of its own."""
 
     def __init__(
         self,
@@ -81,70 +68,56 @@ class ObjectStore:
         self.row_bytes = row_bytes
         self.chunk_blocks = chunk_blocks
         self.object_bytes = object_format.object_bytes(row_bytes, chunk_blocks)
-        self._settings = settings
+        self.deadline_seconds = settings.deadline_seconds
+        self._max_queued_bytes = settings.upload_queue_bytes
         self._namespace = namespace.digest
-        self._clock = clock
         client = ObjectClient(settings.url, settings.endpoint_url, namespace.digest.hex())
         self._requests = ObjectRequests(client, clock)
         self._upkeep = ObjectUpkeep(self._requests, self.object_bytes)
+        self._upload_places = asyncio.Semaphore(_UPLOADS_AT_ONCE)
         self._lock = threading.Lock()
         self._queued_bytes = 0
         self._read_bytes = 0
         self._written_bytes = 0
-        self._uploads: set[concurrent.futures.Future[None]] = set()
-        self._upload_places = asyncio.Semaphore(_UPLOADS_AT_ONCE)
 
-    def read_rows(self, chunk: BlockKey, rows: Sequence[RowRead], deadline: float | None = None) -> None:
-        """Fills every `into`, or none and raises `StoreError`. Returns by `deadline` (of the clock) in any case.
+    def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Batch]:
+        """Fills `into[i]` with the block at `places[i]`: one ranged request per object, all of its rows or none.
 
-        Loads of one request share a deadline; without one it is the settings' own, from now.
+        Each ends within `deadline_seconds`. Cancelling an outcome hangs up, and leaves its buffers alone.
         """
-        stride = object_format.row_stride(self.row_bytes)
-        first, last = min(row.row for row in rows), max(row.row for row in rows)
-        seconds = self._settings.deadline_seconds if deadline is None else deadline - self._clock()
-        ask = partial(self._requests.client.get, object_format.object_name(chunk), first * stride, (last + 1) * stride)
-        try:
-            body = self._requests.wait(partial(self._requests.request, self._requests.reads, ask, seconds), seconds)
-            slots = [body[(row.row - first) * stride : (row.row - first + 1) * stride] for row in rows]
-            payloads = [
-                object_format.payload_of(self._namespace, row.key, slot) for row, slot in zip(rows, slots, strict=True)
-            ]
-        except StoreError as error:
-            self._requests.count(error.reason)
-            if error.reason in _DAMAGE:
-                self.delete_chunk(chunk)
-            raise
-        for row, payload in zip(rows, payloads, strict=True):
-            row.into[:] = payload
-        with self._lock:
-            self._read_bytes += len(rows) * self.row_bytes
+        wanted: dict[BlockKey, list[int]] = {}
+        for at, place in enumerate(places):
+            assert place.chunk is not None, f"{place} names no object"
+            wanted.setdefault(place.chunk, []).append(at)
+        batches: list[Batch] = []
+        for chunk, positions in wanted.items():
+            rows = [(places[at], into[at]) for at in positions]
+            batches.append(Batch(positions, self._start(partial(self._read, chunk, rows), len(rows))))
+        return batches
 
-    def put_chunk(
-        self, chunk: BlockKey, keys: Sequence[BlockKey], rows: Sequence[memoryview], done: UploadDone
-    ) -> None:
-        """Copies the rows, to store them as one object later. `done` is called once, from any thread."""
-        try:
-            self._take_queue_space()
-            try:
-                body = object_format.encode(self._namespace, keys, rows, self.row_bytes)
-                upload = self._requests.submit(partial(self._upload, chunk, body))
-            except BaseException:
-                self._give_queue_space()
-                raise
-        except StoreError as error:
-            self._requests.count(error.reason)
-            done(error)
-            return
-        with self._lock:
-            self._uploads.add(upload)
-        upload.add_done_callback(partial(self._end_upload, done))
+    def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:
+        """Stores all rows of one chunk, in order, as one object."""
+        names = {place.chunk for place in places}
+        is_whole = [place.row for place in places] == list(range(self.chunk_blocks)) and len(names) == 1
+        chunk = names.pop() if names else None
+        outcome: Outcome
+        if chunk is None or not is_whole:
+            # A row of it was lost on the way: nobody could read the rest.
+            outcome = self._refused(StoreError("not_whole", "an object is written whole or not at all"), len(places))
+        elif (error := self._take_queue_space()) is not None:
+            outcome = self._refused(error, len(places))
+        else:
+            keys = [place.key for place in places]
+            outcome = self._start(partial(self._write, chunk, keys, rows), len(places))
+            outcome.add_done_callback(lambda _: self._give_queue_space())
+        return [Batch(range(len(places)), outcome)]
 
-    def delete_chunk(self, chunk: BlockKey) -> None:
-        """Removes the object some time, if the store lets us."""
-        self._upkeep.delete(chunk)
+    def erase(self, chunks: Sequence[BlockKey]) -> Outcome:
+        """Removes objects. The outcome comes when they are gone, which takes as long as the service is dead."""
+        return self._start(lambda _: self._upkeep.erase(chunks), len(chunks))
 
     def list_chunks(self, limit: int) -> None:
-        """Looks for at most `limit` objects in the background, until the store has answered; see `take_listed`."""
+        """Looks for at most `limit` objects in the background, until the service has answered; see `take_listed`."""
         self._upkeep.list_chunks(limit)
 
     def take_listed(self) -> tuple[list[BlockKey], bool]:
@@ -154,10 +127,6 @@ class ObjectStore:
     def forget(self) -> None:
         """The weights have changed under the namespace: nothing is read or written any more by this process."""
         self._requests.end("forgotten")
-        with self._lock:
-            uploads = list(self._uploads)
-        for upload in uploads:
-            upload.cancel()
 
     def stats(self) -> ObjectStats:
         with self._lock:
@@ -169,40 +138,93 @@ class ObjectStore:
                 failures=self._requests.failures(),
             )
 
-    def close(self) -> None:
-        """Drops what waits or runs, and gives thread and connections back. Idempotent."""
-        self._requests.close()
+    def close(self, deadline: float) -> bool:
+        """Cancels what waits or runs, and gives thread and connections back. Idempotent."""
+        return self._requests.close(deadline)
 
     def check(self) -> None:
         """Asserts every invariant."""
         self._requests.check()
-        self._upkeep.check()
-        with self._lock:
-            queued, uploads = self._queued_bytes, len(self._uploads)
-        assert 0 <= queued <= self._settings.upload_queue_bytes, f"{queued} bytes are queued"
-        assert uploads * self.object_bytes <= queued, "an upload for which no space is kept"
+        assert 0 <= self._queued_bytes <= self._max_queued_bytes, f"{self._queued_bytes} bytes are queued"
+        assert self._queued_bytes % self.object_bytes == 0, "a part of an object is queued"
 
-    def _take_queue_space(self) -> None:
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    def _start(self, work: Callable[[Outcome], Coroutine[Any, Any, None]], blocks: int) -> Outcome:
+        """Runs `work` on the loop's thread. Its outcome comes when it has ended, or when somebody cancels it before
+        `work` has claimed it: from then on nothing of the caller's is touched."""
+        outcome: Outcome = Future()
+        try:
+            task = self._requests.submit(partial(work, outcome))
+        except StoreError as error:
+            return self._refused(error, blocks)
+        task.add_done_callback(partial(self._settle, outcome, blocks))
+        outcome.add_done_callback(lambda outcome: outcome.cancelled() and task.cancel())
+        return outcome
+
+    def _settle(self, outcome: Outcome, blocks: int, task: Future[None]) -> None:
+        if not _claim(outcome):
+            return
+        error = self._requests.cancelled() if task.cancelled() else task.exception()
+        if error is None or isinstance(error, StoreError):
+            outcome.set_result([error] * blocks)
+        else:
+            outcome.set_exception(error)
+
+    def _refused(self, error: StoreError, blocks: int) -> Outcome:
+        self._requests.count(error.reason)
+        outcome: Outcome = Future()
+        outcome.set_result([error] * blocks)
+        return outcome
+
+    def _take_queue_space(self) -> StoreError | None:
+        if self._requests.refuses_writes():
+            return StoreError("tier_off", "the object store has failed; it is asked again soon")
         with self._lock:
-            if self._requests.refuses_writes():
-                raise StoreError("circuit_open", "the object store has failed; it is asked again soon")
-            if self._queued_bytes + self.object_bytes > self._settings.upload_queue_bytes:
-                raise StoreError("upload_backlog", "the object store is slower than what is to be stored")
+            if self._queued_bytes + self.object_bytes > self._max_queued_bytes:
+                return StoreError("upload_backlog", "the object store is slower than what is to be stored")
             self._queued_bytes += self.object_bytes
+        return None
 
     def _give_queue_space(self) -> None:
         with self._lock:
             self._queued_bytes -= self.object_bytes
 
-    async def _upload(self, chunk: BlockKey, body: bytearray) -> None:
+    # -- the loop's thread -------------------------------------------------------------------------------------------
+
+    async def _read(self, chunk: BlockKey, wanted: Sequence[tuple[Place, Buffer]], outcome: Outcome) -> None:
+        stride, rows = object_format.row_stride(self.row_bytes), [place.row for place, _ in wanted]
+        first, name = min(rows), object_format.object_name(chunk)
+        requests = self._requests
+        try:
+            get = partial(requests.client.get, name, first * stride, (max(rows) + 1) * stride)
+            body = await requests.request(requests.reads, get, self.deadline_seconds)
+            slots = [body[(row - first) * stride : (row - first + 1) * stride] for row in rows]
+            payloads = [
+                object_format.payload_of(self._namespace, place.key, slot)
+                for (place, _), slot in zip(wanted, slots, strict=True)
+            ]
+        except StoreError as error:
+            requests.count(error.reason)
+            raise
+        if not _claim(outcome):
+            return
+        for (_, into), payload in zip(wanted, payloads, strict=True):
+            into[:] = payload
+        with self._lock:
+            self._read_bytes += len(rows) * self.row_bytes
+
+    async def _write(self, chunk: BlockKey, keys: Sequence[BlockKey], rows: Sequence[Buffer], outcome: Outcome) -> None:
         requests, name = self._requests, object_format.object_name(chunk)
         try:
             async with self._upload_places:
-                self._upkeep.keep(chunk)
+                if not _claim(outcome):
+                    return
                 size = await requests.request(requests.writes, partial(requests.client.size_of, name), _UPLOAD_SECONDS)
                 # Another replica's, or ours from before a restart: the name says that it is as good.
-                if size == len(body):
+                if size == self.object_bytes:
                     return
+                body = object_format.encode(self._namespace, keys, rows, self.row_bytes)
                 await requests.request(requests.writes, partial(requests.client.put, name, body), _UPLOAD_SECONDS)
         except StoreError as error:
             requests.count(error.reason)
@@ -210,12 +232,7 @@ class ObjectStore:
         with self._lock:
             self._written_bytes += len(body)
 
-    def _end_upload(self, done: UploadDone, upload: concurrent.futures.Future[None]) -> None:
-        with self._lock:
-            self._uploads.discard(upload)
-        self._give_queue_space()
-        error = self._requests.cancelled() if upload.cancelled() else upload.exception()
-        if error is not None and not isinstance(error, StoreError):
-            log.error("dynamo: an upload failed; its blocks are not kept", exc_info=error)
-            error = StoreError("internal_error", str(error))
-        done(error)
+
+def _claim(outcome: Outcome) -> bool:
+    """False when it was cancelled; else it cannot be cancelled any more."""
+    return outcome.running() or outcome.set_running_or_notify_cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -23,15 +24,24 @@ class LoopThread:
         """Starts `work`. Cancelling the future cancels it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def close(self) -> None:
-        """Cancels what runs, waits for it, and ends the thread. Idempotent."""
+    def cancel_all(self) -> Future[None]:
+        """Cancels what runs, from the loop's own thread: never in the middle of a step."""
+        return asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)
+
+    def close(self, deadline: float) -> bool:
+        """Cancels what runs, and ends the thread by `deadline` (of `time.monotonic`). False when it does not end.
+
+        Idempotent.
+        """
         if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+            return True
+        self.cancel_all().add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._loop.stop))
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            return False
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
+        return True
 
 
 async def _cancel_all() -> None:

@@ -52,24 +52,12 @@ class ObjectRequests:
                 raise StoreError(self._ended, f"{self.client.name} takes no more requests")
             return self._loop.submit(work())
 
-    def wait(self, work: Callable[[], Coroutine[Any, Any, T]], seconds: float) -> T:
-        """The outcome of `work`, or `StoreError` after `seconds` at most; `work` is then cancelled."""
-        late = StoreError("deadline", f"{self.client.name} did not answer in time")
-        if seconds <= 0:
-            raise late
-        future = self.submit(work)
-        try:
-            return future.result(seconds)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise late from None
-        except concurrent.futures.CancelledError:
-            raise self.cancelled() from None
-
     async def request(self, circuit: Circuit, ask: Callable[[], Awaitable[T]], seconds: float) -> T:
         """One request, on the loop's thread. The circuit hears how it ended, however it ends."""
+        if self._ended is not None:
+            raise self.cancelled()
         if not circuit.admits(self._clock()):
-            raise StoreError("circuit_open", f"{self.client.name} has failed; it is asked again soon")
+            raise StoreError("tier_off", f"{self.client.name} has failed; it is asked again soon")
         failure: str | None = "it does not answer in time"
         try:
             answer = await asyncio.wait_for(ask(), seconds)
@@ -78,9 +66,10 @@ class ObjectRequests:
             failure = None if error.reason in _ANSWERS else str(error)
             raise
         except asyncio.TimeoutError:
-            raise StoreError("deadline", f"{self.client.name} did not answer in {seconds:.3g} s") from None
+            raise StoreError("timeout", f"{self.client.name} did not answer in {seconds:.3g} s") from None
         finally:
-            self._report(circuit, failure)
+            if self._ended is None:
+                self._report(circuit, failure)
         return answer
 
     def refuses_writes(self) -> bool:
@@ -100,15 +89,18 @@ class ObjectRequests:
             return dict(self._failures)
 
     def end(self, reason: str) -> None:
-        """Lets nothing new pass, for `reason`."""
+        """Cancels what runs and lets nothing new pass, for `reason`."""
         with self._lock:
-            self._ended = reason
+            if self._ended is None:
+                self._ended = reason
+                self._loop.cancel_all()
 
-    def close(self) -> None:
-        """Cancels what runs, and gives thread and connections back. Idempotent."""
+    def close(self, deadline: float) -> bool:
+        """Gives thread and connections back too; False when the thread is still busy. Idempotent."""
         self.end("closed")
-        self._loop.close()
+        ended = self._loop.close(deadline)
         self.client.close()
+        return ended
 
     def check(self) -> None:
         """Asserts every invariant."""

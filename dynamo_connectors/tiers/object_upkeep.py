@@ -1,4 +1,4 @@
-"""What an object store does in the background, whenever the store lets it: finding objects, and removing them."""
+"""What an object store does in the background, whenever the service lets it: finding objects, and erasing them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from itertools import islice
 from typing import TypeVar
 
 from dynamo_connectors.blocks import BlockKey
@@ -25,12 +23,10 @@ T = TypeVar("T")
 _UPKEEP_SECONDS = 30.0
 #: Until what failed is tried again; the circuit makes it longer.
 _RETRY_SECONDS = 1.0
-_DELETES_AT_ONCE = 100
-_MAX_DELETES_WAITING = 10_000
 
 
 class ObjectUpkeep:
-    """Listing and deleting for objects of `object_bytes` each."""
+    """Listing and erasing for objects of `object_bytes` each."""
 
     def __init__(self, requests: ObjectRequests, object_bytes: int) -> None:
         self._requests = requests
@@ -38,10 +34,6 @@ class ObjectUpkeep:
         self._lock = threading.Lock()
         self._listed: list[BlockKey] = []
         self._is_listed = False
-        #: Oldest first. Of the loop's thread alone, as is the event.
-        self._deletes: dict[BlockKey, None] = {}
-        self._has_deletes = asyncio.Event()
-        requests.submit(self._delete_for_ever).add_done_callback(_report_end)
 
     def list_chunks(self, limit: int) -> None:
         """Starts to look for objects, at most `limit`."""
@@ -53,26 +45,14 @@ class ObjectUpkeep:
             found, self._listed = self._listed, []
             return found, self._is_listed
 
-    def delete(self, chunk: BlockKey) -> None:
-        """Removes the object some time, unless it is stored anew before."""
-
-        async def queue() -> None:
-            if len(self._deletes) < _MAX_DELETES_WAITING:
-                self._deletes[chunk] = None
-                self._has_deletes.set()
-            else:
-                self._requests.count("delete_backlog")
-
-        with suppress(StoreError):  # after the end nothing is removed any more
-            self._requests.submit(queue)
-
-    def keep(self, chunk: BlockKey) -> None:
-        """Takes a waiting delete back. On the loop's thread."""
-        self._deletes.pop(chunk, None)
-
-    def check(self) -> None:
-        """Asserts every invariant."""
-        assert len(self._deletes) <= _MAX_DELETES_WAITING, "too many deletes wait"
+    async def erase(self, chunks: Sequence[BlockKey]) -> None:
+        """Removes the objects, however long it takes until the service does it."""
+        names = [object_format.object_name(chunk) for chunk in chunks]
+        while True:
+            try:
+                return await self._request(self._requests.writes, partial(self._requests.client.delete, names))
+            except StoreError:
+                continue
 
     async def _list(self, limit: int) -> None:
         after: str | None = None
@@ -94,26 +74,12 @@ class ObjectUpkeep:
         with self._lock:
             self._is_listed = True
 
-    async def _delete_for_ever(self) -> None:
-        while True:
-            await self._has_deletes.wait()
-            batch = list(islice(self._deletes, _DELETES_AT_ONCE))
-            names = [object_format.object_name(chunk) for chunk in batch]
-            try:
-                await self._request(self._requests.writes, partial(self._requests.client.delete, names))
-            except StoreError:
-                continue
-            for chunk in batch:
-                self._deletes.pop(chunk, None)
-            if not self._deletes:
-                self._has_deletes.clear()
-
     async def _request(self, circuit: Circuit, ask: Callable[[], Awaitable[T]]) -> T:
         """A failure is counted, and has waited when it is raised: it may be tried again at once."""
         try:
             return await self._requests.request(circuit, ask, _UPKEEP_SECONDS)
         except StoreError as error:
-            if error.reason != "circuit_open":
+            if error.reason != "tier_off":
                 self._requests.count(error.reason)
             await asyncio.sleep(_RETRY_SECONDS)
             raise
@@ -121,4 +87,4 @@ class ObjectUpkeep:
 
 def _report_end(task: concurrent.futures.Future[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        log.error("dynamo: the object store's upkeep has stopped", exc_info=task.exception())
+        log.error("dynamo: the object store is not listed", exc_info=task.exception())

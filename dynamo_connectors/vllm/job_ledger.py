@@ -86,8 +86,9 @@ class JobLedger:
                 yield job
 
     @property
-    def num_jobs(self) -> int:
-        return len(self._jobs)
+    def num_urgent(self) -> int:
+        """Jobs whose end somebody waits for. An object is erased when its store is reached, if ever: nobody waits."""
+        return sum(not job.erasures for job in self._jobs.values())
 
     def loading_requests(self) -> set[str]:
         return {job.loading for job in self._jobs.values() if job.loading is not None}

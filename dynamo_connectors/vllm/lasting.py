@@ -5,8 +5,6 @@ The disk knows at once; an object store lists its objects in its own time, step 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.nvme import NvmeStore
@@ -36,8 +34,8 @@ class LastingTiers:
             chunks, are_last = self._objects.take_listed()
             self._listed += chunks
             if are_last:
-                # Objects go by name; their slot is only a number in the index.
-                finds[OBJECT_STORE] = Find(1, list(enumerate(self._listed)))
+                # Objects go by name: the index gives them numbers of its own.
+                finds[OBJECT_STORE] = Find(1, [(0, chunk) for chunk in self._listed])
                 self._listed = None
         return finds
 
@@ -46,9 +44,3 @@ class LastingTiers:
         for store in (self._disk, self._objects):
             if store is not None:
                 store.forget()
-
-    def erase(self, chunks: Sequence[BlockKey]) -> None:
-        """Queues objects for deletion; the store sees to it in its own time."""
-        if self._objects is not None:
-            for chunk in chunks:
-                self._objects.delete_chunk(chunk)

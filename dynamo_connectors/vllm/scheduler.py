@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dynamo_connectors.block_manager import BlockManager
-from dynamo_connectors.config import HOST_DRAM, NVME_SSD
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index import IndexStats
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.groups import Chains
@@ -142,10 +142,16 @@ class SchedulerHalf:
         return not self._onboarding.loading
 
     @property
+    def held_blocks(self) -> int:
+        """HBM blocks that are kept from new requests until they are copied."""
+        holds = self._offloading.holds
+        return holds.held_blocks if holds is not None else 0
+
+    @property
     def has_work(self) -> bool:
         """Whether an idle engine must keep stepping: to see a job end, to start one, or to hear what survived."""
         return bool(
-            self._ledger.num_jobs
+            self._ledger.num_urgent
             or self._forget_next
             or self._recovery.is_open(NVME_SSD)
             or self._manager.has_moves_waiting
@@ -170,8 +176,7 @@ class SchedulerHalf:
         self._ledger.check()
         self._onboarding.check()
         self._recovery.check()
-        holds = self._offloading.holds
-        assert holds is None or holds.held_blocks == self._ledger.held_blocks(), "HBM holds and running stores disagree"
+        assert self.held_blocks == self._ledger.held_blocks(), "HBM holds and running stores disagree"
 
     def _live(self, request: Any) -> Live:
         live = self._requests.get(request.request_id)
@@ -189,6 +194,10 @@ class SchedulerHalf:
         for tier, entries in self._recovery.hear(finds).items():
             if self._was_reset:
                 continue
+            if tier == OBJECT_STORE:
+                # Any free number will do; those in use already are counted from below.
+                (last,) = [named.index.capacity_blocks - 1 for named in self._manager.tiers if named.name == tier]
+                entries = [(last - index, key) for index, (_, key) in enumerate(entries)]
             recovered = self._manager.restore(tier, entries)
             self._counts["recovered_blocks", tier] += recovered
             log.info("dynamo: tier %s has %d blocks of an earlier run", tier, recovered)
@@ -196,9 +205,12 @@ class SchedulerHalf:
     def _end_moves(self, job: Running) -> None:
         for move in job.moves:
             reason = job.failed.get(move.key)
-            self._manager.end_move(move, reason is None, damaged=reason is not None and is_damage(reason))
+            going_up = move.target_tier == HOST_DRAM
+            # A write that failed says nothing about what was to be written.
+            damaged = reason is not None and (is_damage(reason) if going_up else reason == "wrong_key")
+            self._manager.end_move(move, reason is None, damaged)
             if reason is None:
-                what = "prefetched_blocks" if move.target_tier == HOST_DRAM else "offloaded_blocks"
+                what = "prefetched_blocks" if going_up else "offloaded_blocks"
                 self._counts[what, move.target_tier] += 1
             else:
                 self._counts["move_failures", reason] += 1

@@ -10,7 +10,7 @@ from dynamo_kernels.fence import ComputeFence
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM
-from dynamo_connectors.jobs import JobReport, LoadJob, MoveJob, StoreJob
+from dynamo_connectors.jobs import EraseJob, JobReport, LoadJob, MoveJob, StoreJob
 from dynamo_connectors.transfer import Stores, TransferEngine
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.lasting import LastingTiers
@@ -57,8 +57,7 @@ class WorkerHalf:
         for move in plan.moves:
             self._start(move, "prefetch" if move.target_tier == HOST_DRAM else "offload")
         for erasure in plan.erasures:
-            self._lasting.erase(erasure.chunks)
-            self._reports.append(JobReport(erasure.job_id, {}))
+            self._start(erasure, "erase")
         if plan.is_idle and self._running:
             self._collect(_IDLE_WAIT_SECONDS)
 
@@ -98,7 +97,7 @@ class WorkerHalf:
         assert self._loads.keys() <= self._running.keys(), "a load is known that is not running"
         assert self._num_groups > 1 or not self._failed_requests, "a request failed where a block would do"
 
-    def _start(self, job: StoreJob | LoadJob | MoveJob, what: str) -> None:
+    def _start(self, job: StoreJob | LoadJob | MoveJob | EraseJob, what: str) -> None:
         self._running[job.job_id] = what
         self._transfers.submit(job, ComputeFence(self._device))
 

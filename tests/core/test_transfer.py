@@ -19,6 +19,7 @@ from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.jobs import JobReport, LoadItem, LoadJob, MoveItem, MoveJob, StoreItem, StoreJob
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_offset
+from dynamo_connectors.tiers.nvme_lanes import NvmeTier
 from dynamo_connectors.transfer import Job, Stores, TransferEngine
 
 PAGES, BLOCKS, PAGE_BYTES = 3, 64, 72
@@ -81,8 +82,7 @@ def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
     engine = TransferEngine(view, Stores(dram, disk))
     yield Rig(engine, hbm, dram, disk)
     engine.close()
-    assert engine._staging is not None
-    assert engine._staging.all_are_back, "a staging row was lost"
+    assert engine._below[NVME_SSD].staging.all_are_back, "a staging row was lost"
     assert engine._unreported == 0, "a job was never reported"
 
 
@@ -280,7 +280,7 @@ def test_a_load_overtakes_offloads(rig: Rig, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_disk_that_hangs_costs_its_loads_and_never_their_memory(
     rig: Rig, hang: Hang, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loads, "DEADLINE_SECONDS", 0.3)
+    monkeypatch.setattr(NvmeTier, "deadline_seconds", 0.3)
     names, slots = keys(40), list(range(40))
     rig.store(names, slots, slots)
     rig.offload(names, slots, slots)
@@ -294,7 +294,7 @@ def test_a_disk_that_hangs_costs_its_loads_and_never_their_memory(
     assert all(len(report.failed) == 40 for report in reports.values())
     assert torch.equal(rig.hbm[:, :60], before[:, :60])
     hang.release.set()  # late reads now land, in rows that nobody was given meanwhile
-    monkeypatch.setattr(loads, "DEADLINE_SECONDS", 30.0)
+    monkeypatch.setattr(NvmeTier, "deadline_seconds", 30.0)
     rig.hbm.zero_()
     assert not rig.load(names, NVME_SSD, slots, slots).failed
     assert torch.equal(rig.hbm[:, :40], before[:, :40])

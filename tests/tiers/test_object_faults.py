@@ -14,10 +14,9 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from dynamo_connectors.errors import StoreError
 from dynamo_connectors.tiers import object as object_module
 from dynamo_connectors.tiers import object_format, object_requests, object_upkeep
-from dynamo_connectors.tiers.object import ObjectStore, RowRead
+from dynamo_connectors.tiers.object import ObjectStore
 from tests.tiers.object_stores import (
     CHUNK,
     CHUNK_BLOCKS,
@@ -27,11 +26,16 @@ from tests.tiers.object_stores import (
     ROWS,
     SETTINGS,
     buffers,
+    close,
     key,
     list_all,
     object_store,
     put,
+    read,
+    reason,
     refusal,
+    start_read,
+    start_write,
 )
 from tests.tiers.s3_servers import CREDENTIALS, Behaviour, FaultServer, answer, hang, part, say, trickle
 
@@ -60,16 +64,6 @@ def serve() -> Iterator[Callable[[Behaviour], FaultServer]]:
     yield start
     for server in servers:
         server.close()
-
-
-def read_into_marked(store: ObjectStore) -> str:
-    """Why reading the whole chunk was refused; asserts that no byte was handed out."""
-    into = buffers(CHUNK_BLOCKS)
-    reason = refusal(
-        lambda: store.read_rows(CHUNK, [RowRead(row, KEYS[row], into[row]) for row in range(CHUNK_BLOCKS)])
-    )
-    assert into == buffers(CHUNK_BLOCKS), "bytes of a failed read were handed out"
-    return reason
 
 
 def cut(connection: socket.socket, request: str) -> None:
@@ -106,13 +100,11 @@ def test_a_bad_answer_is_a_miss_with_its_reason(
 ) -> None:
     server = serve(behave)
     with object_store(server.url) as store:
-        assert read_into_marked(store) == reason
+        assert refusal(store) == reason
         assert store.stats().failures[reason] == 1
         assert [line for line in server.requests if line.startswith("GET")] == server.requests[:1], "asked once"
         server.behave = say(part(BODY))
-        into = buffers(CHUNK_BLOCKS)
-        store.read_rows(CHUNK, [RowRead(row, KEYS[row], into[row]) for row in range(CHUNK_BLOCKS)])
-        assert into == ROWS, "one failure does not close the store"
+        assert read(store) == ROWS, "one failure does not close the store"
 
 
 @pytest.mark.parametrize(
@@ -128,8 +120,8 @@ def test_a_service_that_never_ends_is_left_at_the_deadline(
 ) -> None:
     server = serve(behave)
     with object_store(server.url, SOON) as store:
-        assert read_into_marked(store) == "deadline"
-        assert store.stats().failures == {"deadline": 1}
+        assert refusal(store) == "timeout"
+        assert store.stats().failures == {"timeout": 1}
         assert server.left.acquire(timeout=60), "the connection was left open"
 
 
@@ -137,27 +129,19 @@ def test_a_service_that_nobody_runs_is_a_miss(serve: Callable[[Behaviour], Fault
     server = serve(hang)
     server.close()
     with object_store(server.url) as store:
-        assert read_into_marked(store) == "unreachable"
+        assert refusal(store) == "unreachable"
 
 
 def test_a_name_that_nobody_knows_is_a_miss() -> None:
     with object_store("http://no-such-host.invalid") as store:
-        assert read_into_marked(store) == "unreachable"
+        assert refusal(store) == "unreachable"
 
 
 def test_a_peer_that_accepts_nothing_is_left_at_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, socket.socket() as filler:
         filler.connect(listener.getsockname())  # the queue is full: the next SYN gets no answer
         with object_store(f"http://127.0.0.1:{listener.getsockname()[1]}", SOON) as store:
-            assert read_into_marked(store) == "deadline"
-
-
-def test_no_time_left_is_a_miss_without_a_request(serve: Callable[[Behaviour], FaultServer]) -> None:
-    server = serve(hang)
-    with object_store(server.url) as store:
-        reason = refusal(lambda: store.read_rows(CHUNK, [RowRead(0, KEYS[0], buffers(1)[0])], deadline=0.0))
-        assert reason == "deadline"
-    assert server.requests == []
+            assert refusal(store) == "timeout"
 
 
 def test_a_late_answer_writes_into_no_buffer(serve: Callable[[Behaviour], FaultServer]) -> None:
@@ -173,14 +157,25 @@ def test_a_late_answer_writes_into_no_buffer(serve: Callable[[Behaviour], FaultS
     server = serve(answer_late)
     with object_store(server.url, SOON) as store:
         into = buffers(CHUNK_BLOCKS)
-        rows = [RowRead(row, KEYS[row], into[row]) for row in range(CHUNK_BLOCKS)]
-        assert refusal(lambda: store.read_rows(CHUNK, rows)) == "deadline"
+        assert reason(start_read(store, into)) == "timeout"
         given_up.set()
         assert sent.wait(60)
         server.behave = say(part(BODY))
-        again = buffers(CHUNK_BLOCKS)
-        store.read_rows(CHUNK, [RowRead(row, KEYS[row], again[row]) for row in range(CHUNK_BLOCKS)])
-        assert again == ROWS
+        assert read(store) == ROWS
+        assert into == buffers(CHUNK_BLOCKS)
+
+
+def test_a_read_that_is_cancelled_hangs_up_and_leaves_its_buffers_alone(
+    serve: Callable[[Behaviour], FaultServer],
+) -> None:
+    server = serve(hang)
+    with object_store(server.url) as store:
+        into = buffers(CHUNK_BLOCKS)
+        outcome = start_read(store, into)
+        while not server.requests:
+            threading.Event().wait(0.01)
+        assert outcome.cancel()
+        assert server.left.acquire(timeout=60), "the connection was left open"
         assert into == buffers(CHUNK_BLOCKS)
 
 
@@ -189,9 +184,9 @@ def test_a_dead_store_is_asked_three_times_and_then_left_alone(
 ) -> None:
     server = serve(say(answer("503 Slow Down")))
     with object_store(server.url) as store:
-        reasons = [read_into_marked(store) for _ in range(50)]
-        assert reasons == ["unavailable"] * 3 + ["circuit_open"] * 47
-        assert store.stats().failures == {"unavailable": 3, "circuit_open": 47}
+        reasons = [refusal(store) for _ in range(50)]
+        assert reasons == ["unavailable"] * 3 + ["tier_off"] * 47
+        assert store.stats().failures == {"unavailable": 3, "tier_off": 47}
         assert store.stats().circuits_opened == 1
     assert len(server.requests) == 3
     assert caplog.text.count("left alone") == 1, "one line, not one per request"
@@ -205,20 +200,18 @@ def test_a_store_that_comes_back_is_found_by_one_probe(
     server = serve(say(answer("503 Slow Down")))
     store = ObjectStore(replace(SETTINGS, endpoint_url=server.url), ROW, CHUNK_BLOCKS, NAMESPACE, lambda: now[0])
     try:
-        assert [read_into_marked(store) for _ in range(4)][-1] == "circuit_open"
+        assert [refusal(store) for _ in range(4)][-1] == "tier_off"
         now[0] = 10.0
-        assert [read_into_marked(store) for _ in range(2)] == ["unavailable", "circuit_open"], "the probe failed"
+        assert [refusal(store) for _ in range(2)] == ["unavailable", "tier_off"], "the probe failed"
         now[0] = 29.0
         server.behave = say(part(BODY))
-        assert read_into_marked(store) == "circuit_open", "twice the pause"
+        assert refusal(store) == "tier_off", "twice the pause"
         now[0] = 30.0
         for _ in range(2):
-            into = buffers(CHUNK_BLOCKS)
-            store.read_rows(CHUNK, [RowRead(row, KEYS[row], into[row]) for row in range(CHUNK_BLOCKS)])
-            assert into == ROWS
+            assert read(store) == ROWS
         assert len(server.requests) == 6
     finally:
-        store.close()
+        close(store)
 
 
 def test_hung_reads_keep_no_thread_and_no_connection(serve: Callable[[Behaviour], FaultServer]) -> None:
@@ -226,7 +219,7 @@ def test_hung_reads_keep_no_thread_and_no_connection(serve: Callable[[Behaviour]
     with object_store(server.url, replace(SETTINGS, deadline_seconds=0.05)) as store:
         threads = set(threading.enumerate())
         for _ in range(3):
-            assert read_into_marked(store) == "deadline"
+            assert refusal(store) == "timeout"
             assert server.left.acquire(timeout=60)
         ours = {thread for thread in set(threading.enumerate()) - threads if "_serve" not in thread.name}
         assert ours == set()
@@ -238,7 +231,7 @@ def test_hung_reads_keep_no_thread_and_no_connection(serve: Callable[[Behaviour]
 
 @pytest.mark.parametrize(
     ("behave", "reason"),
-    [(say(answer("503 Slow Down")), "unavailable"), (say(answer("403 Forbidden")), "forbidden"), (hang, "deadline")],
+    [(say(answer("503 Slow Down")), "unavailable"), (say(answer("403 Forbidden")), "forbidden"), (hang, "timeout")],
     ids=["503", "403", "hang"],
 )
 def test_an_upload_that_fails_says_so_once_and_gives_its_space_back(
@@ -258,19 +251,17 @@ def test_a_store_that_hangs_holds_a_bounded_backlog_and_drops_the_rest(
     serve: Callable[[Behaviour], FaultServer],
 ) -> None:
     server = serve(hang)
-    ended: list[tuple[int, StoreError | None]] = []
     room = replace(SETTINGS, upload_queue_bytes=6 * len(BODY) + 1)
     with object_store(server.url, room) as store:
-        for number in range(10):
-            store.put_chunk(key(number), KEYS, ROWS, lambda error, number=number: ended.append((number, error)))
-        assert [(number, error and error.reason) for number, error in ended] == [
-            (number, "upload_backlog") for number in range(6, 10)
-        ]
+        outcomes = [start_write(store, key(number), KEYS, ROWS) for number in range(10)]
+        assert [outcome.done() for outcome in outcomes] == [False] * 6 + [True] * 4
+        assert {reason(outcome) for outcome in outcomes[6:]} == {"upload_backlog"}
         assert store.stats().queued_bytes == 6 * len(BODY)
         assert store.stats().failures == {"upload_backlog": 4}
         store.check()
-    assert sorted(number for number, _ in ended) == list(range(10)), "closing tells every upload that waits"
-    assert {error and error.reason for number, error in ended if number < 6} == {"closed"}
+        assert outcomes[5].cancel(), "it has not begun"
+        assert store.stats().queued_bytes == 5 * len(BODY)
+    assert {reason(outcome) for outcome in outcomes[:5]} == {"closed"}, "closing tells every upload that waits"
     assert store.stats().queued_bytes == 0
     assert len(server.requests) <= 4, "uploads at once"
 
@@ -283,24 +274,37 @@ def test_uploads_to_a_dead_store_are_not_even_copied(serve: Callable[[Behaviour]
             error = put(store, key(number), KEYS, ROWS)
             assert error is not None
             reasons.append(error.reason)
-        assert reasons == ["unavailable"] * 3 + ["circuit_open"] * 3
+        assert reasons == ["unavailable"] * 3 + ["tier_off"] * 3
     assert len(server.requests) == 3
 
 
 def test_a_change_of_weights_cancels_what_is_being_uploaded(serve: Callable[[Behaviour], FaultServer]) -> None:
     server = serve(hang)
-    reasons: list[str | None] = []
-    ended = threading.Event()
-
-    def done(error: StoreError | None) -> None:
-        reasons.append(error and error.reason)
-        ended.set()
-
     with object_store(server.url) as store:
-        store.put_chunk(CHUNK, KEYS, ROWS, done)
+        writing, reading = start_write(store, CHUNK, KEYS, ROWS), start_read(store, buffers(CHUNK_BLOCKS))
         store.forget()
-        assert ended.wait(60)
-        assert reasons == ["forgotten"]
+        assert [reason(writing), reason(reading)] == ["forgotten"] * 2
+
+
+def test_rows_that_change_after_a_change_of_weights_are_never_sent(
+    serve: Callable[[Behaviour], FaultServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine re-uses the rows as soon as it has the outcome, be it while they are being copied."""
+    server = serve(say(answer("404 Not Found")))
+    with object_store(server.url) as store:
+        copying, encode = threading.Event(), object_format.encode
+
+        def forgotten_meanwhile(*arguments: object) -> bytearray:
+            store.forget()
+            assert not outcome.done(), "the rows are still being read"
+            copying.set()
+            return encode(*arguments)
+
+        monkeypatch.setattr(object_format, "encode", forgotten_meanwhile)
+        outcome = start_write(store, CHUNK, KEYS, ROWS)
+        assert copying.wait(60)
+        assert reason(outcome) == "forgotten"
+    assert [line.split()[0] for line in server.requests] == ["HEAD"]
 
 
 def test_listing_starts_again_until_the_store_answers(
@@ -328,11 +332,10 @@ def test_closing_while_a_read_hangs_ends_it(serve: Callable[[Behaviour], FaultSe
         hang(connection, request)
 
     server = serve(hang_and_tell)
-    reasons: list[str] = []
     with object_store(server.url, replace(SETTINGS, deadline_seconds=60.0)) as store:
-        reader = threading.Thread(target=lambda: reasons.append(read_into_marked(store)))
-        reader.start()
+        into = buffers(1)
+        outcome = start_read(store, into)
         assert asked.wait(60)
-        store.close()
-        reader.join()
-    assert reasons == ["closed"]
+        close(store)
+        assert reason(outcome) == "closed"
+        assert into == buffers(1)

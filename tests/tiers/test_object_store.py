@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from dynamo_connectors.errors import ConfigError, StoreError
-from dynamo_connectors.tiers import object_client, object_upkeep
-from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore, RowRead
+from dynamo_connectors.tiers import object_client, object_requests, object_upkeep
+from dynamo_connectors.tiers.base import Place
+from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from tests.tiers.object_stores import (
     CHUNK,
     CHUNK_BLOCKS,
@@ -22,14 +23,19 @@ from tests.tiers.object_stores import (
     ROWS,
     SETTINGS,
     buffers,
+    close,
+    ended,
     key,
     list_all,
     noise,
     object_path,
     object_store,
+    places_of,
     put,
     read,
+    reason,
     refusal,
+    start_read,
 )
 from tests.tiers.s3_servers import CREDENTIALS, SECRET, Moto, moto_server
 
@@ -74,28 +80,45 @@ def test_a_read_may_begin_and_end_in_the_middle_of_a_chunk(moto: Moto) -> None:
             for count in range(1, CHUNK_BLOCKS - first + 1):
                 assert read(store, first, count) == ROWS[first : first + count]
         into = buffers(2)
-        store.read_rows(CHUNK, [RowRead(3, KEYS[3], into[0]), RowRead(1, KEYS[1], into[1])])
+        (batch,) = store.read([Place(KEYS[3], 0, CHUNK, 3), Place(KEYS[1], 0, CHUNK, 1)], into)
+        assert ended(batch.outcome) is None
         assert into == [ROWS[3], ROWS[1]], "in any order, with gaps"
+
+
+def test_blocks_of_several_objects_are_read_at_once(moto: Moto) -> None:
+    with object_store(moto.url) as store:
+        put(store, CHUNK, KEYS, ROWS)
+        other = [key(number) for number in range(10, 10 + CHUNK_BLOCKS)]
+        put(store, other[-1], other, ROWS[::-1])
+        into = buffers(4)
+        places = [*places_of(CHUNK, KEYS[2:], 2), *places_of(other[-1], other[:1]), Place(key(7), 0, key(8), 0)]
+        first, second, third = store.read(places, into)
+        assert [list(batch.positions) for batch in (first, second, third)] == [[0, 1], [2], [3]]
+        assert ended(first.outcome) is None
+        assert ended(second.outcome) is None
+        assert reason(third.outcome) == "not_found", "one that is gone costs the others nothing"
+        assert into == [ROWS[2], ROWS[3], ROWS[3], *buffers(1)]
 
 
 def test_rows_may_start_anywhere_in_a_buffer(moto: Moto) -> None:
     around = bytearray([MARK]) * (ROW + 8)
     with object_store(moto.url) as store:
         put(store, CHUNK, KEYS, ROWS)
-        store.read_rows(CHUNK, [RowRead(2, KEYS[2], memoryview(around)[3 : 3 + ROW])])
+        assert ended(start_read(store, [memoryview(around)[3 : 3 + ROW]], 2)) is None
     assert around[3 : 3 + ROW] == ROWS[2]
     assert set(around[:3] + around[3 + ROW :]) == {MARK}, "bytes beside the row changed"
 
 
-def test_the_rows_are_copied_before_the_call_returns(moto: Moto) -> None:
-    slab = [memoryview(bytearray(row)) for row in ROWS]
-    stored = threading.Event()
+def test_a_chunk_that_is_not_whole_is_not_written(moto: Moto) -> None:
     with object_store(moto.url) as store:
-        store.put_chunk(CHUNK, KEYS, slab, lambda error: stored.set())
-        for row in slab:
-            row[:] = bytes(ROW)
-        assert stored.wait(60)
-        assert read(store) == ROWS
+        places = places_of(CHUNK, KEYS)
+        for some in ([], places[:-1], places[1:], places[::-1], [*places[:-1], places[0]], [*places, places[-1]]):
+            (batch,) = store.write(some, [ROWS[place.row] for place in some])
+            assert [error and error.reason for error in batch.outcome.result()] == ["not_whole"] * len(some)
+        two = [*places[:2], *places_of(key(9), KEYS)[2:]]
+        (batch,) = store.write(two, ROWS)
+        assert reason(batch.outcome) == "not_whole", "rows of two objects"
+    assert moto.names() == []
 
 
 def test_another_replica_lists_and_serves_what_the_first_one_wrote(moto: Moto) -> None:
@@ -151,7 +174,7 @@ def test_listing_passes_over_what_is_not_ours(moto: Moto) -> None:
 def test_an_object_that_is_gone_is_a_miss_and_the_store_stays_open(moto: Moto) -> None:
     with object_store(moto.url) as store:
         for _ in range(5):
-            assert refusal(lambda: read(store)) == "not_found"
+            assert refusal(store) == "not_found"
         assert store.stats().failures == {"not_found": 5}
         assert store.stats().circuits_opened == 0
 
@@ -159,18 +182,15 @@ def test_an_object_that_is_gone_is_a_miss_and_the_store_stays_open(moto: Moto) -
 def test_credentials_that_are_refused_are_a_miss_and_never_told(moto: Moto, caplog: pytest.LogCaptureFixture) -> None:
     with object_store(moto.url) as store:
         put(store, CHUNK, KEYS, ROWS)
-        into = buffers(1)
         with moto.refusing_everybody():
-            with pytest.raises(StoreError, match="forbidden") as caught:
-                store.read_rows(CHUNK, [RowRead(0, KEYS[0], into[0])])
-            assert refusal(lambda: read(store)) == "forbidden"
-            assert refusal(lambda: read(store)) == "forbidden"
+            caught = ended(start_read(store, buffers(1)))
+            assert [refusal(store), refusal(store)] == ["forbidden"] * 2
             refused = put(store, key(9), KEYS, ROWS)
-            assert refused is not None
-            assert refused.reason == "forbidden"
-        assert into == buffers(1)
+        assert caught is not None
+        assert refused is not None
+        assert (caught.reason, refused.reason) == ("forbidden", "forbidden")
         assert store.stats().failures == {"forbidden": 4}
-        told = f"{caught.value} {refused} {store.stats()} {store!r} {vars(store)} {caplog.text}"
+        told = f"{caught} {refused} {store.stats()} {store!r} {vars(store)} {caplog.text}"
         assert "left alone for a while" in caplog.text
         assert SECRET not in told
         assert CREDENTIALS["AWS_ACCESS_KEY_ID"] not in told
@@ -182,12 +202,12 @@ def test_credentials_that_may_not_write_do_not_close_the_store_to_reads(moto: Mo
         with moto.refusing_everybody():
             for number in range(10, 16):
                 put(store, key(number), KEYS, ROWS)
-        assert store.stats().failures == {"forbidden": 3, "circuit_open": 3}
+        assert store.stats().failures == {"forbidden": 3, "tier_off": 3}
         assert read(store) == ROWS
 
 
 @pytest.mark.parametrize("position", [0, 100, 4096, 4096 + ROW // 2])
-def test_a_bit_that_flipped_in_the_store_is_a_miss_and_the_object_goes(moto: Moto, position: int) -> None:
+def test_a_bit_that_flipped_in_the_store_is_a_miss(moto: Moto, position: int) -> None:
     with object_store(moto.url) as store:
         put(store, CHUNK, KEYS, ROWS)
         body = moto.get(object_path())
@@ -195,18 +215,16 @@ def test_a_bit_that_flipped_in_the_store_is_a_miss_and_the_object_goes(moto: Mot
         body[damaged] ^= 1
         moto.put(object_path(), body)
         assert read(store, 0, 2) == ROWS[:2], "the rows before it are whole"
-        assert refusal(lambda: read(store, 1, 3)) in ("bad_header", "bad_checksum")
-        wait_until(lambda: moto.names() == [])
-        assert refusal(lambda: read(store)) == "not_found"
+        assert refusal(store, 1, 3) in ("bad_header", "bad_checksum")
+        assert store.stats().circuits_opened == 0
 
 
-def test_a_cut_object_is_a_miss_and_goes(moto: Moto) -> None:
+def test_a_cut_object_is_a_miss(moto: Moto) -> None:
     with object_store(moto.url) as store:
         put(store, CHUNK, KEYS, ROWS)
         moto.put(object_path(), moto.get(object_path())[:-1])
         assert read(store, 0, 3) == ROWS[:3]
-        assert refusal(lambda: read(store)) == "cut_body"
-        wait_until(lambda: moto.names() == [])
+        assert [refusal(store) for _ in range(4)] == ["cut_body"] * 4
         assert store.stats().circuits_opened == 0
 
 
@@ -215,59 +233,63 @@ def test_an_object_of_another_chain_or_namespace_is_a_miss(moto: Moto) -> None:
         put(other, CHUNK, KEYS, ROWS)
         foreign = moto.get(object_path(namespace=replace(NAMESPACE, dtype="float8")))
     with object_store(moto.url) as store:
-        assert refusal(lambda: read(store)) == "not_found"
+        assert refusal(store) == "not_found"
         moto.put(object_path(), foreign)
-        assert refusal(lambda: read(store)) == "wrong_namespace"
+        assert refusal(store) == "wrong_namespace"
         put(store, key(8), [key(5), key(6), key(7), key(8)], ROWS)
         moto.put(object_path(), moto.get(object_path(key(8))))
-        assert refusal(lambda: read(store)) == "wrong_key"
+        assert refusal(store) == "wrong_key"
 
 
-def test_deleted_chunks_leave_the_store_unless_they_come_back_first(moto: Moto) -> None:
+def test_erased_objects_are_gone_when_it_is_told(moto: Moto) -> None:
     with object_store(moto.url) as store:
         for number in range(20, 24):
             put(store, key(number), KEYS, ROWS)
-        for number in (20, 21, 22):
-            store.delete_chunk(key(number))
-        store.delete_chunk(key(99))
-        wait_until(lambda: moto.names() == [object_path(key(23))])
-        assert put(store, key(21), KEYS, ROWS) is None
-        wait_until(lambda: moto.names() == [object_path(key(21)), object_path(key(23))])
+        assert ended(store.erase([key(20), key(99), key(22)])) is None
+        assert moto.names() == [object_path(key(21)), object_path(key(23))]
+        assert ended(store.erase([key(20)])) is None, "what is not there is erased"
+        assert put(store, key(20), KEYS, ROWS) is None
+        assert len(moto.names()) == 3
         assert store.stats().failures == {}
 
 
-def test_deletes_that_wait_are_bounded(moto: Moto, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_upkeep, "_MAX_DELETES_WAITING", 3)
-    with moto.refusing_everybody(), object_store(moto.url) as store:
-        for number in range(10):
-            store.delete_chunk(key(number))
-        wait_until(lambda: store.stats().failures.get("delete_backlog") == 7)
+def test_erasing_waits_until_it_is_allowed(moto: Moto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_requests, "_RETRY_SECONDS", 0.02)
+    with object_store(moto.url) as store:
+        put(store, CHUNK, KEYS, ROWS)
+        with moto.refusing_everybody():
+            outcome = store.erase([CHUNK])
+            wait_until(lambda: store.stats().failures.get("forbidden", 0) >= 4)
+            assert not outcome.done()
+        assert ended(outcome) is None
+        assert moto.names() == []
 
 
 def test_after_a_change_of_weights_nothing_passes(moto: Moto) -> None:
     with object_store(moto.url) as store:
         put(store, CHUNK, KEYS, ROWS)
         store.forget()
-        assert refusal(lambda: read(store)) == "forgotten"
+        assert refusal(store) == "forgotten"
         refused = put(store, key(9), KEYS, ROWS)
         assert refused is not None
         assert refused.reason == "forgotten"
-        assert refusal(lambda: store.list_chunks(10)) == "forgotten"
+        assert reason(store.erase([CHUNK])) == "forgotten"
+        with pytest.raises(StoreError, match="forgotten"):
+            store.list_chunks(10)
         assert store.take_listed() == ([], True)
-        store.delete_chunk(CHUNK)
     assert moto.names() == [object_path()]
 
 
 def test_a_closed_store_takes_and_gives_nothing(moto: Moto) -> None:
     with object_store(moto.url) as store:
         put(store, CHUNK, KEYS, ROWS)
-        store.close()
-        store.close()
-        assert refusal(lambda: read(store)) == "closed"
+        close(store)
+        close(store)
+        assert refusal(store) == "closed"
         refused = put(store, key(9), KEYS, ROWS)
         assert refused is not None
         assert refused.reason == "closed"
-        store.delete_chunk(CHUNK)
+        assert reason(store.erase([CHUNK])) == "closed"
 
 
 def test_many_threads_share_a_store(moto: Moto) -> None:
@@ -279,7 +301,8 @@ def test_many_threads_share_a_store(moto: Moto) -> None:
             assert put(store, keys[-1], keys, rows) is None
             for _ in range(5):
                 into = buffers(CHUNK_BLOCKS)
-                store.read_rows(keys[-1], [RowRead(row, keys[row], into[row]) for row in range(CHUNK_BLOCKS)])
+                (batch,) = store.read(places_of(keys[-1], keys), into)
+                assert ended(batch.outcome) is None
                 assert into == rows
 
         with ThreadPoolExecutor(8) as pool:

@@ -11,6 +11,8 @@ import msgspec
 import pytest
 import zmq
 
+from dynamo_connectors.tiers.nvme import slot_bytes, slot_offset
+from dynamo_connectors.tiers.slot_header import HEADER_BYTES
 from tests.vllm.client import Answer, VllmClient, prompt, wait_until
 from tools.server_process import ServerProcess
 from tools.vllm_server import BLOCK_TOKENS, MODEL_NAME
@@ -19,6 +21,8 @@ pytestmark = pytest.mark.engine
 
 #: 28 blocks a prompt: six prompts fill the 160 blocks of HBM, eleven the 305 of DRAM, twenty-five the disk.
 BLOCKS_PER_PROMPT = 28
+#: One block of the tiny model over all layers.
+ROW_BYTES = 65536
 
 
 def hits(client: VllmClient, tier: str) -> float:
@@ -64,8 +68,9 @@ def test_damaged_bytes_on_disk_are_recomputed_and_counted(client: VllmClient, nv
     wait_idle(client)
     (slab,) = nvme_directory.glob("*.slab")
     with slab.open("r+b") as file:
-        # One flipped byte in the payload of every slot: 4 KiB header, 64 KiB payload.
-        for offset in range(4096 + 777, slab.stat().st_size, 4096 + 65536):
+        # One flipped byte in the payload of every slot.
+        first, step = slot_offset(0, ROW_BYTES) + HEADER_BYTES + 777, slot_bytes(ROW_BYTES)
+        for offset in range(first, slab.stat().st_size, step):
             file.seek(offset)
             byte = file.read(1)[0]
             file.seek(offset)
@@ -141,3 +146,50 @@ def test_routers_hear_of_blocks_below_hbm(client: VllmClient, events_port: int) 
 def test_utilisation_is_published_under_the_name_operators_know(client: VllmClient, engine: ServerProcess) -> None:
     assert 0 < client.metric("dynamo_kvbm_memory_utilization_percent", tier="host_dram") <= 100
     assert "Traceback" not in engine.log.read_text()
+
+
+def test_requests_that_share_a_prefix_share_its_load(client: VllmClient) -> None:
+    text = prompt(8000)
+    alone = client.complete(text, max_tokens=1)
+    fill(client, 8100, 8)
+    read_before = client.metric("dynamo_kvbm_onboarded_bytes_total")
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda _: client.complete(text, max_tokens=1), range(8)))
+    # A batch rounds differently from a single request, on stock vLLM too; another prompt's KV is far off.
+    assert all(abs(answer.logprobs[0] - alone.logprobs[0]) < 0.2 for answer in together)
+    read = client.metric("dynamo_kvbm_onboarded_bytes_total") - read_before
+    assert read == BLOCKS_PER_PROMPT * ROW_BYTES
+
+
+def test_hints_reach_the_tiers_and_bad_ones_hurt_nobody(client: VllmClient) -> None:
+    stored_before = client.metric("dynamo_kvbm_offloaded_blocks_total", tier="host_dram")
+    ignored_before = client.metric("dynamo_kvbm_ignored_hints_total")
+    hidden = client.complete(prompt(8200), kv_transfer_params={"kvbm_no_store": True, "somebody_else": 1})
+    wait_idle(client)
+    assert client.metric("dynamo_kvbm_offloaded_blocks_total", tier="host_dram") == stored_before
+    bad = {"kvbm_pin_ttl_seconds": "soon", "kvbm_prefetch": [], "kvbm_whatever": None}
+    assert client.complete(prompt(8200), kv_transfer_params=bad) == hidden
+    assert client.metric("dynamo_kvbm_ignored_hints_total") - ignored_before == 3
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_nothing_from_before_a_sleep_is_served_after_it(client: VllmClient, level: int) -> None:
+    """The weights may be others when the engine wakes: vLLM resets every cache, and the disk is made to forget."""
+    cold = fill(client, 8300 + level, 2)
+    client.post(f"/sleep?level={level}")
+    client.post("/wake_up")
+    before = hits(client, "host_dram") + hits(client, "nvme_ssd")
+    assert fill(client, 8300 + level, 2) == cold
+    assert hits(client, "host_dram") + hits(client, "nvme_ssd") == before
+
+
+def test_an_engine_at_rest_holds_nothing(client: VllmClient) -> None:
+    wait_idle(client)
+    client.complete(prompt(8400, chunks=1), max_tokens=1)
+    wait_until(lambda: client.metric("dynamo_kvbm_pinned_blocks") == 0 or _step(client), "no block is pinned")
+
+
+def _step(client: VllmClient) -> bool:
+    """Gauges are published by steps."""
+    client.complete(prompt(8500, chunks=1), max_tokens=1)
+    return False

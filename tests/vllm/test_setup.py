@@ -74,5 +74,5 @@ def test_windows_need_an_engine_that_tells_what_they_have_left(
 ) -> None:
     monkeypatch.setattr(setup, "tells_block_tables", lambda: False)
     check_model(*configs(FULL))
-    with pytest.raises(ConfigError, match="0.32 or newer"):
+    with pytest.raises(ConfigError, match=r"0\.32 or newer"):
         check_model(*configs(*specs))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -18,10 +19,13 @@ from prometheus_client import REGISTRY
 from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils import hashing
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import RequestStatus
 
 from dynamo_connectors.transfer import TransferEngine
+from dynamo_connectors.vllm.compat import hashes_end_with_process
 from dynamo_connectors.vllm.connector import DynamoConnector
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, ours
 
@@ -89,6 +93,7 @@ def assert_nothing_left(engine: SimulatedEngine) -> None:
         half = dynamo._scheduler or dynamo._worker
         half.check()
     dynamo = ours(engine.scheduler.connector)
+    assert dynamo._scheduler.held_blocks == 0
     assert not dynamo._scheduler.has_work
     assert not dynamo._scheduler._requests, "finished requests are still known"
     assert not dynamo._block_tables._tables, "block tables of finished requests are still kept"
@@ -228,6 +233,22 @@ def speaks_to_metrics_and_routers(engine: SimulatedEngine, config: Any) -> None:
     assert all(len(event.token_ids) == BLOCK == event.block_size for event in stored)
 
 
+def tells_whether_hashes_outlive_the_process() -> None:
+    """By what vLLM does: every chain of hashes starts from `NONE_HASH`, which each engine process sets anew."""
+    for seed in (None, "0"):
+        if seed is None:
+            os.environ.pop("PYTHONHASHSEED", None)
+        else:
+            os.environ["PYTHONHASHSEED"] = seed
+        for name, algorithm in (("sha256", hashing.sha256), ("xxhash", hashing.xxhash)):
+            starts = set()
+            for _ in range(2):
+                kv_cache_utils.init_none_hash(algorithm)
+                starts.add(kv_cache_utils.NONE_HASH)
+            assert hashes_end_with_process(name) == (len(starts) > 1), (seed, name)
+    del os.environ["PYTHONHASHSEED"]
+
+
 PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
     cold_evicted_and_hit,
     preempted_requests_come_back_right,
@@ -249,6 +270,7 @@ def run_parts(config: Any, mode: Mode, parts: Sequence[Callable[[SimulatedEngine
 
 def main(model: str) -> None:
     print(f"vllm {vllm.__version__}", flush=True)
+    tells_whether_hashes_outlive_the_process()
     first = dynamo_config(model)
     run_parts(first, MODES[0], [*PARTS, partial(speaks_to_metrics_and_routers, config=first)])
     for mode in MODES[1:]:
