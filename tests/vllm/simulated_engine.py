@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,19 +90,19 @@ class Mode:
 class SimulatedWorker:
     """One rank: its KV tensors, its connector, and the version's own order of calls around a forward."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, mode: Mode, blocks: dict[bytes, list[float]]) -> None:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, mode: Mode) -> None:
         self._vllm_config = vllm_config
         self._mode = mode
-        self._blocks = blocks
-        shape = (kv_cache_config.num_blocks, 1, BLOCK, 16)
-        self.kv = {layer: torch.full(shape, -1.0) for layer in LAYERS}
+        self.kv = self.allocate((kv_cache_config.num_blocks, 1, BLOCK, 16))
         self.connector = KVConnectorFactory.create_connector(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
         with self._as_current_rank():
             if mode.v2_runner:
                 self._hooks = ActiveKVConnector(vllm_config, self.kv)
             else:
                 self.connector.register_kv_caches(self.kv)
-        self._check_what_is_offloaded(ours(self.connector)._worker)
+
+    def allocate(self, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        return {layer: torch.full(shape, -1.0) for layer in LAYERS}
 
     def execute(self, step: Step, truths: dict[str, Truth]) -> Any:
         """Returns the step's `KVConnectorOutput`, as it arrives in the scheduler's process."""
@@ -122,7 +123,10 @@ class SimulatedWorker:
                 step.output, defer_finalize=self._mode.draft_layer
             ) as output,
         ):
-            self._forward(step, truths, LAYERS[:1] if self._mode.draft_layer else LAYERS)
+            if self._mode.draft_layer:
+                self._forward(step, truths, LAYERS[:1])
+            else:
+                self._forward(step, truths)
         if self._mode.draft_layer:
             self._forward(step, truths, LAYERS[1:])
             KVConnectorModelRunnerMixin.finalize_kv_connector()
@@ -132,7 +136,7 @@ class SimulatedWorker:
         if not step.output.total_num_scheduled_tokens:
             return self._hooks.no_forward(step.output).kv_connector_output
         self._hooks.pre_forward(step.output)
-        self._forward(step, truths, LAYERS)
+        self._forward(step, truths)
         finished = step.output.finished_req_ids
         if not hasattr(self._hooks, "finalize_step"):
             return self._hooks.post_forward(finished)
@@ -141,7 +145,7 @@ class SimulatedWorker:
         self._hooks.finalize_step()
         return output
 
-    def _forward(self, step: Step, truths: dict[str, Truth], layers: Sequence[str]) -> None:
+    def _forward(self, step: Step, truths: dict[str, Truth], layers: Sequence[str] = LAYERS) -> None:
         for request_id, scheduled in step.output.num_scheduled_tokens.items():
             truth, table, start = truths[request_id], step.tables[request_id], step.computed[request_id]
             self.assert_kv(table, truth.numbers[:start], f"{request_id} before position {start}", layers)
@@ -150,19 +154,23 @@ class SimulatedWorker:
                     number = truth.numbers[position] + LAYERS.index(layer)
                     self.kv[layer][table[position // BLOCK], :, position % BLOCK] = number
 
-    def assert_kv(self, table: Sequence[int], numbers: Sequence[float], what: str, layers: Sequence[str]) -> None:
+    def assert_kv(
+        self, table: Sequence[int], numbers: Sequence[float], what: str, layers: Sequence[str] = LAYERS
+    ) -> None:
         wanted = torch.tensor(numbers)
         for layer in layers:
             rows = self.kv[layer][list(table)].permute(0, 2, 1, 3).flatten(0, 1)[: len(numbers)].flatten(1)
             wrong = (rows != wanted[:, None] + LAYERS.index(layer)).any(dim=1).nonzero().flatten().tolist()
             assert not wrong, f"{what}: wrong KV in {layer} at positions {wrong[:5]}"
 
-    def _check_what_is_offloaded(self, half: Any) -> None:
+    def before_offloads(self, check: Callable[[Any], None]) -> None:
+        """Calls `check` with each item to store at the moment from which its block may be read."""
+        half = ours(self.connector)._worker
         start = half.start_offloads
 
         def checked(plan: Any) -> None:
             for item in (item for store in plan.stores for item in store.items):
-                self.assert_kv([item.block], self._blocks[item.key], f"block {item.block} to offload", LAYERS)
+                check(item)
             start(plan)
 
         half.start_offloads = checked
@@ -177,17 +185,21 @@ class SimulatedWorker:
 
 
 class SimulatedEngine:
+    worker_class = SimulatedWorker
+    groups = (KVCacheGroupSpec(list(LAYERS), SPEC),)
+
     def __init__(self, vllm_config: Any, mode: Mode, num_blocks: int) -> None:
         vllm_config.scheduler_config.async_scheduling = mode.async_scheduling
         vllm_config.parallel_config.world_size = mode.workers
         vllm_config.parallel_config.tensor_parallel_size = mode.workers
         vllm_config.cache_config.num_gpu_blocks = num_blocks
-        kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(list(LAYERS), SPEC)])
+        kv_cache_config = KVCacheConfig(num_blocks, [], list(self.groups))
         init_none_hash(sha256)
         self._block_hasher = get_request_block_hasher(BLOCK, sha256)
         self._block_numbers: dict[bytes, list[float]] = {}
-        ranks = range(mode.workers)
-        self.workers = [SimulatedWorker(vllm_config, kv_cache_config, mode, self._block_numbers) for _ in ranks]
+        self.workers = [self.worker_class(vllm_config, kv_cache_config, mode) for _ in range(mode.workers)]
+        for worker in self.workers:
+            worker.before_offloads(partial(self.assert_stored, worker))
         self._aggregator = KVOutputAggregator.from_connector(self.workers[0].connector, mode.workers)
         scheduler_class = AsyncScheduler if mode.async_scheduling else Scheduler
         structured = StructuredOutputManager(vllm_config)
@@ -208,6 +220,12 @@ class SimulatedEngine:
     def block_pool(self) -> Any:
         return self.scheduler.kv_cache_manager.block_pool
 
+    def table_of(self, request_id: str) -> Any:
+        return list(self.scheduler.kv_cache_manager.get_block_ids(request_id)[0])
+
+    def assert_stored(self, worker: SimulatedWorker, item: Any) -> None:
+        worker.assert_kv([item.block], self._block_numbers[item.key], f"block {item.block} to offload")
+
     def submit(self, request_id: str, prompt: Sequence[int], answer_tokens: int) -> Request:
         sampling = SamplingParams(max_tokens=answer_tokens, ignore_eos=True)
         request = Request(request_id, list(prompt), sampling, None, block_hasher=self._block_hasher)
@@ -226,7 +244,7 @@ class SimulatedEngine:
         scheduled = output.num_scheduled_tokens
         step = Step(
             output,
-            {name: list(self.scheduler.kv_cache_manager.get_block_ids(name)[0]) for name in scheduled},
+            {name: self.table_of(name) for name in scheduled},
             {name: requests[name].num_computed_tokens - tokens for name, tokens in scheduled.items()},
             {name for name in scheduled if not requests[name].is_prefill_chunk},
         )

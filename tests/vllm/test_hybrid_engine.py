@@ -31,7 +31,9 @@ def serving(model: Path, slabs: Path, log: Path) -> Iterator[tuple[ServerProcess
     """100 HBM blocks: three prompts fill them, so that each answer evicts another's blocks."""
     tiers = ["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-host-dram-gb", "0.2"]
     disk = ["--kvbm-nvme-path", str(slabs), "--kvbm-nvme-gb", "0.2", "--kvbm-nvme-min-touches", "1"]
-    options = VllmOptions(hbm_blocks=100, extra=[*tiers, *disk, "--kvbm-load-gate", "off"])
+    settings = [*tiers, *disk, "--kvbm-load-gate", "off"]
+    # vLLM starts only if one request of the greatest length fits.
+    options = VllmOptions(hbm_blocks=100, max_model_tokens=2048, extra=settings)
     server = vllm_server("vllm-hybrid", model, log, options)
     try:
         server.start().wait_ready()
