@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,27 @@ def tokens_in_flight(request: Any) -> int:
     """
     in_flight = getattr(request, "num_in_flight_tokens", None)
     return int(request.num_output_placeholders if in_flight is None else in_flight)
+
+
+def hashes_end_with_process(algorithm: str) -> bool:
+    """Whether block hashes start from a random number here, so that no later process finds what is kept under them.
+
+    Before 0.32 always, from then on with an algorithm that is not cryptographic; a fixed PYTHONHASHSEED prevents it.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    if "PYTHONHASHSEED" in os.environ:
+        return False
+    return "xxhash" in algorithm or not hasattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")
+
+
+def is_surely_computed(scheduler_output: Any) -> bool:
+    """Whether what the step computes is right for sure once it has run, so that it can be offloaded by the same step.
+
+    Another connector that loads within the step may fail, and with it what the step computes. Before 0.32 no step tells
+    whether there is such a load, so blocks are offloaded one step later there.
+    """
+    return not getattr(scheduler_output, "has_sync_kv_loads", True)
 
 
 class BlockTables:

@@ -24,7 +24,7 @@ from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.tiers.object_format import object_bytes
 from dynamo_connectors.transfer import Stores
-from dynamo_connectors.vllm.compat import engine_logger, tells_block_tables
+from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process, tells_block_tables
 from dynamo_connectors.vllm.groups import Geometry
 from dynamo_connectors.vllm.kv_events import TierEvents
 from dynamo_connectors.vllm.kv_pages import Pages, planned_row_bytes, read_geometry, read_pages
@@ -78,6 +78,12 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
         shares_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         lasting_tiers=tuple(name for name in (NVME_SSD, OBJECT_STORE) if name in capacities),
     )
+    if limits.lasting_tiers and hashes_end_with_process(vllm_config.cache_config.prefix_caching_hash_algo):
+        log.warning(
+            "dynamo: this vLLM names blocks anew at every start, so no other process finds what it keeps in %s; "
+            "set PYTHONHASHSEED to a fixed number",
+            " and ".join(limits.lasting_tiers),
+        )
     events_config = vllm_config.kv_events_config
     events = TierEvents(geometry, events_config is not None and events_config.enable_kv_cache_events)
     gate = LoadGate() if config.load_gate else None
