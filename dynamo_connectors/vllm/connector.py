@@ -160,7 +160,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             stats = KvbmStats.of_scheduler(self._scheduler.take_counts(), self._scheduler.tier_stats())
         elif self._worker is not None:
-            stats = KvbmStats.of_worker(self._worker.take_transfers())
+            stats = KvbmStats.of_worker(self._worker.take_transfers(), self._worker.take_failures())
         else:
             return None
         return None if stats.is_empty() else stats

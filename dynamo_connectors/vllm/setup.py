@@ -17,6 +17,7 @@ from dynamo_connectors.config import ARC, HOST_DRAM, LRU, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.eviction import ArcPolicy, EvictionPolicy, LruPolicy
 from dynamo_connectors.load_gate import LoadGate
+from dynamo_connectors.numa import nearest_node
 from dynamo_connectors.pinning import pin_host_memory
 from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
 from dynamo_connectors.tiers.dram import DramStore
@@ -97,10 +98,9 @@ def build_worker_half(
     pages, geometry = read_pages(kv_caches, kv_cache_config), read_geometry(kv_cache_config)
     num_workers = vllm_config.parallel_config.world_size
     capacities = tier_capacities(config, planned_row_bytes(kv_cache_config), num_workers)
-    on_gpu = pages.view.device.type == "cuda"
-    if on_gpu:
+    if pages.view.device.type == "cuda":
         _measure_copy_paths(pages.view.device)
-    dram = DramStore(capacities[HOST_DRAM], pages.row_bytes, pin_host_memory if on_gpu else None)
+    dram = _host_memory(capacities[HOST_DRAM], pages)
     space = namespace(vllm_config, geometry, pages)
     disk: NvmeStore | None = None
     objects: ObjectStore | None = None
@@ -131,6 +131,15 @@ def _measure_copy_paths(device: torch.device) -> None:
         log.warning("dynamo: copy paths could not be measured (%s); the rules of thumb choose them", error)
     else:
         log.info("dynamo: copy paths of %s measured in %.1f s", found.device, found.seconds)
+
+
+def _host_memory(blocks: int, pages: Pages) -> DramStore:
+    """For a GPU it is pinned, and lies on the GPU's NUMA node."""
+    device = pages.view.device
+    if device.type != "cuda":
+        return DramStore(blocks, pages.row_bytes)
+    node = nearest_node(torch.cuda.get_device_properties(device))
+    return DramStore(blocks, pages.row_bytes, pin_host_memory, node)
 
 
 def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dict[str, int]:
