@@ -19,6 +19,8 @@ from tests.tiers.s3_servers import BUCKET, CREDENTIALS, Moto, moto_server
 
 #: Of pages this small, a chunk holds the most blocks there are.
 CHUNK = 32
+#: SGLang's is 128 pages.
+BATCH = 16
 Start = Callable[..., tuple[HiCacheBackend, FakeHostPool]]
 
 
@@ -27,8 +29,8 @@ def hashes(first: int, count: int) -> list[str]:
 
 
 def behind(first: int) -> SimpleNamespace:
-    """SGLang's extra_info for pages from `first` on. Where nothing comes before them it says nothing."""
-    return SimpleNamespace(prefix_keys=hashes(0, first) or None)
+    """SGLang's extra_info for pages from `first` on."""
+    return SimpleNamespace(prefix_keys=hashes(0, first))
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +68,21 @@ def start(service: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def keep(backend: HiCacheBackend, pool: FakeHostPool, count: int) -> None:
     """A request looks up, computes and keeps; a second one looks up again."""
-    backend.batch_exists(hashes(0, count), behind(0))
+    look_up(backend, "first", count)
     for page in range(count):
         pool.fill(page, b"page %d" % page)
     assert all(backend.batch_set_v1(hashes(0, count), pool.slots(*range(count)), behind(0)))
-    assert backend.batch_exists(hashes(0, count), behind(0)) == count
+    assert look_up(backend, "second", count) == count
+
+
+def look_up(backend: HiCacheBackend, request: str, count: int) -> int:
+    """As SGLang does: in batches, then what it asked for as a whole."""
+    found = sum(
+        backend.batch_exists(hashes(first, min(BATCH, count - first)), behind(first))
+        for first in range(0, count, BATCH)
+    )
+    backend.note_use(request, hashes(0, count), [])
+    return found
 
 
 def lower_counts(backend: HiCacheBackend) -> PageCounts:
@@ -156,8 +168,8 @@ def test_changed_weights_leave_the_object_store_alone(start: Start, service: Mot
     for page in range(64):
         pool.fill(page, b"other weights %d" % page)
     backend.batch_set_v1(hashes(0, 64), pool.slots(*range(64)), behind(0))
-    for _ in range(3):
-        backend.batch_exists(hashes(0, 64), behind(0))
+    for request in ("third", "fourth", "fifth"):
+        look_up(backend, request, 64)
     backend.close()
     assert len(service.names()) == 1
 
