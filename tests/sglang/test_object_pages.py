@@ -12,7 +12,8 @@ import pytest
 
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.sglang.backend import HiCacheBackend
-from dynamo_connectors.sglang.page_store import PageCounts
+from dynamo_connectors.sglang.chains import UNKNOWN
+from dynamo_connectors.sglang.page_store import PageCounts, PageStore
 from tests.sglang.conftest import storage_config
 from tests.sglang.host_pool import FakeHostPool
 from tests.tiers.s3_servers import BUCKET, CREDENTIALS, Moto, moto_server
@@ -108,7 +109,8 @@ def test_chunks_go_down_and_come_back_without_the_disk(start: Start, service: Mo
     backend.close()
     shutil.rmtree(tmp_path / "kv")
     again, pool = start()
-    wait_for(lambda: again.batch_exists(hashes(0, 70), behind(0)) == 2 * CHUNK)
+    wait_for(lambda: lower_counts(again).recovered_pages == 2 * CHUNK)
+    assert again.batch_exists(hashes(0, 70), behind(0)) == 2 * CHUNK
     # SGLang asks for what its own levels lack, wherever that begins.
     first = 7
     count = 2 * CHUNK - first
@@ -117,6 +119,40 @@ def test_chunks_go_down_and_come_back_without_the_disk(start: Start, service: Mo
     assert all(found)
     assert all(pool.holds(page, b"page %d" % page) for page in range(first, 2 * CHUNK))
     assert lower_counts(again).read_pages == count
+
+
+def test_a_chain_that_nobody_can_tell_is_a_counted_miss_and_never_goes_down(start: Start, service: Moto) -> None:
+    backend, pool = start()
+    gap = SimpleNamespace(prefix_keys=[UNKNOWN])
+    slots = pool.slots(*range(CHUNK))
+    # What a decode worker writes says nothing of the pages before it: the disk keeps it.
+    assert all(backend.batch_set_v1(hashes(7, CHUNK), slots, SimpleNamespace(prefix_keys=None)))
+    assert backend.batch_exists(hashes(7, CHUNK), gap) == 0
+    assert not any(backend.batch_get_v1(hashes(7, CHUNK), slots, gap))
+    for request in ("first", "second"):
+        backend.note_use(request, hashes(7, CHUNK), [UNKNOWN])
+    counts = backend.counts()
+    assert counts is not None
+    assert counts.load_failures == {"chain_unknown": CHUNK}
+    assert all(backend.batch_get_v1(hashes(7, CHUNK), slots, behind(7)))
+    backend.close()
+    assert not service.names()
+
+
+def test_a_prompt_of_several_batches_is_used_once(start: Start, service: Moto) -> None:
+    backend, pool = start()
+    for page in range(2 * CHUNK):
+        pool.fill(page, b"page %d" % page)
+    assert all(backend.batch_set_v1(hashes(0, 2 * CHUNK), pool.slots(*range(2 * CHUNK)), behind(0)))
+    backend.batch_exists(hashes(0, CHUNK), behind(0))
+    backend.batch_exists(hashes(CHUNK, CHUNK), behind(CHUNK))
+    pages = backend._set_of_pools.pages("kv")
+    assert isinstance(pages, PageStore)
+    assert pages._manager.moves_in_flight == 0
+    assert not pages._manager.has_moves_waiting
+    look_up(backend, "second", 2 * CHUNK)
+    wait_for(lambda: lower_counts(backend).written_pages == 2 * CHUNK)
+    assert len(service.names()) == 2
 
 
 def test_another_replica_reads_what_this_one_wrote(start: Start) -> None:
