@@ -236,6 +236,13 @@ def _event_hash(key: BlockKey) -> int:
     return int(resolve("sglang.srt.mem_cache.utils.hash_str_to_int64")(key.decode()))
 
 
+def page_hashes(operation: Any, result: Any) -> list[str]:
+    """Of a lookup: all that were asked about; before 0.5.23 those that were found."""
+    hashes: list[str] | None = getattr(operation, "all_hash_values", None)
+    found: list[str] = result[0]
+    return found if hashes is None else hashes
+
+
 def looked_up(operation: Any, result: Any) -> tuple[list[str], list[int]] | None:
     """Page hashes and tokens of a lookup; None for an adapter's or a tenant's, which SGLang's events hash otherwise."""
     key = operation.token_ids
@@ -243,8 +250,7 @@ def looked_up(operation: Any, result: Any) -> tuple[list[str], list[int]] | None
         return None
     if key.extra_key is not None or getattr(key, "cache_salt", None) is not None:
         return None
-    hashes = getattr(operation, "all_hash_values", None)
-    return (result[0] if hashes is None else hashes), list(key.raw_token_ids())
+    return page_hashes(operation, result), list(key.raw_token_ids())
 
 
 def attach_refused(message: str) -> Any:

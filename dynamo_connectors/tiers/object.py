@@ -115,9 +115,9 @@ class ObjectStore:
         """Removes objects. The outcome comes when they are gone, which takes as long as the service is dead."""
         return self._start(lambda _: self._upkeep.erase(chunks), len(chunks))
 
-    def list_chunks(self, limit: int) -> None:
+    def list_chunks(self, limit: int) -> Future[None]:
         """Looks for at most `limit` objects in the background, until the service has answered; see `take_listed`."""
-        self._upkeep.list_chunks(limit)
+        return self._upkeep.list_chunks(limit)
 
     def take_listed(self) -> tuple[list[BlockKey], bool]:
         """The chunks found since the last call, and whether these were the last ones."""
