@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
-from tools.sglang_server import PAGE_TOKENS, sglang_server
 
 from soak.object_store import BUCKET, SECRETS
 from tools.server_process import ServerProcess
+from tools.sglang_server import PAGE_TOKENS, sglang_server
 from tools.vllm_server import BLOCK_TOKENS, CHUNK_TOKENS, MODEL_NAME, VllmOptions, vllm_server
 
 #: Ends four tokens behind a prefill chunk, so that the last chunk has the same shape cold and on a hit.
@@ -80,7 +80,11 @@ class Vllm(Engine):
 
     def server(self, folder: Path, tiers: tuple[str, ...], s3_url: str) -> ServerProcess:
         extra = ["--kv-connector", "dynamo", "--kvbm-storage-tiers", ",".join(("hbm", "host_dram", *tiers))]
-        extra += ["--kvbm-host-dram-gb", "0.2", *_tier_flags(folder, tiers, s3_url), "--kvbm-load-gate", "off"]
+        extra += ["--kvbm-host-dram-gb", "0.2", "--kvbm-load-gate", "off"]
+        if "nvme_ssd" in tiers:
+            extra += [*_disk_flags(folder / "kv"), "--kvbm-nvme-min-touches", "1"]
+        if "object_store" in tiers:
+            extra += _object_flags(folder, s3_url)
         server = vllm_server("vllm", self.model, folder / "vllm.log", VllmOptions(hbm_blocks=600, extra=extra))
         server.env = {**server.env, **SECRETS}
         return server
@@ -97,10 +101,16 @@ class Vllm(Engine):
 
 
 class Sglang(Engine):
+    """Its DRAM is its own second level. Its object store lies below the disk: no disk means an empty one."""
+
     name, block_tokens = "SGLang", PAGE_TOKENS
 
     def server(self, folder: Path, tiers: tuple[str, ...], s3_url: str) -> ServerProcess:
-        extra = ["--hicache-storage-backend", "dynamo", *_tier_flags(folder, tiers, s3_url)]
+        extra = ["--hicache-storage-backend", "dynamo", "--enable-hierarchical-cache", "--hicache-ratio", "2"]
+        extra += ["--max-total-tokens", "16384", "--hicache-storage-prefetch-policy", "wait_complete"]
+        extra += ["--enable-metrics", *_disk_flags(folder / ("kv" if "nvme_ssd" in tiers else "empty"))]
+        if "object_store" in tiers:
+            extra += _object_flags(folder, s3_url)
         server = sglang_server("sglang", self.model, folder / "sglang.log", extra)
         server.env = {**server.env, **SECRETS}
         return server
@@ -115,18 +125,17 @@ class Sglang(Engine):
 
     def empty_hbm(self, url: str, filler: Callable[[], Prompt]) -> None:
         """SGLang cannot be told to; other prompts push the old ones down to its host memory."""
-        for _ in range(3):
+        for _ in range(16384 // PROMPT_TOKENS + 1):
             self.ask(url, filler())
 
 
-def _tier_flags(folder: Path, tiers: tuple[str, ...], s3_url: str) -> list[str]:
-    flags: list[str] = []
-    if "nvme_ssd" in tiers:
-        flags += ["--kvbm-nvme-path", str(folder / "kv"), "--kvbm-nvme-gb", "0.2", "--kvbm-nvme-min-touches", "1"]
-    if "object_store" in tiers:
-        flags += ["--kvbm-object-url", f"s3://{BUCKET}/{folder.name}", "--kvbm-object-endpoint-url", s3_url]
-        flags += ["--kvbm-object-gb", "1", "--kvbm-object-min-touches", "1"]
-    return flags
+def _disk_flags(directory: Path) -> list[str]:
+    return ["--kvbm-nvme-path", str(directory), "--kvbm-nvme-gb", "0.2"]
+
+
+def _object_flags(folder: Path, s3_url: str) -> list[str]:
+    flags = ["--kvbm-object-url", f"s3://{BUCKET}/{folder.name}", "--kvbm-object-endpoint-url", s3_url]
+    return [*flags, "--kvbm-object-gb", "1", "--kvbm-object-min-touches", "1"]
 
 
 def _metric(url: str, name: str, tier: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import vllm
+from dynamo_kernels.errors import CopyError
 
 from dynamo_connectors.block_manager import BlockManager, NamedTier
 from dynamo_connectors.blocks import Namespace
@@ -97,6 +98,8 @@ def build_worker_half(
     pages, geometry = read_pages(kv_caches, kv_cache_config), read_geometry(kv_cache_config)
     num_workers = vllm_config.parallel_config.world_size
     capacities = tier_capacities(config, planned_row_bytes(kv_cache_config), num_workers)
+    if pages.view.device.type == "cuda":
+        _measure_copy_paths(pages.view.device)
     dram = _host_memory(capacities[HOST_DRAM], pages)
     space = namespace(vllm_config, geometry, pages)
     disk: NvmeStore | None = None
@@ -125,6 +128,18 @@ def _host_memory(blocks: int, pages: Pages) -> DramStore:
         return DramStore(blocks, pages.row_bytes)
     node = nearest_node(torch.cuda.get_device_properties(device))
     return DramStore(blocks, pages.row_bytes, pin_host_memory, node)
+
+
+def _measure_copy_paths(device: torch.device) -> None:
+    """Once a device and driver; what is known from an earlier start is used at once."""
+    from dynamo_kernels.calibration import calibrate
+
+    try:
+        found = calibrate(device)
+    except (RuntimeError, OSError, CopyError) as error:
+        log.warning("dynamo: copy paths could not be measured (%s); the rules of thumb choose them", error)
+    else:
+        log.info("dynamo: copy paths of %s measured in %.1f s", found.device, found.seconds)
 
 
 def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dict[str, int]:

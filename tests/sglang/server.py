@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,31 +11,20 @@ from typing import Any
 import requests
 
 from tests.house.repository import environment, import_path
+from tools import sglang_server
 from tools.server_process import ServerProcess, free_port
+from tools.sglang_server import server_variables
 
-STAND_INS = Path(__file__).resolve().parent / "stand_ins"
 VOCABULARY = 512
-PAGE_TOKENS = 16
 ADMIN_KEY = "key-of-the-tests"
 
 
 def server_environment(name: str = "sglang", **changes: str) -> dict[str, str]:
-    return {
-        "PATH": f"{environment(name) / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{import_path()}{os.pathsep}{STAND_INS}",
-        "PYTHONWARNINGS": "ignore",
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-        **changes,
-    }
+    return server_variables(environment(name), import_path(), **changes)
 
 
 def launch_command(model: Path, *arguments: str, name: str = "sglang") -> list[str]:
-    command = [str(environment(name) / "bin" / "python"), "-m", "sglang.launch_server"]
-    command += ["--model-path", str(model), "--device", "cpu", "--attention-backend", "torch_native"]
-    command += ["--host", "127.0.0.1", "--mem-fraction-static", "0.05", "--page-size", str(PAGE_TOKENS)]
-    return [*command, "--sleep-on-idle", "--skip-server-warmup", *arguments]
+    return sglang_server.launch_command(environment(name), model, *arguments)
 
 
 @dataclass(frozen=True)
