@@ -189,7 +189,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
     def _start_offloads(self) -> None:
         """Once a step, after all that it computes, a draft model's KV too: in `wait_for_save`.
 
-        0.24 leaves that out in steps that compute nothing, where `get_finished` stands in.
+        vLLM before 0.31 leaves that out in steps that compute nothing, where `get_finished` stands in.
         """
         plan, self._unsaved = self._unsaved, None
         if self._worker is not None and plan is not None:

@@ -7,7 +7,6 @@ attend to is compared with what it must be. A block copied for the wrong group, 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ class HybridWorker(SimulatedWorker):
     def allocate(self, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         return dict.fromkeys(LAYERS, torch.full(shape, -1.0))
 
-    def _forward(self, step: Step, truths: dict[str, Truth], layers: Sequence[str]) -> None:
+    def _forward(self, step: Step, truths: dict[str, Truth]) -> None:
         for request_id, scheduled in step.output.num_scheduled_tokens.items():
             numbers, start = truths[request_id].numbers, step.computed[request_id]
             for group, table in enumerate(step.tables[request_id]):
@@ -45,11 +44,6 @@ class HybridWorker(SimulatedWorker):
         found = self.kv[LAYERS[0]][block, 0, place]
         assert (found == number + group).all(), f"group {group}, block {block}: {found[0]} instead of {number + group}"
 
-    def assert_stored(self, item: Any) -> None:
-        group = group_of(item.key, 2)
-        for place, number in enumerate(self._blocks[hash_of(item.key, 2)]):
-            self.assert_token(group, item.block, place, number)
-
 
 class HybridEngine(SimulatedEngine):
     worker_class = HybridWorker
@@ -60,6 +54,12 @@ class HybridEngine(SimulatedEngine):
 
     def table_of(self, request_id: str) -> Any:
         return self.scheduler.kv_cache_manager.get_block_ids(request_id)
+
+    def assert_stored(self, worker: SimulatedWorker, item: Any) -> None:
+        assert isinstance(worker, HybridWorker)
+        group = group_of(item.key, 2)
+        for place, number in enumerate(self._block_numbers[hash_of(item.key, 2)]):
+            worker.assert_token(group, item.block, place, number)
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
