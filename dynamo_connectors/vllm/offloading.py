@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from dynamo_connectors.admission import admitted_blocks
 from dynamo_connectors.block_manager import BlockManager
+from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM
 from dynamo_connectors.vllm.compat import NULL_BLOCK_ID
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
@@ -34,6 +35,8 @@ class Offloading:
         self._events = events
         self._counts = counts
         self.holds: Holds | None = None
+        #: Blocks on their way to host memory. With the last one of a request that has ended: its chain.
+        self._storing: dict[BlockKey, Sequence[BlockKey]] = {}
 
     def offer(self, live: Live, computed_tokens: int, tables: Callable[[], Tables]) -> None:
         """Offloads those of the first `computed_tokens` tokens' full blocks that are not kept below HBM yet."""
@@ -58,6 +61,9 @@ class Offloading:
             # Once per request, not per block: its head came in first, and must not be the first to go.
             self._manager.touch(chain)
             self._manager.offload(chain)
+            last = next((key for key in reversed(chain) if key in self._storing), None)
+            if last is not None:
+                self._storing[last] = chain
             lost = tables[group][offered : self._admitted(live, group, computed_tokens)]
             self._counts["dropped_blocks", "hbm_busy"] += sum(block != NULL_BLOCK_ID for block in lost)
 
@@ -71,13 +77,18 @@ class Offloading:
             return
         assert self.holds is not None
         self.holds.release([block for _, block in job.stores])
+        ended: list[Sequence[BlockKey]] = []
         for target, _ in job.stores:
+            ended.append(self._storing.pop(target.key))
             if target.key in job.failed:
                 self._manager.abort(target, job.failed[target.key])
             else:
                 self._manager.commit(target)
                 self._counts["offloaded_blocks", HOST_DRAM] += 1
         self._manager.touch([target.key for target, _ in job.stores])
+        # A chunk is complete only now, and no request will come back to say so.
+        for chain in filter(None, ended):
+            self._manager.offload(chain)
 
     def _admitted(self, live: Live, group: int, computed_tokens: int) -> int:
         """How many of the group's first blocks may be offloaded by now."""
@@ -101,4 +112,5 @@ class Offloading:
         if targets:
             stores = tuple((target, block_of[target.key]) for target in targets)
             self.holds.hold([block for _, block in stores])
+            self._storing.update((target.key, ()) for target in targets)
             self._ledger.store(stores)

@@ -70,6 +70,8 @@ class Setting:
 
     dram: int = 8
     disk: int = 0
+    #: Objects of two blocks.
+    objects: int = 0
     workers: int = 1
     groups: tuple[Group, ...] = (Group(BLOCK),)
     offload_ratio: float = 1.0
@@ -84,6 +86,8 @@ def make(**chosen: Any) -> tuple[SchedulerHalf, FakeHolds]:
     tiers = [NamedTier("host_dram", TierIndex(setting.dram))]
     if setting.disk:
         tiers.append(NamedTier("nvme_ssd", TierIndex(setting.disk)))
+    if setting.objects:
+        tiers.append(NamedTier("object_store", TierIndex(setting.objects, erases=True), chunk_blocks=2))
     limits = Limits(
         geometry=Geometry(setting.groups, BLOCK),
         offload_ratio=setting.offload_ratio,

@@ -159,3 +159,20 @@ def test_blocks_sink_to_disk_and_are_loaded_from_there() -> None:
     plan = load(half, request("c", 2, prefix="a"), [8, 9])
     assert [item.tier for item in plan.loads[0].items] == ["nvme_ssd", "nvme_ssd"]
     end(half, plan)
+
+
+def test_a_chunk_that_is_complete_after_its_request_goes_on_to_the_object_store() -> None:
+    half, _ = make(dram=16, objects=4)
+    what = request("a", 5)
+    first = offer_all(half, what, [11, 12, 13])
+    half.finished(what, [[11, 12, 13, 14, 15]], 5 * BLOCK)
+    second = half.plan(is_idle=False)
+    assert not second.moves
+    end(half, first)
+    end(half, second)
+    third = half.plan(is_idle=True)
+    chunks = [[item.key for item in move.items] for move in third.moves]
+    assert chunks == [what.block_hashes[:2], what.block_hashes[2:4]]
+    end(half, third)
+    settle(half)
+    half.check()
