@@ -2,7 +2,7 @@
 
 A folder is named by its files: names, sizes, times of change and samples of their bytes, because an image or a copy may
 give all files one time, and fine-tuned weights keep their size. A folder inside a hub cache is named by its commit, which
-says the same on every machine. Weights that cannot be seen (streamed from elsewhere) get a name nobody else will ever have.
+says the same on every machine. Weights that cannot be seen (streamed from elsewhere) get a name nobody else will have.
 """
 
 from __future__ import annotations
