@@ -1,8 +1,8 @@
 """Which weights a model has, as far as its files tell: KV computed with other weights must never be read.
 
 A folder is named by its files: names, sizes, times of change and samples of their bytes, because an image or a copy may
-give all files one time, and fine-tuned weights keep their size. A folder inside a hub cache is named by its commit, which
-says the same on every machine. Weights that cannot be seen (streamed from elsewhere) get a name nobody else will have.
+give all files one time, and fine-tuned weights keep their size. A folder inside a hub cache is named by its commit, the
+same on every machine. Weights that cannot be seen (streamed from elsewhere) get a name that nobody else will ever have.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.tiers.object_format import object_bytes
 from dynamo_connectors.transfer import Stores
+from dynamo_connectors.vllm.adapters import place_of
 from dynamo_connectors.vllm.compat import engine_logger, tells_block_tables
 from dynamo_connectors.vllm.groups import Geometry
 from dynamo_connectors.vllm.kv_events import TierEvents
@@ -149,10 +149,10 @@ def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dic
 
 def namespace(vllm_config: Any, geometry: Geometry, pages: Pages) -> Namespace:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    load = vllm_config.load_config
     # vLLM's block hashes carry LoRA, multimodal items and cache salt; the algorithm decides what equal hashes mean.
     # What a page means inside is the engine's business and may change with its version; so may what a model computes.
-    rules = (getattr(cache, "prefix_caching_hash_algo", ""), geometry, vllm.__version__, model.compute_hash())
+    media = getattr(getattr(model, "multimodal_config", None), "mm_processor_kwargs", None)
+    rules = (getattr(cache, "prefix_caching_hash_algo", ""), geometry, vllm.__version__, model.compute_hash(), media)
     return Namespace(
         engine="vllm",
         model=str(model.model),
@@ -163,16 +163,15 @@ def namespace(vllm_config: Any, geometry: Geometry, pages: Pages) -> Namespace:
         tp_rank=parallel.rank % parallel.tensor_parallel_size,
         tp_size=parallel.tensor_parallel_size,
         key_rules=repr(rules),
-        weights=weights_identity(_place_of(model), str(load.load_format), model.seed),
+        weights=_weights(vllm_config),
     )
 
 
-def _place_of(model: Any) -> Path | None:
-    """The folder or file of a model's weights on this machine, if it has one."""
-    place = Path(str(model.model))
-    if place.exists():
-        return place
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(str(model.model), "config.json", revision=model.revision)
-    return Path(found).parent if isinstance(found, str) else None
+def _weights(vllm_config: Any) -> str:
+    """The model's, and the draft model's: its KV lies in the same rows."""
+    drafter = getattr(getattr(vllm_config, "speculative_config", None), "draft_model_config", None)
+    models = [model for model in (vllm_config.model_config, drafter) if model is not None]
+    load_format = str(vllm_config.load_config.load_format)
+    return " ".join(
+        weights_identity(place_of(str(model.model), model.revision), load_format, model.seed) for model in models
+    )

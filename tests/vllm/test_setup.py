@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,3 +77,17 @@ def test_windows_need_an_engine_that_tells_what_they_have_left(
     check_model(*configs(FULL))
     with pytest.raises(ConfigError, match=r"0\.32 or newer"):
         check_model(*configs(*specs))
+
+
+def test_another_draft_model_in_its_place_is_another_model(tmp_path: Path) -> None:
+    for name in ("model", "draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"first")
+    model, draft = (SimpleNamespace(model=str(tmp_path / name), revision=None, seed=0) for name in ("model", "draft"))
+    drafter = SimpleNamespace(draft_model_config=draft)
+    load = SimpleNamespace(load_format="auto")
+    config = SimpleNamespace(model_config=model, load_config=load, speculative_config=drafter)
+    before = setup._weights(config)
+    assert setup._weights(config) == before
+    (tmp_path / "draft" / "model.safetensors").write_bytes(b"other")
+    assert setup._weights(config) != before
