@@ -1,7 +1,7 @@
 """Where the weights of models and adapters lie, and which adapter it is that a request uses.
 
-vLLM's block hashes name an adapter by name and path, and one that is trained anew keeps both; what an earlier process, or
-another replica, kept under them must not be taken for its KV.
+vLLM's block hashes name an adapter by name and path, and one that is trained anew keeps both; what an earlier process,
+or another replica, kept under them must not be taken for its KV.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from dynamo_kernels.errors import CopyError
 
 from dynamo_connectors.block_manager import BlockManager, NamedTier
 from dynamo_connectors.blocks import Namespace
-from dynamo_connectors.config import ARC, HOST_DRAM, LRU, NVME_SSD, OBJECT_STORE, KvbmConfig, flag_of
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, KvbmConfig, flag_of
 from dynamo_connectors.errors import ConfigError
-from dynamo_connectors.eviction import ArcPolicy, EvictionPolicy, LruPolicy
+from dynamo_connectors.eviction import POLICIES
 from dynamo_connectors.load_gate import LoadGate
 from dynamo_connectors.pinning import pin_host_memory
 from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
@@ -40,7 +40,6 @@ log = engine_logger(__name__)
 
 #: Offloads may hold at most this share of HBM away from new requests.
 _MAX_HELD_SHARE = 0.25
-_POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {LRU: LruPolicy, ARC: ArcPolicy}
 
 
 def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -68,7 +67,7 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
     for name, entries in capacities.items():
         chunk = chunk_blocks_for(row_bytes) if name == OBJECT_STORE else 1
         log.info("dynamo: tier %s holds %d blocks of %d bytes on each worker", name, entries * chunk, row_bytes)
-        policy = _POLICIES[config.eviction_policy](entries)
+        policy = POLICIES[config.eviction_policy](entries)
         tiers.append(NamedTier(name, TierIndex(entries, policy, erases=name == OBJECT_STORE), chunk))
     limits = Limits(
         geometry=geometry,
