@@ -69,7 +69,8 @@ class ObjectStore:
         self.chunk_blocks = chunk_blocks
         self.object_bytes = object_format.object_bytes(row_bytes, chunk_blocks)
         self.deadline_seconds = settings.deadline_seconds
-        self._max_queued_bytes = settings.upload_queue_bytes
+        # One object always fits: a block may be larger than a queue that suits the others.
+        self._max_queued_bytes = max(settings.upload_queue_bytes, self.object_bytes)
         self._namespace = namespace.digest
         client = ObjectClient(settings.url, settings.endpoint_url, namespace.digest.hex())
         self._requests = ObjectRequests(client, clock)
@@ -238,5 +239,5 @@ class ObjectStore:
 
 
 def _claim(outcome: Outcome) -> bool:
-    """False when it was cancelled; else it cannot be cancelled any more."""
-    return outcome.running() or outcome.set_running_or_notify_cancel()
+    """False when it was cancelled; else it cannot be cancelled any more. May be asked again."""
+    return not outcome.cancelled() and (outcome.running() or outcome.set_running_or_notify_cancel())
