@@ -175,7 +175,6 @@ class PageStore:
                 else:
                     self._manager.abort(target, reason)
             self._manager.release(held)
-            self._manager.touch(chain)
             if before is not None:
                 self._manager.offload(chain)
             self._tell_changes()
