@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .envs/vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean vllm-env sglang-env vllm-versions
+.PHONY: help demo test lint bench soak clean vllm-env sglang-env vllm-versions
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python3.11]'
@@ -23,6 +23,9 @@ lint: vllm-env ## ruff, and mypy --strict on our packages
 
 bench: vllm-env ## figures with a peer or a floor in the same run (ARGS: names of benches)
 	$(BIN)/python -m benchmarks $(or $(ARGS),all)
+
+soak: vllm-env ## half an hour of load and faults on a real engine (ARGS: --minutes 5)
+	$(BIN)/python -m soak $(ARGS)
 
 clean: ## removes environments, build output and caches
 	rm -rf .envs .build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.config import HOST_DRAM, NVME_SSD
 
 
 class StoreItem(NamedTuple):
@@ -90,16 +89,3 @@ class JobReport:
     job_id: int
     failed: Mapping[BlockKey, str]
     moved: tuple[Moved, ...] = ()
-
-
-# -- names from before moves went both ways: gone once the adapters say MoveJob --------------------------------------
-DRAM_TIER, DISK_TIER = HOST_DRAM, NVME_SSD
-SpillItem = MoveItem
-
-
-@dataclass(frozen=True)
-class SpillJob:
-    """Copies DRAM slots to disk slots."""
-
-    job_id: int
-    items: tuple[MoveItem, ...]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from typing import NamedTuple
 
-import torch
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.copy import copy_blocks
 from dynamo_kernels.fence import CopyLane
@@ -37,7 +36,6 @@ class LoadFromBelow:
         self._tier = tier
         self._staging = staging
         self._hbm = hbm
-        self._rows = BlockView.of_rows(torch.from_numpy(staging.store.rows), hbm.part_bytes)
         self._reads: dict[Future[Sequence[StoreError | None]], _Read] = {}
 
     def run(self, items: Sequence[LoadItem], seconds: float, failed: dict[BlockKey, str]) -> int:
@@ -84,7 +82,7 @@ class LoadFromBelow:
                     else:
                         failed[item.key] = reason
             with CopyLane(self._hbm.device):
-                copy_blocks(self._rows, rows, self._hbm, blocks)
+                copy_blocks(self._staging.blocks, rows, self._hbm, blocks)
         finally:
             for read in reads.values():
                 self._staging.give(read.rows)

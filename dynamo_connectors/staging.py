@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+
+import torch
+from dynamo_kernels.block_view import BlockView
 
 from dynamo_connectors.tiers.dram import DramStore
 
@@ -10,8 +14,10 @@ from dynamo_connectors.tiers.dram import DramStore
 class StagingRows:
     """Hands out rows of `store`, which it owns. A row is given back by whoever is sure that nobody writes to it."""
 
-    def __init__(self, store: DramStore) -> None:
+    def __init__(self, store: DramStore, part_bytes: Sequence[int]) -> None:
         self.store = store
+        #: All rows as the copy engine sees them: one view for good, because it prepares a plan for every new one.
+        self.blocks = BlockView.of_rows(torch.from_numpy(store.rows), part_bytes)
         self._free = list(range(store.capacity_blocks))
         self._changed = threading.Condition()
 
@@ -29,6 +35,10 @@ class StagingRows:
 
     def view(self, row: int) -> memoryview:
         return memoryview(self.store.rows[row])
+
+    def close(self) -> None:
+        del self.blocks
+        self.store.close()
 
     @property
     def all_are_back(self) -> bool:

@@ -70,10 +70,10 @@ class _Outcome:
 class _Below:
     """A tier below host memory, with the threads and the memory that loads from it take."""
 
-    def __init__(self, name: str, tier: LowerTier, dram: DramStore) -> None:
+    def __init__(self, name: str, tier: LowerTier, dram: DramStore, part_bytes: Sequence[int]) -> None:
         self.tier = tier
         rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // dram.row_bytes)
-        self.staging = StagingRows(dram.another(min(rows, 4 * _MIN_STAGING_ROWS)))
+        self.staging = StagingRows(dram.another(min(rows, 4 * _MIN_STAGING_ROWS)), part_bytes)
         self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
 
 
@@ -99,9 +99,9 @@ class TransferEngine:
         #: Fastest first.
         self._below: dict[str, _Below] = {}
         if stores.disk is not None:
-            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores.dram)
+            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores.dram, hbm.part_bytes)
         if stores.object_store is not None:
-            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores.dram)
+            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores.dram, hbm.part_bytes)
 
     def submit(self, job: Job, fence: ComputeFence) -> None:
         """Starts `job` once the compute before `fence` is done. Its report comes out of `poll`, always."""
@@ -146,7 +146,7 @@ class TransferEngine:
             return
         del self._rows
         for below in self._below.values():
-            below.staging.store.close()
+            below.staging.close()
         self._dram.close()
 
     def check(self) -> None:

@@ -22,7 +22,8 @@ def s3_server(log: Path) -> ServerProcess:
     """moto, not started yet."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    return ServerProcess("s3", command, f"http://127.0.0.1:{port}", log, {"PYTHONWARNINGS": "ignore"})
+    quiet = {"PYTHONWARNINGS": "ignore"}
+    return ServerProcess("s3", command, f"http://127.0.0.1:{port}", log, quiet, health_path="/moto-api/")
 
 
 def make_bucket(url: str) -> None:

@@ -47,6 +47,7 @@ class ServerProcess:
     log: Path
     env: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    health_path: str = "/health"
 
     def start(self) -> ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +64,9 @@ class ServerProcess:
             )
         return self
 
-    def is_healthy(self, path: str = "/health") -> bool:
+    def is_healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(self.url + path, timeout=2) as answer:
+            with urllib.request.urlopen(self.url + self.health_path, timeout=2) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False

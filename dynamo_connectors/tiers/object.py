@@ -87,8 +87,7 @@ class ObjectStore:
         """
         wanted: dict[BlockKey, list[int]] = {}
         for at, place in enumerate(places):
-            assert place.chunk is not None, f"{place} names no object"
-            wanted.setdefault(place.chunk, []).append(at)
+            wanted.setdefault(self._object_of(place), []).append(at)
         batches: list[Batch] = []
         for chunk, positions in wanted.items():
             rows = [(places[at], into[at]) for at in positions]
@@ -97,7 +96,7 @@ class ObjectStore:
 
     def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:
         """Stores all rows of one chunk, in order, as one object."""
-        names = {place.chunk for place in places}
+        names = {self._object_of(place) for place in places}
         is_whole = [place.row for place in places] == list(range(self.chunk_blocks)) and len(names) == 1
         chunk = names.pop() if names else None
         outcome: Outcome
@@ -170,6 +169,11 @@ class ObjectStore:
             outcome.set_result([error] * blocks)
         else:
             outcome.set_exception(error)
+
+    def _object_of(self, place: Place) -> BlockKey:
+        """A block that is large enough has an object of its own, named like it."""
+        assert place.chunk is not None or self.chunk_blocks == 1, f"{place} names no object"
+        return place.key if place.chunk is None else place.chunk
 
     def _refused(self, error: StoreError, blocks: int) -> Outcome:
         self._requests.count(error.reason)

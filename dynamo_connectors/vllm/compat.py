@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,17 +33,38 @@ def require_supported_engine() -> None:
 def tokens_in_flight(request: Any) -> int:
     """Tokens of a step that is still running (async scheduling): they count as computed, and are not yet.
 
-    Before 0.32 only the tokens to be sampled are known, so the chunk of a prefill that is aborted meanwhile counts as
+    Before 0.26 only the tokens to be sampled are known, so the chunk of a prefill that is aborted meanwhile counts as
     computed. It will be: the worker has the step already, and copies what is stored after it.
     """
     in_flight = getattr(request, "num_in_flight_tokens", None)
     return int(request.num_output_placeholders if in_flight is None else in_flight)
 
 
+def hashes_end_with_process(algorithm: str) -> bool:
+    """Whether block hashes start from a random number here, so that no later process finds what is kept under them.
+
+    Before 0.29 always, from then on with an algorithm that is not cryptographic; a fixed PYTHONHASHSEED prevents it.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    if "PYTHONHASHSEED" in os.environ:
+        return False
+    return "xxhash" in algorithm or not hasattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")
+
+
+def is_surely_computed(scheduler_output: Any) -> bool:
+    """Whether what the step computes is right for sure once it has run, so that it can be offloaded by the same step.
+
+    Another connector that loads within the step may fail, and with it what the step computes. Before 0.29 no step tells
+    whether there is such a load, so blocks are offloaded one step later there.
+    """
+    return not getattr(scheduler_output, "has_sync_kv_loads", True)
+
+
 class BlockTables:
     """The HBM blocks of the requests that a step schedules, one table per KV cache group.
 
-    From 0.32 the step itself answers (`kv_connector_block_state`). Before, it tells only what changed, so the tables
+    From 0.30 the step itself answers (`kv_connector_block_state`). Before, it tells only what changed, so the tables
     are kept here: a request that starts or resumes comes with all its blocks, one that goes on with the added ones.
     Nothing takes a block away from a running request in between, as long as the group is of full attention.
     """
@@ -54,7 +75,9 @@ class BlockTables:
 
     def follow(self, scheduler_output: Any) -> None:
         """Call it once for every step, in order."""
-        self._state = getattr(scheduler_output, "kv_connector_block_state", None)
+        state = getattr(scheduler_output, "kv_connector_block_state", None)
+        # 0.29 has such a state too, but leaves out requests without new blocks.
+        self._state = state if hasattr(state, "get_block_ids") else None
         if self._state is not None:
             return
         for request_id in scheduler_output.finished_req_ids:
@@ -79,10 +102,10 @@ class BlockTables:
 
 
 def tells_block_tables() -> bool:
-    """Whether each step tells the block tables as they are (0.32), blocks that a window has left included."""
-    from vllm.v1.core.sched.output import SchedulerOutput
+    """Whether each step tells the block tables as they are (0.30), blocks that a window has left included."""
+    from vllm.v1.core.sched import output
 
-    return "kv_connector_block_state" in {field.name for field in dataclasses.fields(SchedulerOutput)}
+    return hasattr(getattr(output, "KVConnectorBlockState", None), "get_block_ids")
 
 
 class HbmHolds:

@@ -18,7 +18,7 @@ from dynamo_connectors.config import KvbmConfig, parse_config
 from dynamo_connectors.errors import DynamoConnectorsError
 from dynamo_connectors.host_limits import check_host
 from dynamo_connectors.vllm import setup
-from dynamo_connectors.vllm.compat import BlockTables, HbmHolds, engine_logger, tokens_in_flight
+from dynamo_connectors.vllm.compat import BlockTables, HbmHolds, engine_logger, is_surely_computed, tokens_in_flight
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.metrics import KvbmPromMetrics, KvbmStats
 from dynamo_connectors.vllm.scheduler import SchedulerHalf
@@ -138,7 +138,8 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         self._start_offloads()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        self._start_offloads()
+        if self._unsaved is not None and self._unsaved.is_idle:
+            self._start_offloads()
         return None, self._worker.take_loaded_requests() if self._worker is not None else None
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
@@ -159,7 +160,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             stats = KvbmStats.of_scheduler(self._scheduler.take_counts(), self._scheduler.tier_stats())
         elif self._worker is not None:
-            stats = KvbmStats.of_worker(self._worker.take_transfers())
+            stats = KvbmStats.of_worker(self._worker.take_transfers(), self._worker.take_failures())
         else:
             return None
         return None if stats.is_empty() else stats
@@ -186,7 +187,10 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         return plan
 
     def _start_offloads(self) -> None:
-        """Once a step, by whichever hook comes first: 0.24 leaves `wait_for_save` out in steps without a forward."""
+        """Once a step, after all that it computes, a draft model's KV too: in `wait_for_save`.
+
+        vLLM before 0.31 leaves that out in steps that compute nothing, where `get_finished` stands in.
+        """
         plan, self._unsaved = self._unsaved, None
         if self._worker is not None and plan is not None:
             self._worker.start_offloads(plan)
@@ -198,8 +202,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         scheduled = scheduler_output.num_scheduled_tokens
         scheduler.step_planned(computed, scheduled)
-        # Another connector that loads within the step may fail, and with it what the step computes.
-        trusts_step = not getattr(scheduler_output, "has_sync_kv_loads", False)
+        trusts_step = is_surely_computed(scheduler_output)
         for request_id, tokens in computed.items():
             fresh = scheduled.get(request_id, 0) if trusts_step else 0
             scheduler.offer(request_id, tokens, fresh, partial(self._block_tables.blocks_of, request_id))

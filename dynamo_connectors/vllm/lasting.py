@@ -5,6 +5,9 @@ The disk knows at once; an object store lists its objects in its own time, step 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.nvme import NvmeStore
@@ -20,6 +23,8 @@ class LastingTiers:
         self._objects = objects
         self._tells_disk = disk is not None
         self._listed: list[BlockKey] | None = None
+        #: What has been told of the object store's failures.
+        self._told: Counter[tuple[str, str]] = Counter()
         if objects is not None:
             self._listed = []
             objects.list_chunks(object_limit)
@@ -38,6 +43,16 @@ class LastingTiers:
                 finds[OBJECT_STORE] = Find(1, [(0, chunk) for chunk in self._listed])
                 self._listed = None
         return finds
+
+    def take_failures(self) -> Mapping[tuple[str, str], int]:
+        """What the object store came to since the last call, by (what, label) as the metrics count it."""
+        if self._objects is None:
+            return {}
+        stats = self._objects.stats()
+        so_far = Counter({("object_failures", reason): times for reason, times in stats.failures.items()})
+        so_far["object_circuits", ""] = stats.circuits_opened
+        new, self._told = so_far - self._told, so_far
+        return new
 
     def forget(self) -> None:
         """Nothing they hold is served again, and nothing they get from now on outlives this process."""

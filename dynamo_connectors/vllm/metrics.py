@@ -23,6 +23,8 @@ _COUNTERS = {
     "dropped_blocks": ("dynamo_kvbm_dropped_blocks", "reason", "Blocks that were not kept, or no longer are."),
     "load_failures": ("dynamo_kvbm_load_failures", "reason", "Blocks that gave no bytes; the engine recomputed them."),
     "move_failures": ("dynamo_kvbm_move_failures", "reason", "Blocks that were not copied between two tiers."),
+    "object_failures": ("dynamo_kvbm_object_failures", "reason", "What an object store refused, lost or got wrong."),
+    "object_circuits": ("dynamo_kvbm_object_circuits_opened", None, "Times a failing object store was left alone."),
     "refused_blocks": ("dynamo_kvbm_gate_refused_blocks", None, "Blocks computed again because that is faster."),
     "shared_loads": ("dynamo_kvbm_shared_loads", None, "Requests that waited for another request's load."),
     "ignored_hints": ("dynamo_kvbm_ignored_hints", None, "Hints in kv_transfer_params that made no sense."),
@@ -51,15 +53,16 @@ class KvbmStats(KVConnectorStats):
     def of_scheduler(
         cls, counts: Mapping[tuple[str, str], int], tiers: Mapping[str, IndexStats] | None = None
     ) -> KvbmStats:
-        data: dict[str, Any] = {"counts": {"|".join(key): amount for key, amount in counts.items() if amount}}
+        data: dict[str, Any] = {"counts": _named(counts)}
         if tiers is not None:
             data["used"] = {name: stats.ready_blocks / stats.capacity_blocks for name, stats in tiers.items()}
             data["pinned"] = {name: stats.pinned_blocks for name, stats in tiers.items()}
         return cls(data=data)
 
     @classmethod
-    def of_worker(cls, transfers: Transfers) -> KvbmStats:
-        return cls(data={"transfers": {"|".join(key): [list(one) for one in all_] for key, all_ in transfers.items()}})
+    def of_worker(cls, transfers: Transfers, counts: Mapping[tuple[str, str], int]) -> KvbmStats:
+        moved = {"|".join(key): [list(one) for one in all_] for key, all_ in transfers.items()}
+        return cls(data={"transfers": moved, "counts": _named(counts)})
 
     def reset(self) -> None:
         self.data = {}
@@ -80,6 +83,10 @@ class KvbmStats(KVConnectorStats):
 
     def is_empty(self) -> bool:
         return not self.data.get("counts") and not self.data.get("transfers")
+
+
+def _named(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    return {"|".join(key): amount for key, amount in counts.items() if amount}
 
 
 class KvbmPromMetrics(KVConnectorPromMetrics):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import vllm
+from dynamo_kernels.errors import CopyError
 
 from dynamo_connectors.block_manager import BlockManager, NamedTier
 from dynamo_connectors.blocks import Namespace
@@ -16,6 +17,7 @@ from dynamo_connectors.config import ARC, HOST_DRAM, LRU, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.eviction import ArcPolicy, EvictionPolicy, LruPolicy
 from dynamo_connectors.load_gate import LoadGate
+from dynamo_connectors.numa import nearest_node
 from dynamo_connectors.pinning import pin_host_memory
 from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
 from dynamo_connectors.tiers.dram import DramStore
@@ -24,7 +26,7 @@ from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.tiers.object_format import object_bytes
 from dynamo_connectors.transfer import Stores
-from dynamo_connectors.vllm.compat import engine_logger, tells_block_tables
+from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process, tells_block_tables
 from dynamo_connectors.vllm.groups import Geometry
 from dynamo_connectors.vllm.kv_events import TierEvents
 from dynamo_connectors.vllm.kv_pages import Pages, planned_row_bytes, read_geometry, read_pages
@@ -78,6 +80,12 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
         shares_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         lasting_tiers=tuple(name for name in (NVME_SSD, OBJECT_STORE) if name in capacities),
     )
+    if limits.lasting_tiers and hashes_end_with_process(vllm_config.cache_config.prefix_caching_hash_algo):
+        log.warning(
+            "dynamo: this vLLM names blocks anew at every start, so no other process finds what it keeps in %s; "
+            "set PYTHONHASHSEED to a fixed number",
+            " and ".join(limits.lasting_tiers),
+        )
     events_config = vllm_config.kv_events_config
     events = TierEvents(geometry, events_config is not None and events_config.enable_kv_cache_events)
     gate = LoadGate() if config.load_gate else None
@@ -90,8 +98,9 @@ def build_worker_half(
     pages, geometry = read_pages(kv_caches, kv_cache_config), read_geometry(kv_cache_config)
     num_workers = vllm_config.parallel_config.world_size
     capacities = tier_capacities(config, planned_row_bytes(kv_cache_config), num_workers)
-    on_gpu = pages.view.device.type == "cuda"
-    dram = DramStore(capacities[HOST_DRAM], pages.row_bytes, pin_host_memory if on_gpu else None)
+    if pages.view.device.type == "cuda":
+        _measure_copy_paths(pages.view.device)
+    dram = _host_memory(capacities[HOST_DRAM], pages)
     space = namespace(vllm_config, geometry, pages)
     disk: NvmeStore | None = None
     objects: ObjectStore | None = None
@@ -110,6 +119,27 @@ def build_worker_half(
         raise
     lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0))
     return WorkerHalf(pages.view, Stores(dram, disk, objects), lasting, len(geometry.groups))
+
+
+def _measure_copy_paths(device: torch.device) -> None:
+    """Once a device and driver; what is known from an earlier start is used at once."""
+    from dynamo_kernels.calibration import calibrate
+
+    try:
+        found = calibrate(device)
+    except (RuntimeError, OSError, CopyError) as error:
+        log.warning("dynamo: copy paths could not be measured (%s); the rules of thumb choose them", error)
+    else:
+        log.info("dynamo: copy paths of %s measured in %.1f s", found.device, found.seconds)
+
+
+def _host_memory(blocks: int, pages: Pages) -> DramStore:
+    """For a GPU it is pinned, and lies on the GPU's NUMA node."""
+    device = pages.view.device
+    if device.type != "cuda":
+        return DramStore(blocks, pages.row_bytes)
+    node = nearest_node(torch.cuda.get_device_properties(device))
+    return DramStore(blocks, pages.row_bytes, pin_host_memory, node)
 
 
 def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ _PASSING = frozenset(
         "deadline",
         "forbidden",
         "forgotten",
+        "not_whole",
         "tier_off",
         "timeout",
         "unavailable",

@@ -86,6 +86,9 @@ class WorkerHalf:
         transferred, self._transferred = self._transferred, defaultdict(list)
         return transferred
 
+    def take_failures(self) -> Mapping[tuple[str, str], int]:
+        return self._lasting.take_failures()
+
     @property
     def num_running(self) -> int:
         return len(self._running)

@@ -118,7 +118,7 @@ def test_a_task_that_hangs_for_ever_does_not_keep_the_process() -> None:
 
 
 def test_staging_rows_are_never_handed_out_twice() -> None:
-    staging = StagingRows(DramStore(4, 8))
+    staging = StagingRows(DramStore(4, 8), [8])
     first, second = staging.take(3), staging.take(3)
     assert sorted(first + second) == [0, 1, 2, 3]
     assert staging.take(1) == []

@@ -32,13 +32,13 @@ DRAM_BLOCKS = 32
 class Engine:
     """A worker and the index over it, with nothing in between. `pages` is the content of HBM."""
 
-    def __init__(self, settings: ObjectSettings, capacity_chunks: int = 8) -> None:
+    def __init__(self, settings: ObjectSettings, capacity_chunks: int, chunk_blocks: int) -> None:
         self.pages = torch.randint(0, 256, (LAYERS, BLOCKS, PAGE_BYTES), dtype=torch.uint8)
-        self.objects = ObjectStore(settings, ROW_BYTES, CHUNK_BLOCKS, NAMESPACE)
+        self.objects = ObjectStore(settings, ROW_BYTES, chunk_blocks, NAMESPACE)
         view = BlockView.of_pages(list(self.pages.unbind(0)), [PAGE_BYTES] * LAYERS)
         self.transfers = TransferEngine(view, Stores(DramStore(DRAM_BLOCKS, ROW_BYTES), None, self.objects))
         dram = NamedTier(HOST_DRAM, TierIndex(DRAM_BLOCKS))
-        lower = NamedTier(OBJECT_STORE, TierIndex(capacity_chunks, erases=True), CHUNK_BLOCKS)
+        lower = NamedTier(OBJECT_STORE, TierIndex(capacity_chunks, erases=True), chunk_blocks)
         self.manager = BlockManager([dram, lower])
         self.numbers = count(1)
 
@@ -115,8 +115,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def start() -> Iterator[Start]:
     engines: list[Engine] = []
 
-    def make(url: str, capacity_chunks: int = 8, **settings: float) -> Engine:
-        engines.append(Engine(replace(SETTINGS, endpoint_url=url, **settings), capacity_chunks))
+    def make(url: str, capacity_chunks: int = 8, chunk_blocks: int = CHUNK_BLOCKS, **settings: float) -> Engine:
+        engines.append(Engine(replace(SETTINGS, endpoint_url=url, **settings), capacity_chunks, chunk_blocks))
         return engines[-1]
 
     yield make
@@ -151,6 +151,24 @@ def test_blocks_come_back_from_the_object_store(start: Start, moto: Moto, first:
     assert not engine.run(engine.load_job(chain, first))
     assert torch.equal(engine.pages[:, 32 : 32 + 8 - first], engine.pages[:, first:8])
     assert len(moto.names()) == 2
+
+
+def test_large_blocks_have_an_object_each(start: Start, moto: Moto) -> None:
+    first, chain = start(moto.url, chunk_blocks=1), chain_of(5)
+    first.store(chain)
+    first.manager.note_use(chain)
+    assert first.move() == set()
+    assert sorted(name.rsplit("/")[-1] for name in moto.names()) == [key.hex() for key in chain]
+    second = start(moto.url, chunk_blocks=1)
+    assert second.manager.restore(OBJECT_STORE, enumerate(list_all(second.objects))) == 5
+    for engine in (first, second):
+        engine.drop_dram()
+        assert engine.manager.match(chain, 1) == 4
+        assert not engine.run(engine.load_job(chain, 1))
+        assert torch.equal(engine.pages[:, 32:36], first.pages[:, 1:5])
+        assert engine.manager.prefetch(chain) == 5
+        assert engine.move() == set()
+        assert {item.tier for item in engine.load_job(chain).items} == {HOST_DRAM}
 
 
 def test_what_one_engine_stored_another_one_serves(start: Start, moto: Moto) -> None:

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,12 @@ SPEC = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=to
 VOCABULARY = 500
 #: Far more than anything here takes; an idle step waits up to a millisecond for a copy.
 MAX_STEPS = 20_000
+
+
+def ours(connector: Any) -> Any:
+    """The dynamo connector, also where vLLM holds it as the child of a `MultiConnector`."""
+    (dynamo,) = getattr(connector, "_connectors", (connector,))
+    return dynamo
 
 
 @dataclass
@@ -76,6 +83,8 @@ class Mode:
     async_scheduling: bool = False
     v2_runner: bool = False
     workers: int = 1
+    #: The last layer belongs to a draft model, which runs after everything has been asked what ended.
+    draft_layer: bool = False
 
 
 class SimulatedWorker:
@@ -83,7 +92,7 @@ class SimulatedWorker:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, mode: Mode) -> None:
         self._vllm_config = vllm_config
-        self._v2_runner = mode.v2_runner
+        self._mode = mode
         self.kv = self.allocate((kv_cache_config.num_blocks, 1, BLOCK, 16))
         self.connector = KVConnectorFactory.create_connector(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
         with self._as_current_rank():
@@ -100,7 +109,7 @@ class SimulatedWorker:
         # The metadata is pickled on its way to a worker, and so is what comes back.
         step.output.kv_connector_metadata = pickle.loads(pickle.dumps(step.output.kv_connector_metadata))
         with self._as_current_rank():
-            output = self._execute_v2(step, truths) if self._v2_runner else self._execute_v1(step, truths)
+            output = self._execute_v2(step, truths) if self._mode.v2_runner else self._execute_v1(step, truths)
         return pickle.loads(pickle.dumps(output))
 
     def _execute_v1(self, step: Step, truths: dict[str, Truth]) -> Any:
@@ -110,9 +119,17 @@ class SimulatedWorker:
             return no_forward(step.output, self._vllm_config).kv_connector_output
         with (
             set_forward_context(None, self._vllm_config),
-            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(step.output) as output,
+            KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(
+                step.output, defer_finalize=self._mode.draft_layer
+            ) as output,
         ):
-            self._forward(step, truths)
+            if self._mode.draft_layer:
+                self._forward(step, truths, LAYERS[:1])
+            else:
+                self._forward(step, truths)
+        if self._mode.draft_layer:
+            self._forward(step, truths, LAYERS[1:])
+            KVConnectorModelRunnerMixin.finalize_kv_connector()
         return output
 
     def _execute_v2(self, step: Step, truths: dict[str, Truth]) -> Any:
@@ -128,21 +145,35 @@ class SimulatedWorker:
         self._hooks.finalize_step()
         return output
 
-    def _forward(self, step: Step, truths: dict[str, Truth]) -> None:
+    def _forward(self, step: Step, truths: dict[str, Truth], layers: Sequence[str] = LAYERS) -> None:
         for request_id, scheduled in step.output.num_scheduled_tokens.items():
             truth, table, start = truths[request_id], step.tables[request_id], step.computed[request_id]
-            self.assert_kv(table, truth.numbers[:start], f"{request_id} before position {start}")
+            self.assert_kv(table, truth.numbers[:start], f"{request_id} before position {start}", layers)
             for position in range(start, start + scheduled):
-                for depth, layer in enumerate(LAYERS):
-                    number = truth.numbers[position] + depth
+                for layer in layers:
+                    number = truth.numbers[position] + LAYERS.index(layer)
                     self.kv[layer][table[position // BLOCK], :, position % BLOCK] = number
 
-    def assert_kv(self, table: Sequence[int], numbers: Sequence[float], what: str) -> None:
+    def assert_kv(
+        self, table: Sequence[int], numbers: Sequence[float], what: str, layers: Sequence[str] = LAYERS
+    ) -> None:
         wanted = torch.tensor(numbers)
-        for depth, layer in enumerate(LAYERS):
+        for layer in layers:
             rows = self.kv[layer][list(table)].permute(0, 2, 1, 3).flatten(0, 1)[: len(numbers)].flatten(1)
-            wrong = (rows != wanted[:, None] + depth).any(dim=1).nonzero().flatten().tolist()
+            wrong = (rows != wanted[:, None] + LAYERS.index(layer)).any(dim=1).nonzero().flatten().tolist()
             assert not wrong, f"{what}: wrong KV in {layer} at positions {wrong[:5]}"
+
+    def before_offloads(self, check: Callable[[Any], None]) -> None:
+        """Calls `check` with each item to store at the moment from which its block may be read."""
+        half = ours(self.connector)._worker
+        start = half.start_offloads
+
+        def checked(plan: Any) -> None:
+            for item in (item for store in plan.stores for item in store.items):
+                check(item)
+            start(plan)
+
+        half.start_offloads = checked
 
     @contextmanager
     def _as_current_rank(self) -> Iterator[None]:
@@ -165,7 +196,10 @@ class SimulatedEngine:
         kv_cache_config = KVCacheConfig(num_blocks, [], list(self.groups))
         init_none_hash(sha256)
         self._block_hasher = get_request_block_hasher(BLOCK, sha256)
+        self._block_numbers: dict[bytes, list[float]] = {}
         self.workers = [self.worker_class(vllm_config, kv_cache_config, mode) for _ in range(mode.workers)]
+        for worker in self.workers:
+            worker.before_offloads(partial(self.assert_stored, worker))
         self._aggregator = KVOutputAggregator.from_connector(self.workers[0].connector, mode.workers)
         scheduler_class = AsyncScheduler if mode.async_scheduling else Scheduler
         structured = StructuredOutputManager(vllm_config)
@@ -177,7 +211,6 @@ class SimulatedEngine:
         self._depth = 2 if mode.async_scheduling else 1
         self._in_flight: deque[Step] = deque()
         self._truths: dict[str, Truth] = {}
-        self._block_numbers: dict[bytes, list[float]] = {}
         self.answers: dict[str, list[int]] = {}
         #: What the plans asked for so far.
         self.planned: Counter[str] = Counter()
@@ -191,7 +224,7 @@ class SimulatedEngine:
         return list(self.scheduler.kv_cache_manager.get_block_ids(request_id)[0])
 
     def assert_stored(self, worker: SimulatedWorker, item: Any) -> None:
-        worker.assert_kv([item.block], self._block_numbers[item.key], f"block {item.block} to store")
+        worker.assert_kv([item.block], self._block_numbers[item.key], f"block {item.block} to offload")
 
     def submit(self, request_id: str, prompt: Sequence[int], answer_tokens: int) -> Request:
         sampling = SamplingParams(max_tokens=answer_tokens, ignore_eos=True)
@@ -224,15 +257,12 @@ class SimulatedEngine:
     def finish_step(self) -> None:
         """Runs the oldest scheduled step on every worker, and tells the scheduler."""
         step = self._in_flight.popleft()
-        plan = step.output.kv_connector_metadata
+        (plan,) = getattr(step.output.kv_connector_metadata, "metadata", (step.output.kv_connector_metadata,))
         self.planned.update(loads=sum(len(load.items) for load in plan.loads))
         self.planned.update(stores=sum(len(store.items) for store in plan.stores))
         outputs = []
         for worker in self.workers:
             outputs.append(self._model_output(step, worker.execute(step, self._truths)))
-            # Some of them were computed in this very step; all of them are held until they are copied.
-            for item in (item for store in plan.stores for item in store.items):
-                self.assert_stored(worker, item)
         combined = self._aggregator.aggregate(outputs) if len(outputs) > 1 else outputs[0]
         for client_outputs in self.scheduler.update_from_output(step.output, combined).values():
             for output in client_outputs.outputs:

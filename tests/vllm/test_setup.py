@@ -76,3 +76,13 @@ def test_windows_need_an_engine_that_tells_what_they_have_left(
     check_model(*configs(FULL))
     with pytest.raises(ConfigError, match=r"0\.32 or newer"):
         check_model(*configs(*specs))
+
+
+def test_host_memory_of_a_gpu_is_pinned_on_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, made = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: {gpu: "the GPU"}[device])
+    monkeypatch.setattr(setup, "nearest_node", lambda properties: {"the GPU": 3}[properties])
+    monkeypatch.setattr(setup, "DramStore", lambda *arguments: made.append(arguments))
+    for device in (gpu, torch.device("cpu")):
+        setup._host_memory(8, SimpleNamespace(view=SimpleNamespace(device=device), row_bytes=64))
+    assert made == [(8, 64, setup.pin_host_memory, 3), (8, 64)]

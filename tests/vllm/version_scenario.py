@@ -5,10 +5,13 @@ It runs in an interpreter of its own, because one interpreter holds one vLLM. It
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import vllm
@@ -16,17 +19,21 @@ from prometheus_client import REGISTRY
 from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils import hashing
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import RequestStatus
 
 from dynamo_connectors.transfer import TransferEngine
+from dynamo_connectors.vllm.compat import hashes_end_with_process
 from dynamo_connectors.vllm.connector import DynamoConnector
-from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine
+from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, ours
 
 MODES = (
     Mode("one worker"),
     Mode("two workers", workers=2),
     Mode("async scheduling", async_scheduling=True),
+    Mode("draft model", draft_layer=True),
     Mode("V2 runner", v2_runner=True),
     Mode("V2 runner, async scheduling, two workers", async_scheduling=True, v2_runner=True, workers=2),
 )
@@ -49,17 +56,19 @@ def engine_config(model: str, *flags: str) -> Any:
 
 
 def dynamo_config(model: str) -> Any:
-    # 8 KiB a block and worker: some 120 blocks, five times HBM.
-    config = engine_config(model, "--kv-connector", "dynamo", "--kvbm-host-dram-gb", "0.001", "--kvbm-load-gate", "off")
+    # 8 KiB a block and worker: some 120 blocks, five times HBM. The load gate would decide by measured times.
+    size = ["--kvbm-host-dram-gb", "0.001"]
+    config = engine_config(model, "--kv-connector", "dynamo", "--kvbm-load-gate", "off", *size)
     transfer = config.kv_transfer_config
     assert (transfer.kv_connector, transfer.kv_role) == ("dynamo", "kv_both")
-    assert transfer.kv_connector_extra_config == {"kvbm_host_dram_gb": "0.001", "kvbm_load_gate": "off"}
+    assert transfer.kv_connector_extra_config == {"kvbm_load_gate": "off", "kvbm_host_dram_gb": "0.001"}
     assert transfer.kv_load_failure_policy == "recompute"
     return config
 
 
 def multi_config(model: str) -> Any:
-    child = {"kv_connector": "dynamo", "kv_role": "kv_both", "kv_connector_extra_config": {"kvbm_host_dram_gb": 0.001}}
+    settings = {"kvbm_host_dram_gb": 0.001, "kvbm_load_gate": "off"}
+    child = {"kv_connector": "dynamo", "kv_role": "kv_both", "kv_connector_extra_config": settings}
     multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
     multi["kv_connector_extra_config"] = {"connectors": [child]}
     return engine_config(model, "--kv-transfer-config", json.dumps(multi))
@@ -79,14 +88,15 @@ def assert_nothing_left(engine: SimulatedEngine) -> None:
     pool = engine.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "HBM blocks are still in use"
     for connector in (engine.scheduler.connector, *(worker.connector for worker in engine.workers)):
-        assert isinstance(connector, DynamoConnector)
-        half = connector._scheduler or connector._worker
+        dynamo = ours(connector)
+        assert isinstance(dynamo, DynamoConnector)
+        half = dynamo._scheduler or dynamo._worker
         half.check()
-    scheduler = engine.scheduler.connector._scheduler
-    assert scheduler.held_blocks == 0
-    assert not scheduler.has_work
-    assert not scheduler._requests, "finished requests are still known"
-    assert not engine.scheduler.connector._block_tables._tables, "block tables of finished requests are still kept"
+    dynamo = ours(engine.scheduler.connector)
+    assert dynamo._scheduler.held_blocks == 0
+    assert not dynamo._scheduler.has_work
+    assert not dynamo._scheduler._requests, "finished requests are still known"
+    assert not dynamo._block_tables._tables, "block tables of finished requests are still kept"
 
 
 def cold_evicted_and_hit(engine: SimulatedEngine) -> None:
@@ -147,7 +157,7 @@ def lost_blocks_are_recomputed(engine: SimulatedEngine) -> None:
     engine.run()
     evict_hbm(engine, "lost")
     worker = engine.workers[-1]
-    worker_half, original, spoilt = worker.connector._worker, TransferEngine.poll, []
+    worker_half, original, spoilt = ours(worker.connector)._worker, TransferEngine.poll, []
 
     def poll(self: TransferEngine, *args: Any, **kwargs: Any) -> Any:
         for report in original(self, *args, **kwargs):
@@ -157,7 +167,7 @@ def lost_blocks_are_recomputed(engine: SimulatedEngine) -> None:
                 spoilt.append(lost.block)
                 for tensor in worker.kv.values():
                     tensor[lost.block] = -2.0
-                report = type(report)(report.job_id, {lost.key: "made_up"})
+                report = dataclasses.replace(report, failed={lost.key: "made_up"})
             yield report
 
     TransferEngine.poll = poll  # type: ignore[method-assign]
@@ -201,7 +211,7 @@ def random_traffic(engine: SimulatedEngine) -> None:
         live = list(engine.scheduler.requests)
         if live and chance.random() < 0.2:
             engine.abort(chance.choice(live))
-        engine.scheduler.connector._scheduler.check()
+        ours(engine.scheduler.connector)._scheduler.check()
     engine.run()
     for name in names:
         engine.expect_answer(name)
@@ -223,6 +233,22 @@ def speaks_to_metrics_and_routers(engine: SimulatedEngine, config: Any) -> None:
     assert all(len(event.token_ids) == BLOCK == event.block_size for event in stored)
 
 
+def tells_whether_hashes_outlive_the_process() -> None:
+    """By what vLLM does: every chain of hashes starts from `NONE_HASH`, which each engine process sets anew."""
+    for seed in (None, "0"):
+        if seed is None:
+            os.environ.pop("PYTHONHASHSEED", None)
+        else:
+            os.environ["PYTHONHASHSEED"] = seed
+        for name, algorithm in (("sha256", hashing.sha256), ("xxhash", hashing.xxhash)):
+            starts = set()
+            for _ in range(2):
+                kv_cache_utils.init_none_hash(algorithm)
+                starts.add(kv_cache_utils.NONE_HASH)
+            assert hashes_end_with_process(name) == (len(starts) > 1), (seed, name)
+    del os.environ["PYTHONHASHSEED"]
+
+
 PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
     cold_evicted_and_hit,
     preempted_requests_come_back_right,
@@ -233,19 +259,24 @@ PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
 )
 
 
+def run_parts(config: Any, mode: Mode, parts: Sequence[Callable[[SimulatedEngine], None]]) -> None:
+    engine = SimulatedEngine(config, mode, HBM_BLOCKS)
+    for part in parts:
+        part(engine)
+        assert_nothing_left(engine)
+        print(f"passed: {mode.name}: {getattr(part, 'func', part).__name__}", flush=True)
+    engine.close()
+
+
 def main(model: str) -> None:
     print(f"vllm {vllm.__version__}", flush=True)
-    for mode in MODES:
-        config = dynamo_config(model)
-        engine = SimulatedEngine(config, mode, HBM_BLOCKS)
-        for part in PARTS:
-            part(engine)
-            assert_nothing_left(engine)
-            print(f"passed: {mode.name}: {part.__name__}", flush=True)
-        if mode is MODES[0]:
-            speaks_to_metrics_and_routers(engine, config)
-            print(f"passed: {speaks_to_metrics_and_routers.__name__}", flush=True)
-        engine.close()
+    tells_whether_hashes_outlive_the_process()
+    first = dynamo_config(model)
+    run_parts(first, MODES[0], [*PARTS, partial(speaks_to_metrics_and_routers, config=first)])
+    for mode in MODES[1:]:
+        run_parts(dynamo_config(model), mode, PARTS)
+    multi = Mode("a child of MultiConnector", workers=2)
+    run_parts(multi_config(model), multi, [cold_evicted_and_hit, aborted_in_every_state])
     print("passed: everything", flush=True)
 
 
