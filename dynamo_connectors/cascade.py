@@ -202,7 +202,8 @@ class Cascade:
         assert targets == {place: fill.moves_left for place, fill in self._fills.items()}, "moves and fills disagree"
         running = Counter(move.target_tier for move in self._moves)
         assert running == +self._moves_to, "moves are miscounted"
-        assert all(len(waiting) <= self._max_waiting for waiting in (self._ups, *self._downs.values())), "too many wait"
+        sizes = [len(self._ups), *map(len, self._downs.values())]
+        assert max(sizes) <= self._max_waiting, "too many wait"
         for tier in self._stack.tiers:
             assert running[tier.name] <= max(self._max_moves, tier.chunk_blocks), f"too many copies to {tier.name}"
 
