@@ -23,6 +23,8 @@ class _Families(NamedTuple):
     recovered: Counter
     dropped: Counter
     failed: Counter
+    object_failures: Counter
+    object_circuits: Counter
     onboarded_bytes: Counter
     offloaded_bytes: Counter
     seconds: Histogram
@@ -43,6 +45,8 @@ def _families(registry: CollectorRegistry) -> _Families:
         recovered=counter("recovered_blocks", "Blocks of an earlier run, found at start.", "tier"),
         dropped=counter("dropped_blocks", "Blocks that were not kept, or no longer are.", "reason"),
         failed=counter("load_failures", "Blocks that gave no bytes; the engine recomputed them.", "reason"),
+        object_failures=counter("object_failures", "What an object store refused, lost or got wrong.", "reason"),
+        object_circuits=counter("object_circuits_opened", "Times a failing object store was left alone."),
         onboarded_bytes=counter("onboarded_bytes", "Bytes copied from a tier to SGLang's host memory.", "tier"),
         offloaded_bytes=counter("offloaded_bytes", "Bytes copied down into a tier.", "tier"),
         seconds=Histogram(
@@ -87,6 +91,9 @@ class StorageMeter:
                 self._advance(families.dropped, (*where, "dropped"), (reason,), total)
             for reason, total in counts.load_failures.items():
                 self._advance(families.failed, (*where, "failed"), (reason,), total)
+            for reason, total in counts.store_failures.items():
+                self._advance(families.object_failures, (*where, "object"), (reason,), total)
+            self._advance(families.object_circuits, (*where, "circuits"), (), counts.circuits_opened)
         if pool == MAIN_POOL and counts.capacity_pages:
             families.used.labels(tier).set(100 * counts.ready_pages / counts.capacity_pages)
 

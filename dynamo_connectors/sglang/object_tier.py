@@ -15,7 +15,7 @@ from dynamo_connectors.errors import StoreError
 from dynamo_connectors.sglang.page_io import Page, ReadableStore
 from dynamo_connectors.tiers.base import Place
 from dynamo_connectors.tiers.index import TierIndex
-from dynamo_connectors.tiers.object import ObjectStore
+from dynamo_connectors.tiers.object import ObjectStats, ObjectStore
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Lower(Protocol):
     def erase(self, chunk: BlockKey, ended: Callable[[], None]) -> None: ...
     def when_listed(self, tell: Callable[[], None]) -> None: ...
     def take_listed(self) -> list[tuple[int, BlockKey]]: ...
+    def stats(self) -> ObjectStats: ...
     def forget(self) -> None: ...
     def close(self) -> None: ...
 
@@ -107,6 +108,9 @@ class ObjectTier:
         entries = [(self._next_place - index, chunk) for index, chunk in enumerate(chunks)]
         self._next_place -= len(chunks)
         return [entry for entry in entries if entry[0] >= 0]
+
+    def stats(self) -> ObjectStats:
+        return self._store.stats()
 
     def forget(self) -> None:
         self._store.forget()

@@ -9,8 +9,8 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -64,6 +64,9 @@ class PageCounts:
     evicted_pages: int
     #: Of an earlier run.
     recovered_pages: int = 0
+    #: Of an object store: what it refused, lost or got wrong, by reason, and how often it was left alone.
+    store_failures: Mapping[str, int] = field(default_factory=dict)
+    circuits_opened: int = 0
     #: Tells the totals of one store from those of the store that takes its place.
     store: int = 0
 
@@ -175,7 +178,6 @@ class PageStore:
                 else:
                     self._manager.abort(target, reason)
             self._manager.release(held)
-            self._manager.touch(chain)
             if before is not None:
                 self._manager.offload(chain)
             self._tell_changes()
@@ -239,12 +241,13 @@ class PageStore:
         """Of the tier below, by its name; reasons are counted for the disk, with its own."""
         if self._lower is None:
             return {}
-        name = self._lower.named.name
+        name, store = self._lower.named.name, self._lower.stats()
         with self._lock:
             held = self._manager.stats()[name]
             numbers = (held.ready_blocks, held.capacity_blocks, held.evicted_blocks_total)
             moved = (self._raised_pages, self._lowered_pages)
-            return {name: PageCounts(0, *moved, {}, {}, *numbers, self._listed_pages, self._number)}
+            troubles = (store.failures, store.circuits_opened)
+            return {name: PageCounts(0, *moved, {}, {}, *numbers, self._listed_pages, *troubles, self._number)}
 
     def counts(self) -> PageCounts:
         with self._lock:

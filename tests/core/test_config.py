@@ -174,7 +174,7 @@ def test_every_setting_has_its_help() -> None:
 
 
 def test_a_home_directory_is_found_without_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/kv")
-    assert parse_config({TIERS: "hbm,host_dram,nvme_ssd", PATH: "~/slabs", DISK: 1}).nvme_path == Path("/home/kv/slabs")
+    monkeypatch.setenv("HOME", "/srv/kv")
+    assert parse_config({TIERS: "hbm,host_dram,nvme_ssd", PATH: "~/slabs", DISK: 1}).nvme_path == Path("/srv/kv/slabs")
     with pytest.raises(ConfigError, match="--kvbm-nvme-path ~nobody-here/slabs"):
         parse_config({TIERS: "hbm,host_dram,nvme_ssd", PATH: "~nobody-here/slabs", DISK: 1})

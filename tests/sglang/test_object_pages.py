@@ -192,6 +192,7 @@ def test_a_dead_store_costs_nothing_but_its_pages(start: Start) -> None:
     found = backend.batch_get_v1(hashes(0, CHUNK), pool.slots(*range(64, 64 + CHUNK)), behind(0))
     assert all(found), "the disk has them"
     assert pool.holds(64, b"page 0")
+    assert lower_counts(backend).store_failures
 
 
 def test_changed_weights_leave_the_object_store_alone(start: Start, service: Moto) -> None:
