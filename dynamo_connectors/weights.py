@@ -15,6 +15,7 @@ from pathlib import Path
 #: The weights, and the configuration that says how they are used.
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _CONFIGURATION = "*.json"
+_UNSEEN = "unseen:"
 _COMMIT = re.compile(r"snapshots/([0-9a-f]{40})(/|$)")
 #: Of each file, spread over it.
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
@@ -28,8 +29,18 @@ def weights_identity(place: Path | None, load_format: str, seed: int) -> str:
     is_dummy = load_format == "dummy"
     files = _identity_of_files(place, is_dummy) if place is not None else None
     if files is None:
-        return f"unseen:{uuid.uuid4().hex}"
+        return unseen()
     return f"{load_format}:{seed if is_dummy else ''}:{files}"
+
+
+def unseen() -> str:
+    """A name for weights that nobody can tell: no other process will ever have it."""
+    return f"{_UNSEEN}{uuid.uuid4().hex}"
+
+
+def can_be_met_again(name: str) -> bool:
+    """Whether another process may have weights of that name, or of those names; else what is kept is for this one."""
+    return _UNSEEN not in name
 
 
 def _identity_of_files(place: Path, is_dummy: bool) -> str | None:

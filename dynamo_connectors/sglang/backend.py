@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from dynamo_connectors.sglang.pool_match import PoolMatch, PoolNeed, match_pools
 from dynamo_connectors.sglang.pool_set import Pages, PoolSet, Worker
 from dynamo_connectors.sglang.pools import MAIN_POOL, NamedPool, pool_name
 from dynamo_connectors.sglang.settings import worker_storage
+from dynamo_connectors.weights import unseen
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class HiCacheBackend:
         facts = dict(self._engine_facts())
         if live.backends.has_new_weights:
             # Nobody can say which weights these are: what is kept now is for this backend alone.
-            facts["weights"] = f"changed:{uuid.uuid4().hex}"
+            facts["weights"] = unseen()
         self._set_of_pools = PoolSet(Worker(storage_config, facts, tiers, self._watcher))
         self._meter = StorageMeter() if storage_config.enable_storage_metrics else None
         self._is_off = False

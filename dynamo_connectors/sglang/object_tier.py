@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from dynamo_connectors.sglang.page_io import Page, ReadableStore
 from dynamo_connectors.tiers.base import Place
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.object import ObjectStats, ObjectStore
+from dynamo_connectors.verdicts import is_damage
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +134,12 @@ class ObjectTier:
             row = self._new_row()
             try:
                 disk.read(move.source_slot, move.key, row)
-            except StoreError:
-                ended(Offloaded(moves, ok=False, damaged=move.key))
+            except StoreError as error:
+                ended(Offloaded(moves, ok=False, damaged=move.key if is_damage(error.reason) else None))
+                return
+            except BaseException:
+                logger.exception("dynamo: a chunk is not uploaded")
+                ended(Offloaded(moves, ok=False))
                 return
             rows.append(row)
         places = [Place(move.key, move.target_slot, move.chunk, move.row) for move in ordered]
@@ -149,7 +155,7 @@ class ObjectTier:
 def _wait(outcome: Future[Sequence[StoreError | None]], seconds: float, blocks: int) -> Sequence[StoreError | None]:
     try:
         return outcome.result(seconds)
-    except (TimeoutError, CancelledError):
+    except (futures.TimeoutError, CancelledError):  # not the built-in one before Python 3.11
         outcome.cancel()
         return [StoreError("deadline", "the object store did not answer in time")] * blocks
     except Exception as error:

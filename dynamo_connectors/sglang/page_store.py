@@ -21,10 +21,9 @@ from dynamo_connectors.sglang.object_tier import Lower, Offloaded
 from dynamo_connectors.sglang.page_io import Page, PageMover, Work
 from dynamo_connectors.tiers.base import TierStore
 from dynamo_connectors.tiers.index import TierIndex
+from dynamo_connectors.verdicts import damaged
 
 _store_numbers = itertools.count(1)
-#: Reasons after which an object is of no use any more.
-_GONE = ("not_found", "cut_body", "bad_header", "wrong_namespace", "wrong_key", "wrong_length", "bad_checksum")
 
 
 class LastingStore(TierStore, Protocol):
@@ -206,11 +205,9 @@ class PageStore:
         self._tell_transfer(self._name, is_read=True, pages=read, started=started)
         raised, late = self._raise(deeper)
         with self._lock:
-            # What the lower tier did not give in time is still there; what it lost or damaged is not.
-            gone = {key for key, reason in late.items() if reason in _GONE}
-            self._manager.release(sources, failures.keys() | gone)
-            self._manager.touch(chain)
             failures |= late
+            self._manager.release(sources, damaged(failures))
+            self._manager.touch(chain)
             self._tell_changes()
             self._read_pages += read
             self._raised_pages += raised

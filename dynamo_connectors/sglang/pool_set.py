@@ -22,6 +22,7 @@ from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.tiers.object_format import object_bytes
+from dynamo_connectors.weights import can_be_met_again
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class PoolSet:
                 row_bytes,
                 per_page,
             )
-        store = NvmeStore(directory, capacity, row_bytes, namespace)
+        store = NvmeStore(directory, capacity, row_bytes, namespace, can_be_met_again(namespace.weights))
         logger.info(
             "dynamo: nvme_ssd tier %s (pool %s): %d pages of %d tokens, %d bytes each, %.2f GB, direct I/O %s",
             store.path,

@@ -6,11 +6,11 @@ from collections import Counter
 from functools import partial
 
 from dynamo_connectors.block_manager import BlockManager, Source
+from dynamo_connectors.verdicts import damaged
 from dynamo_connectors.vllm.compat import NULL_BLOCK_ID
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 from dynamo_connectors.vllm.live import Gate, Limits, Live, Tables
 from dynamo_connectors.vllm.sharing import SharedLoads
-from dynamo_connectors.vllm.verdicts import damaged
 
 
 class Onboarding:

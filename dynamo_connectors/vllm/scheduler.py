@@ -14,6 +14,7 @@ from typing import Any
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index import IndexStats
+from dynamo_connectors.verdicts import is_damage
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.groups import Chains
@@ -25,7 +26,6 @@ from dynamo_connectors.vllm.offloading import Offloading
 from dynamo_connectors.vllm.onboarding import Onboarding
 from dynamo_connectors.vllm.recovery import Finds, Recovery
 from dynamo_connectors.vllm.step_clock import StepClock
-from dynamo_connectors.vllm.verdicts import is_damage
 
 log = engine_logger(__name__)
 

@@ -35,7 +35,7 @@ from dynamo_connectors.vllm.launch_flags import refuse_parallelism
 from dynamo_connectors.vllm.live import Limits
 from dynamo_connectors.vllm.scheduler import SchedulerHalf
 from dynamo_connectors.vllm.worker import WorkerHalf
-from dynamo_connectors.weights import weights_identity
+from dynamo_connectors.weights import can_be_met_again, weights_identity
 
 log = engine_logger(__name__)
 
@@ -105,7 +105,8 @@ def build_worker_half(
     objects: ObjectStore | None = None
     try:
         if NVME_SSD in capacities and config.nvme_path is not None:
-            disk = NvmeStore(config.nvme_path, capacities[NVME_SSD], pages.row_bytes, space)
+            lasts = can_be_met_again(space.weights)
+            disk = NvmeStore(config.nvme_path, capacities[NVME_SSD], pages.row_bytes, space, lasts)
             log.info("dynamo: disk slab %s, %d blocks of an earlier run", disk.path, len(disk.recovered))
         if OBJECT_STORE in capacities and config.object_url is not None:
             settings = ObjectSettings(config.object_url, config.object_endpoint_url, config.object_deadline_seconds)

@@ -6,7 +6,7 @@ import os
 import random
 from pathlib import Path
 
-from dynamo_connectors.weights import weights_identity
+from dynamo_connectors.weights import can_be_met_again, unseen, weights_identity
 
 
 def make(folder: Path) -> Path:
@@ -39,6 +39,12 @@ def test_dummy_weights_are_named_by_their_seed(tmp_path: Path) -> None:
     model = make(tmp_path / "model")
     assert weights_identity(model, "dummy", 1) == weights_identity(model, "dummy", 1)
     assert weights_identity(model, "dummy", 1) != weights_identity(model, "dummy", 2)
+
+
+def test_what_ends_with_the_process_is_known_by_its_name(tmp_path: Path) -> None:
+    seen = weights_identity(make(tmp_path / "model"), "auto", 0)
+    assert can_be_met_again(f"{seen} {seen}")
+    assert not can_be_met_again(f"{seen} {unseen()}")
 
 
 def test_weights_nobody_can_see_have_a_name_of_their_own(tmp_path: Path) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from dynamo_connectors.block_manager import Move
+from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.sglang.backend import HiCacheBackend
 from dynamo_connectors.sglang.chains import UNKNOWN
+from dynamo_connectors.sglang.object_tier import ObjectTier, Offloaded
 from dynamo_connectors.sglang.page_store import PageCounts, PageStore
 from tests.sglang.conftest import storage_config
 from tests.sglang.host_pool import FakeHostPool
@@ -216,3 +220,29 @@ def test_a_second_pool_is_refused_with_the_remedy(start: Start) -> None:
     backend.register_mem_host_pool_v2(FakeHostPool(pages=2), "mamba")
     with pytest.raises(ConfigError, match=r"--kvbm-object-url does not work yet .* drop it"):
         backend.open()
+
+
+def test_an_error_that_nobody_foresaw_ends_the_way_down_too() -> None:
+    class Store:
+        chunk_blocks, row_bytes = 2, 8
+
+        def list_chunks(self, limit: int) -> Future[None]:
+            return Future()
+
+        def close(self, deadline: float) -> bool:
+            return True
+
+        def check(self) -> None:
+            pass
+
+    class Disk:
+        row_bytes = 8
+
+        def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
+            raise MemoryError
+
+    ended: list[Offloaded] = []
+    tier = ObjectTier(Store(), 4, 1)  # type: ignore[arg-type]
+    tier.offload([Move(BlockKey(b"k"), "nvme_ssd", "object_store", 0, 0)], Disk(), ended.append)
+    tier.close()
+    assert [(each.ok, each.damaged) for each in ended] == [(False, None)], "the chunk would be pinned for ever"

@@ -89,6 +89,27 @@ def make_store(tmp_path: Path) -> Iterator[MakeStore]:
         pages.close()
 
 
+class RestingDisk(MemoryDisk):
+    """Turned off after errors in a row: it answers nothing for a while, and holds what it held."""
+
+    is_off = False
+
+    def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
+        if self.is_off:
+            raise StoreError("tier_off", "it failed 8 times in a row")
+        super().read(slot, key, into)
+
+
+def test_a_disk_that_is_off_for_a_while_loses_nothing(make_store: MakeStore) -> None:
+    disk, keys = RestingDisk(8, ROW), keys_of("a", "b")
+    store = make_store(store=disk)
+    put(store, keys)
+    disk.is_off = True
+    assert get(store, keys) == [None, None]
+    disk.is_off = False
+    assert get(store, keys) == [content(key) for key in keys]
+
+
 def slab_of(tmp_path: Path) -> Path:
     (slab,) = tmp_path.glob("*.slab")
     return slab

@@ -13,6 +13,7 @@ import pytest
 
 from dynamo_connectors.sglang import live
 from dynamo_connectors.sglang.backend import HiCacheBackend
+from dynamo_connectors.weights import unseen
 from tests.sglang.conftest import MakeBackend, storage_config
 from tests.sglang.host_pool import FakeHostPool
 
@@ -113,6 +114,20 @@ def test_weights_settings_and_revision_are_part_of_the_name(tmp_path: Path) -> N
         seen.update(path.name for path in tmp_path.glob("*.slab"))
         backend.close()
     assert len(seen) == 6
+
+
+@pytest.mark.usefixtures("registry")
+def test_what_nobody_could_ever_find_leaves_no_slab(tmp_path: Path) -> None:
+    class Unseen(HiCacheBackend):
+        def _engine_facts(self) -> dict[str, str]:
+            return {"weights": unseen()}
+
+    backend = Unseen(storage_config(tmp_path))
+    backend.register_mem_pool_host(FakeHostPool(pages=2))
+    backend.open()
+    assert list(tmp_path.glob("**/*.slab"))
+    backend.close()
+    assert not list(tmp_path.glob("**/*.slab")), "every start would leave one more"
 
 
 @pytest.mark.usefixtures("registry")

@@ -11,7 +11,6 @@ from dynamo_connectors.blocks import BlockKey
 _PASSING = frozenset(
     {
         "bad_answer",
-        "circuit_open",
         "closed",
         "deadline",
         "forbidden",
