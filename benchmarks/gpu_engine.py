@@ -99,7 +99,7 @@ def floors(folder: Path) -> dict[str, object]:
 
 
 async def all_parts(fleet: Fleet, scale: Scale, record: Record, parts: Sequence[str]) -> None:
-    """In this order, because the later ones push out of DRAM what `disk` and `gate` want to find on the disk alone."""
+    """In this order: `exact` and `load` push out of DRAM what `disk` and `gate` want to find on the disk alone."""
     clients = fleet.clients
     timed = [client for name, client in clients.items() if name not in EXACT_ARMS]
     compared = [client for client in timed if client.name in (lines.NONE, lines.DYNAMO_ARM)]
@@ -112,10 +112,10 @@ async def all_parts(fleet: Fleet, scale: Scale, record: Record, parts: Sequence[
         await guarded("prefix", prefix.run(timed, scale, record), record)
     if "load" in parts:
         await guarded("load", throughput.run(compared, scale, record), record)
+    if {"prefix", "load"} <= set(parts) and fleet.has(lines.DYNAMO_ARM):
+        await guarded("gate", disk.gate(clients[lines.DYNAMO_ARM], prefix.make_prompts(scale), record), record)
     if "chat" in parts:
         await guarded("chat", chat.run(compared, scale, record), record)
-    if {"prefix", "chat"} <= set(parts) and fleet.has(lines.DYNAMO_ARM):
-        await guarded("gate", disk.gate(clients[lines.DYNAMO_ARM], prefix.make_prompts(scale), record), record)
 
 
 async def guarded(what: str, part: Awaitable[None], record: Record) -> None:

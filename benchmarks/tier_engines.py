@@ -65,14 +65,14 @@ class Engine(ABC):
         return Answer(tuple(tokens), first)
 
     def hit_blocks(self, url: str, tier: str) -> float:
-        return _metric(url, "dynamo_kvbm_hit_blocks_total", tier)
+        return _metric(url, "dynamo_kvbm_hit_blocks_total", tier=tier)
 
     def offloaded(self, url: str, tier: str) -> float:
-        return _metric(url, "dynamo_kvbm_offloaded_blocks_total", tier)
+        return _metric(url, "dynamo_kvbm_offloaded_blocks_total", tier=tier)
 
     def knows(self, url: str, tier: str) -> bool:
         """Whether it has found out what the servers before it left in `tier`."""
-        return _metric(url, "dynamo_kvbm_recovered_blocks_total", tier) > 0
+        return _metric(url, "dynamo_kvbm_recovered_blocks_total", tier=tier) > 0
 
 
 class Vllm(Engine):
@@ -128,6 +128,11 @@ class Sglang(Engine):
         for _ in range(16384 // PROMPT_TOKENS + 1):
             self.ask(url, filler())
 
+    def hit_blocks(self, url: str, tier: str) -> float:
+        if tier == "host_dram":
+            return _metric(url, "sglang:cached_tokens_total", cache_source="host") / PAGE_TOKENS
+        return super().hit_blocks(url, tier)
+
 
 def _disk_flags(directory: Path) -> list[str]:
     return ["--kvbm-nvme-path", str(directory), "--kvbm-nvme-gb", "0.2"]
@@ -138,12 +143,12 @@ def _object_flags(folder: Path, s3_url: str) -> list[str]:
     return [*flags, "--kvbm-object-gb", "1", "--kvbm-object-min-touches", "1"]
 
 
-def _metric(url: str, name: str, tier: str) -> float:
+def _metric(url: str, name: str, **labels: str) -> float:
     with urllib.request.urlopen(url + "/metrics", timeout=30) as answer:
         text = answer.read().decode()
     families = text_string_to_metric_families(text)
     samples = (sample for family in families for sample in family.samples if sample.name == name)
-    return sum(sample.value for sample in samples if sample.labels.get("tier") == tier)
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
 
 ENGINES: dict[str, type[Engine]] = {"vllm": Vllm, "sglang": Sglang}

@@ -46,7 +46,7 @@ def measure(engine: Engine, folder: Path, s3_url: str) -> list[Row]:
         engine.ask(server.url, random_prompt(rng))
         pairs = [(engine.ask(server.url, prompt), engine.ask(server.url, prompt)) for prompt in prompts]
         rows = [Row("cold", [cold for cold, _ in pairs]), Row("HBM", [hit for _, hit in pairs])]
-        blocks = PROMPTS * (PROMPT_TOKENS // engine.block_tokens)
+        blocks = (1 + PROMPTS) * (PROMPT_TOKENS // engine.block_tokens)
         wait_until(lambda: engine.offloaded(server.url, "object_store") >= blocks, "the object store has every prompt")
         engine.empty_hbm(server.url, lambda: random_prompt(rng))
         rows.append(hits(engine, server.url, "DRAM", prompts))

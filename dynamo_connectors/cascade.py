@@ -15,9 +15,10 @@ from typing import NamedTuple
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.tier_stack import NamedTier, Place, TierStack
 
-#: Copies that may run at one time, per direction; of the first tier at most a quarter is pinned by each.
+#: Copies that may run at one time, up and down to each tier; each takes a quarter of the first tier at most. Apart, so
+#: that a tier that is slow, or dead, does not hold up the copies to the others.
 MAX_MOVES = 256
-#: Copies that may wait, per direction: the blocks of one prompt of 128k tokens. They pin nothing.
+#: Copies that may wait, likewise: the blocks of one prompt of 128k tokens. They pin nothing.
 MAX_WAITING = 8192
 
 
@@ -84,12 +85,13 @@ class Cascade:
         self._min_touches = {tier.name: min_touches.get(tier.name, 1) for tier in stack.tiers}
         self._max_waiting = MAX_WAITING
         self._max_moves = min(MAX_MOVES, max(1, stack.first.index.capacity_blocks // 4))
-        #: (target tier, entry) -> what shall go down, and block -> what shall come up; oldest first.
-        self._downs: OrderedDict[tuple[str, BlockKey], _Down] = OrderedDict()
+        #: Target tier -> entry -> what shall go down, and block -> what shall come up; oldest first.
+        self._downs: dict[str, OrderedDict[BlockKey, _Down]] = {tier.name: OrderedDict() for tier in stack.lower}
         self._ups: OrderedDict[BlockKey, _Up] = OrderedDict()
         self._moves: set[Move] = set()
         self._fills: dict[tuple[str, int], _Fill] = {}
-        self._moves_up = 0
+        #: Target tier -> moves to it.
+        self._moves_to: Counter[str] = Counter()
 
     @property
     def in_flight(self) -> int:
@@ -97,7 +99,7 @@ class Cascade:
 
     @property
     def has_waiting(self) -> bool:
-        return bool(self._downs or self._ups)
+        return bool(self._ups) or any(self._downs.values())
 
     def offer(self, key: BlockKey, parent: BlockKey | None) -> None:
         """A block arrived in the first tier: it goes on to every tier of single blocks that admits it by now."""
@@ -148,16 +150,16 @@ class Cascade:
     def take(self) -> list[Move]:
         """Copies to start now, the ones that a request waits for first."""
         started: list[Move] = []
-        while self._ups and self._moves_up < self._max_moves:
+        while self._ups and self._moves_to[self._stack.first.name] < self._max_moves:
             _, up = self._ups.popitem(last=False)
             started += self._start_up(up)
-        while self._downs:
-            blocks = len(next(iter(self._downs.values())).blocks)
-            moves_down = len(self._moves) - self._moves_up
-            if moves_down and moves_down + blocks > self._max_moves:
-                break
-            _, down = self._downs.popitem(last=False)
-            started += self._start_down(down)
+        for target, downs in self._downs.items():
+            while downs:
+                running, blocks = self._moves_to[target], len(next(iter(downs.values())).blocks)
+                if running and running + blocks > self._max_moves:
+                    break
+                _, down = downs.popitem(last=False)
+                started += self._start_down(down)
         return started
 
     def end(self, move: Move, ok: bool) -> tuple[BlockKey, BlockKey | None] | None:
@@ -165,7 +167,7 @@ class Cascade:
         self._moves.remove(move)
         source, target = self._stack.by_name[move.source_tier], self._stack.by_name[move.target_tier]
         is_up = target is self._stack.first
-        self._moves_up -= is_up
+        self._moves_to[target.name] -= 1
         fill = self._fills[target.name, move.target_slot]
         fill.moves_left -= 1
         # The source leaves the index when it is found damaged, or reset: what was copied from it is in doubt too.
@@ -186,7 +188,8 @@ class Cascade:
         return (move.key, fill.parent) if kept and is_up else None
 
     def clear(self) -> None:
-        self._downs.clear()
+        for downs in self._downs.values():
+            downs.clear()
         self._ups.clear()
 
     def pins(self) -> Counter[tuple[str, int]]:
@@ -197,22 +200,21 @@ class Cascade:
         """Asserts every invariant. O(moves)."""
         targets = Counter((move.target_tier, move.target_slot) for move in self._moves)
         assert targets == {place: fill.moves_left for place, fill in self._fills.items()}, "moves and fills disagree"
-        first = self._stack.first.name
-        assert self._moves_up == sum(1 for move in self._moves if move.target_tier == first), "moves up are miscounted"
-        assert len(self._ups) <= self._max_waiting, "too many copies up wait"
-        assert len(self._downs) <= self._max_waiting, "too many copies down wait"
-        assert self._moves_up <= self._max_moves, "too many copies up at one time"
-        most = max([self._max_moves, *(tier.chunk_blocks for tier in self._stack.lower)])
-        assert len(self._moves) - self._moves_up <= most, "too many copies down at one time"
+        running = Counter(move.target_tier for move in self._moves)
+        assert running == +self._moves_to, "moves are miscounted"
+        most = max(map(len, self._downs.values()), default=0)
+        assert max(len(self._ups), most) <= self._max_waiting, "too many copies wait"
+        for tier in self._stack.tiers:
+            assert running[tier.name] <= max(self._max_moves, tier.chunk_blocks), f"too many copies to {tier.name}"
 
     def _queue_down(self, down: _Down) -> None:
-        entry = (down.target, down.blocks[-1])
-        if entry in self._downs or self._stack.by_name[down.target].index.is_known(down.blocks[-1]):
+        entry, waiting = down.blocks[-1], self._downs[down.target]
+        if entry in waiting or self._stack.by_name[down.target].index.is_known(entry):
             return
-        if len(self._downs) >= self._max_waiting:
+        if len(waiting) >= self._max_waiting:
             self._stack.dropped["move_backlog"] += len(down.blocks)
             return
-        self._downs[entry] = down
+        waiting[entry] = down
 
     def _start_down(self, down: _Down) -> list[Move]:
         first, target = self._stack.first, self._stack.by_name[down.target]
@@ -233,6 +235,7 @@ class Cascade:
         ]
         self._fills[target.name, slot] = _Fill(down.blocks, down.parent, (down.parent, *down.blocks[:-1]), len(moves))
         self._moves.update(moves)
+        self._moves_to[target.name] += len(moves)
         return moves
 
     def _start_up(self, up: _Up) -> list[Move]:
@@ -249,7 +252,7 @@ class Cascade:
         move = Move(up.key, source.name, first.name, _pin(source, up.place.name), slot, chunk, up.place.row)
         self._fills[first.name, slot] = _Fill((up.key,), up.parent, (up.above,), 1)
         self._moves.add(move)
-        self._moves_up += 1
+        self._moves_to[first.name] += 1
         return [move]
 
     def _reserve(self, tier: NamedTier, name: BlockKey, touches: int, blocks: int) -> int | None:

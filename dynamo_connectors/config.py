@@ -22,6 +22,8 @@ TIER_ORDER = (HBM, HOST_DRAM, NVME_SSD, OBJECT_STORE)
 LRU, ARC = "lru", "arc"
 DEFAULT_HOST_DRAM_GB = 4.0
 DEFAULT_OBJECT_DEADLINE_MS = 1000.0
+#: No request waits longer for a cache, and no request to the store takes longer.
+MOST_OBJECT_DEADLINE_MS = 60_000.0
 #: More would be a slip: no prefix is worth keeping only after so many requests have computed it.
 MOST_TOUCHES = 255
 
@@ -110,6 +112,8 @@ def parse_config(settings: Mapping[str, object]) -> KvbmConfig:
     if ratio > 1:
         raise ConfigError(f"--kvbm-offload-ratio {ratio:g} is above 1; it is the share of KV that may leave HBM")
     deadline_ms = _parse_number(ours, "kvbm_object_deadline_ms", DEFAULT_OBJECT_DEADLINE_MS)
+    if deadline_ms > MOST_OBJECT_DEADLINE_MS:
+        raise ConfigError(f"--kvbm-object-deadline-ms {deadline_ms:g} is above {MOST_OBJECT_DEADLINE_MS:g}; lower it")
     touches = {tier: _parse_touches(ours, f"kvbm_{tier}_min_touches") for tier in ("dram", "nvme", "object")}
     return KvbmConfig(
         storage_tiers=tiers,
@@ -118,7 +122,7 @@ def parse_config(settings: Mapping[str, object]) -> KvbmConfig:
         eviction_policy=_parse_choice(ours, "kvbm_eviction_policy", (LRU, ARC)),
         load_gate=_parse_choice(ours, "kvbm_load_gate", ("on", "off")) == "on",
         dram_min_touches=touches["dram"],
-        nvme_path=Path(str(ours["kvbm_nvme_path"])) if NVME_SSD in tiers else None,
+        nvme_path=_parse_directory(ours["kvbm_nvme_path"]) if NVME_SSD in tiers else None,
         nvme_bytes=_parse_bytes(ours, "kvbm_nvme_gb", 1.0) if NVME_SSD in tiers else 0,
         nvme_min_touches=touches["nvme"],
         object_url=_parse_object_url(ours) if OBJECT_STORE in tiers else None,
@@ -166,6 +170,14 @@ def _check_tiers_and_settings(ours: Mapping[str, object], tiers: tuple[str, ...]
                 raise ConfigError(f"the {tier} tier needs {flag_of(key)}")
     if NVME_SSD in tiers and not str(ours["kvbm_nvme_path"]).strip():
         raise ConfigError("--kvbm-nvme-path is empty; name a directory")
+
+
+def _parse_directory(value: object) -> Path:
+    """No shell expands the ~ in --flag=~/kv, nor in a file."""
+    try:
+        return Path(str(value)).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"--kvbm-nvme-path {value} names the home of a user who has none here") from None
 
 
 def _parse_object_url(ours: Mapping[str, object]) -> str:

@@ -75,7 +75,10 @@ class EraseJob:
 
 
 class Moved(NamedTuple):
-    """Bytes read from `tier` (load, prefetch) or written to it (store, offload), and how long that took."""
+    """Bytes read from `tier` (load, prefetch) or written to it (store, offload), and how long that took.
+
+    A load that got nothing from a lower tier in time is told too, with its wait.
+    """
 
     tier: str
     num_bytes: int

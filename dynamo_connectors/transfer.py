@@ -42,6 +42,9 @@ _STAGING_BYTES = 64 << 20
 _MIN_STAGING_ROWS = 16
 #: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.
 _LOADS_FROM_BELOW = 4
+#: A load that queued until less than this share of its time was left does not set out: it would hardly arrive, and its
+#: hanging up would look like a failure of the store.
+_LEAST_TIME_LEFT = 0.1
 #: How long stopping may take when a device does not answer.
 _CLOSE_SECONDS = 10.0
 
@@ -194,8 +197,12 @@ class TransferEngine:
         for name, items in by_tier.items():
             started, below = time.monotonic(), self._below[name]
             load = LoadFromBelow(below.tier, below.staging, self._hbm)
-            good = load.run(items, below.tier.deadline_seconds - queued_seconds, outcome.failed)
-            outcome.note_move(name, good, self._dram.row_bytes, started)
+            limit = below.tier.deadline_seconds
+            left = limit - queued_seconds
+            good = load.run(items, left if left > limit * _LEAST_TIME_LEFT else 0.0, outcome.failed)
+            # Told even if nothing came: a tier that keeps its requests waiting must be known for that.
+            seconds = queued_seconds + time.monotonic() - started
+            outcome.moved.append(Moved(name, good * self._dram.row_bytes, seconds))
         return outcome
 
     def _load_from_dram(self, items: Sequence[LoadItem], outcome: _Outcome) -> None:

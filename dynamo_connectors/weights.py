@@ -1,7 +1,8 @@
 """Which weights a model has, as far as its files tell: KV computed with other weights must never be read.
 
-A folder is named by its files' names, sizes and times of change; a folder inside a hub cache by its commit, which says
-the same on every machine. Weights that cannot be seen (streamed from elsewhere) get a name nobody else will ever have.
+A folder is named by its files: names, sizes, times of change and samples of their bytes, because an image or a copy may
+give all files one time, and fine-tuned weights keep their size. A folder inside a hub cache is named by its commit, the
+same on every machine. Weights that cannot be seen (streamed from elsewhere) get a name that nobody else will ever have.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import uuid
 from pathlib import Path
 
 #: The weights, and the configuration that says how they are used.
-_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+_CONFIGURATION = "*.json"
 _COMMIT = re.compile(r"snapshots/([0-9a-f]{40})(/|$)")
+#: Of each file, spread over it.
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 def weights_identity(place: Path | None, load_format: str, seed: int) -> str:
@@ -21,19 +25,32 @@ def weights_identity(place: Path | None, load_format: str, seed: int) -> str:
 
     Dummy weights come from the seed; their shape from the configuration in the folder.
     """
-    files = _identity_of_files(place) if place is not None else None
+    is_dummy = load_format == "dummy"
+    files = _identity_of_files(place, is_dummy) if place is not None else None
     if files is None:
         return f"unseen:{uuid.uuid4().hex}"
-    return f"{load_format}:{seed if load_format == 'dummy' else ''}:{files}"
+    return f"{load_format}:{seed if is_dummy else ''}:{files}"
 
 
-def _identity_of_files(place: Path) -> str | None:
+def _identity_of_files(place: Path, is_dummy: bool) -> str | None:
     commit = _COMMIT.search(place.as_posix())
     if commit is not None:
         return f"commit:{commit[1]}"
-    found = [place] if place.is_file() else [path for pattern in _PATTERNS for path in place.glob(pattern)]
-    if not found:
+    weights = [place] if place.is_file() else [path for pattern in _WEIGHTS for path in place.glob(pattern)]
+    found = {*weights, *place.glob(_CONFIGURATION)}
+    # A configuration alone says nothing about weights that come from elsewhere.
+    if not (found if is_dummy else weights):
         return None
-    stats = [(path.name, path.stat()) for path in sorted(set(found))]
-    text = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-    return f"files:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(found):
+        status = path.stat()
+        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+        _add_samples(digest, path, status.st_size)
+    return f"files:{digest.hexdigest()}"
+
+
+def _add_samples(digest: hashlib.blake2b, path: Path, size: int) -> None:
+    with path.open("rb", buffering=0) as file:
+        for sample in range(_SAMPLES):
+            file.seek(sample * max(0, size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))

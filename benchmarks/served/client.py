@@ -72,7 +72,7 @@ class EngineClient:
                 found["/".join([sample.name, *labels])] += sample.value
         return found
 
-    async def calm(self, seconds: float = 20.0) -> bool:
+    async def calm(self, seconds: float = 8.0) -> bool:
         """Waits until nothing runs and no HBM block is held, so that background copies are done. False: in vain."""
         deadline = time.monotonic() + seconds
         while True:

@@ -135,7 +135,7 @@ def _same_as_hbm(raw: Sequence[Fact], arm: str) -> tuple[int, int]:
     mine = [fact for fact in raw if fact["part"] == "prefix" and fact["arm"] == arm]
     wanted = {fact["prompt"]: fact["tokens"] for fact in mine if fact["kind"] == "hbm"}
     hits = [fact for fact in mine if fact["kind"] == "tier"]
-    return sum(fact["tokens"] == wanted[fact["prompt"]] for fact in hits), len(hits)
+    return sum(fact["tokens"] == wanted.get(fact["prompt"]) for fact in hits), len(hits)
 
 
 def _disk(raw: Sequence[Fact]) -> list[str]:

@@ -17,7 +17,7 @@ from dynamo_connectors.block_manager import Change
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import NVME_SSD
 from dynamo_connectors.errors import ConfigError, DynamoConnectorsError
-from dynamo_connectors.sglang import live
+from dynamo_connectors.sglang import chains, live
 from dynamo_connectors.sglang.host_pages import page_shape
 from dynamo_connectors.sglang.l3_events import Removed, Stored, TierEvents
 from dynamo_connectors.sglang.metrics import StorageMeter
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 #: Transfers remembered between two calls of `take_transfers`.
 _MAX_TRANSFERS = 1024
+#: Requests remembered as counted. SGLang asks again for those that wait.
+_MAX_REQUESTS = 256
 
 
 class HiCacheBackend:
@@ -49,6 +51,7 @@ class HiCacheBackend:
         self._meter = StorageMeter() if storage_config.enable_storage_metrics else None
         self._is_off = False
         self._transfers: deque[Transfer] = deque(maxlen=_MAX_TRANSFERS)
+        self._last_requests: deque[str] = deque(maxlen=_MAX_REQUESTS)
         self._events: TierEvents | None = None
         #: Guards `_events`; innermost, taken under the lock of a pool's pages.
         self._events_lock = threading.Lock()
@@ -72,10 +75,19 @@ class HiCacheBackend:
         """
         if self._set_of_pools.open():
             live.backends.add(self)
+            self._report()
 
     def batch_exists(self, keys: list[str], extra_info: object = None) -> int:
         pages = self._pages(MAIN_POOL)
         return 0 if pages is None else pages.match(_block_keys(keys), self._before(extra_info))
+
+    def note_use(self, request: str, keys: Sequence[str], prefix_keys: Sequence[str] | None) -> None:
+        """A request uses this chain. Counts once per request, however often SGLang asks."""
+        pages = self._pages(MAIN_POOL)
+        if pages is None or not chains.is_whole(prefix_keys) or request in self._last_requests:
+            return
+        self._last_requests.append(request)
+        pages.note_use(_block_keys([*(prefix_keys or ()), *keys]))
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
@@ -95,7 +107,9 @@ class HiCacheBackend:
         return match_pools(MAIN_POOL, self.batch_exists(keys, extra_info), needs)
 
     def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: object = None) -> list[bool]:
-        return self._set(MAIN_POOL, keys, host_indices, self._before(extra_info))
+        # A decode worker keeps what it has computed without telling what comes before.
+        is_known = getattr(extra_info, "prefix_keys", None) is not None
+        return self._set(MAIN_POOL, keys, host_indices, self._before(extra_info) if is_known else None)
 
     def batch_get_v1(self, keys: list[str], host_indices: Any, extra_info: object = None) -> list[bool]:
         return self._get(MAIN_POOL, keys, host_indices, self._before(extra_info))
@@ -182,7 +196,9 @@ class HiCacheBackend:
                 logger.error("dynamo: the nvme_ssd tier is off: %s", error)
         return self._set_of_pools.pages(name)
 
-    def _set(self, name: str, keys: Sequence[str], host_indices: Any, before: Sequence[BlockKey] = ()) -> list[bool]:
+    def _set(
+        self, name: str, keys: Sequence[str], host_indices: Any, before: Sequence[BlockKey] | None = ()
+    ) -> list[bool]:
         pages, located = self._located(name, len(keys), host_indices)
         if pages is None:
             return [False] * len(keys)
@@ -190,9 +206,11 @@ class HiCacheBackend:
         self._report()
         return kept
 
-    def _get(self, name: str, keys: Sequence[str], host_indices: Any, before: Sequence[BlockKey] = ()) -> list[bool]:
+    def _get(
+        self, name: str, keys: Sequence[str], host_indices: Any, before: Sequence[BlockKey] | None = ()
+    ) -> list[bool]:
         pages, located = self._located(name, len(keys), host_indices)
-        if pages is None:
+        if pages is None or before is None:
             return [False] * len(keys)
         filled = pages.get(_block_keys(keys), located, before)
         self._report()
@@ -204,21 +222,22 @@ class HiCacheBackend:
         located = None if pool is None else pool.locate(num_pages, host_indices)
         return (None, ()) if located is None else (pages, located)
 
-    def _before(self, extra_info: object) -> list[BlockKey]:
-        """The chain up to the pages that SGLang asks about. It says nothing where there is nothing before them."""
-        if not self._is_chain_needed:
-            return []
-        return _block_keys(getattr(extra_info, "prefix_keys", None) or ())
+    def _before(self, extra_info: object) -> list[BlockKey] | None:
+        """The chain up to the pages that SGLang asks about, as far as it says; None when it is needed and unknown."""
+        prefix_keys = getattr(extra_info, "prefix_keys", None)
+        if chains.is_whole(prefix_keys):
+            return _block_keys(prefix_keys or ())
+        return None if self._is_chain_needed else []
 
     def _watcher(self, pool: str, recovered: Sequence[BlockKey]) -> Watcher:
         """Routers are told of the main pool only: its pages are what a prefix is made of."""
         main = self._set_of_pools.pool(MAIN_POOL)
         if pool != MAIN_POOL or main is None or not self._publishes_events():
-            return Watcher(on_transfer=self._note_transfer)
+            return Watcher(on_transfer=self._note_transfer, on_background=self._report)
         with self._events_lock:
             self._events = TierEvents(main.shape.page_tokens)
             self._events.recovered(NVME_SSD, recovered)
-        return Watcher(self._note_changes, self._note_transfer)
+        return Watcher(self._note_changes, self._note_transfer, self._report)
 
     def _note_changes(self, changes: Sequence[Change]) -> None:
         with self._events_lock:

@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,15 +176,39 @@ def engine_facts() -> dict[str, str]:
     """What decides how stored KV must be read, beyond the storage config, by `Namespace` field."""
     given = server_args()
     revision = getattr(given, "revision", None)
-    load_format = str(getattr(given, "load_format", ""))
+    # What a page means inside may change with the version.
+    rules = [("version", engine_version()), *((name, str(getattr(given, name, None))) for name in _KV_SETTINGS)]
     return {
         "model": str(given.model_path),
         "revision": str(revision or ""),
-        "weights": weights_identity(
-            _model_place(str(given.model_path), revision), load_format, int(getattr(given, "random_seed", 0) or 0)
-        ),
-        "key_rules": repr([(name, str(getattr(given, name, None))) for name in _KV_SETTINGS]),
+        "weights": _weights(given, revision),
+        "key_rules": repr(rules),
     }
+
+
+def _weights(given: Any, revision: str | None) -> str:
+    """The model's, and those of all that adds to its KV. A draft model's pages are kept beside the model's.
+
+    Page hashes name an adapter of the launch by its path; one that is loaded later has a name nobody else has.
+    """
+    load_format, seed = str(getattr(given, "load_format", "")), int(getattr(given, "random_seed", 0) or 0)
+    names = [weights_identity(_model_place(str(given.model_path), revision), load_format, seed)]
+    draft = getattr(given, "speculative_draft_model_path", None)
+    if draft is not None:
+        names.append(weights_identity(_model_place(str(draft), None), load_format, seed))
+    adapters = getattr(given, "lora_paths", None) or ()
+    given_as = adapters.values() if isinstance(adapters, Mapping) else adapters
+    paths = {_adapter_path(each) for each in given_as}
+    names += [weights_identity(_model_place(path, None), "lora", 0) for path in sorted(paths)]
+    return " ".join(names)
+
+
+def _adapter_path(given: Any) -> str:
+    """SGLang's own record, or what the user wrote: [NAME=]PATH."""
+    if hasattr(given, "lora_path"):
+        return str(given.lora_path)
+    name, _, path = str(given).partition("=")
+    return path or name
 
 
 def _model_place(model_path: str, revision: str | None) -> Path | None:
@@ -236,6 +260,13 @@ def _event_hash(key: BlockKey) -> int:
     return int(resolve("sglang.srt.mem_cache.utils.hash_str_to_int64")(key.decode()))
 
 
+def page_hashes(operation: Any, result: Any) -> list[str]:
+    """Of a lookup: all that were asked about; before 0.5.23 those that were found."""
+    hashes: list[str] | None = getattr(operation, "all_hash_values", None)
+    found: list[str] = result[0]
+    return found if hashes is None else hashes
+
+
 def looked_up(operation: Any, result: Any) -> tuple[list[str], list[int]] | None:
     """Page hashes and tokens of a lookup; None for an adapter's or a tenant's, which SGLang's events hash otherwise."""
     key = operation.token_ids
@@ -243,8 +274,7 @@ def looked_up(operation: Any, result: Any) -> tuple[list[str], list[int]] | None
         return None
     if key.extra_key is not None or getattr(key, "cache_salt", None) is not None:
         return None
-    hashes = getattr(operation, "all_hash_values", None)
-    return (result[0] if hashes is None else hashes), list(key.raw_token_ids())
+    return page_hashes(operation, result), list(key.raw_token_ids())
 
 
 def attach_refused(message: str) -> Any:

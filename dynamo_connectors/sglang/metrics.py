@@ -13,18 +13,20 @@ from dynamo_connectors.config import NVME_SSD
 from dynamo_connectors.sglang.page_store import PageCounts, Transfer
 from dynamo_connectors.sglang.pools import MAIN_POOL
 
-#: From a page in the page cache to an object store at its deadline.
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_READ, _WRITE = "read", "write"
+_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 class _Families(NamedTuple):
-    asked: Counter
+    wanted: Counter
     hit: Counter
     offloaded: Counter
+    recovered: Counter
     dropped: Counter
     failed: Counter
-    bytes_: Counter
+    object_failures: Counter
+    object_circuits: Counter
+    onboarded_bytes: Counter
+    offloaded_bytes: Counter
     seconds: Histogram
     used: Gauge
 
@@ -37,16 +39,20 @@ def _families(registry: CollectorRegistry) -> _Families:
         return Counter(f"dynamo_kvbm_{name}", text, labels, registry=registry)
 
     return _Families(
-        asked=counter("lookup_blocks", "Blocks that requests looked for; hits divided by this is the hit rate."),
+        wanted=counter("wanted_blocks", "Blocks of prompts that SGLang's own levels did not hold."),
         hit=counter("hit_blocks", "Blocks given to requests, by the tier they came from.", "tier"),
-        offloaded=counter("offloaded_blocks", "Blocks that arrived in a tier.", "tier"),
+        offloaded=counter("offloaded_blocks", "Blocks that arrived in a tier from above.", "tier"),
+        recovered=counter("recovered_blocks", "Blocks of an earlier run, found at start.", "tier"),
         dropped=counter("dropped_blocks", "Blocks that were not kept, or no longer are.", "reason"),
         failed=counter("load_failures", "Blocks that gave no bytes; the engine recomputed them.", "reason"),
-        bytes_=counter("transfer_bytes", "Bytes read from a tier or written to it.", "tier", "direction"),
+        object_failures=counter("object_failures", "What an object store refused, lost or got wrong.", "reason"),
+        object_circuits=counter("object_circuits_opened", "Times a failing object store was left alone."),
+        onboarded_bytes=counter("onboarded_bytes", "Bytes copied from a tier to SGLang's host memory.", "tier"),
+        offloaded_bytes=counter("offloaded_bytes", "Bytes copied down into a tier.", "tier"),
         seconds=Histogram(
             "dynamo_kvbm_transfer_seconds",
-            "How long one batch of blocks took.",
-            ["tier", "direction"],
+            "How long copies between tiers took, by what they did and the tier they read or wrote.",
+            ["what", "tier"],
             registry=registry,
             buckets=_SECONDS,
         ),
@@ -69,28 +75,34 @@ class StorageMeter:
         self._seen: Totals[tuple[str, ...]] = Totals()
 
     def record(self, pool: str, counts: PageCounts, tier: str = NVME_SSD) -> None:
-        """Totals never run backwards; two threads may report theirs in any order.
+        """Totals of one store never run backwards; two threads may report theirs in any order.
 
         Lookups, hits and use are those of the main pool: the pages of the others belong to the same blocks.
         """
-        families = self._families
+        families, where = self._families, (str(counts.store), pool, tier)
         with self._lock:
             if pool == MAIN_POOL:
-                self._advance(families.asked, (pool, "asked"), (), counts.asked_pages)
-                self._advance(families.hit, (pool, "hit"), (tier,), counts.read_pages)
-                self._advance(families.offloaded, (pool, "offloaded"), (tier,), counts.written_pages)
-            self._advance(families.dropped, (pool, "dropped", tier), ("evicted",), counts.evicted_pages)
+                self._advance(families.wanted, (*where, "wanted"), (), counts.asked_pages)
+                self._advance(families.hit, (*where, "hit"), (tier,), counts.read_pages)
+                self._advance(families.recovered, (*where, "recovered"), (tier,), counts.recovered_pages)
+                self._advance(families.offloaded, (*where, "offloaded"), (tier,), counts.written_pages)
+            self._advance(families.dropped, (*where, "dropped"), ("evicted",), counts.evicted_pages)
             for reason, total in counts.dropped.items():
-                self._advance(families.dropped, (pool, "dropped", tier), (reason,), total)
+                self._advance(families.dropped, (*where, "dropped"), (reason,), total)
             for reason, total in counts.load_failures.items():
-                self._advance(families.failed, (pool, "failed", tier), (reason,), total)
+                self._advance(families.failed, (*where, "failed"), (reason,), total)
+            for reason, total in counts.store_failures.items():
+                self._advance(families.object_failures, (*where, "object"), (reason,), total)
+            self._advance(families.object_circuits, (*where, "circuits"), (), counts.circuits_opened)
         if pool == MAIN_POOL and counts.capacity_pages:
             families.used.labels(tier).set(100 * counts.ready_pages / counts.capacity_pages)
 
     def observe(self, transfer: Transfer) -> None:
-        labels = (transfer.tier, _READ if transfer.is_read else _WRITE)
-        self._families.bytes_.labels(*labels).inc(transfer.num_bytes)
-        self._families.seconds.labels(*labels).observe(transfer.seconds)
+        families = self._families
+        num_bytes = families.onboarded_bytes if transfer.is_read else families.offloaded_bytes
+        num_bytes.labels(transfer.tier).inc(transfer.num_bytes)
+        what = "onboard" if transfer.is_read else "offload"
+        families.seconds.labels(what, transfer.tier).observe(transfer.seconds)
 
     def check(self) -> None:
         with self._lock:

@@ -15,7 +15,7 @@ from dynamo_connectors.errors import StoreError
 from dynamo_connectors.sglang.page_io import Page, ReadableStore
 from dynamo_connectors.tiers.base import Place
 from dynamo_connectors.tiers.index import TierIndex
-from dynamo_connectors.tiers.object import ObjectStore
+from dynamo_connectors.tiers.object import ObjectStats, ObjectStore
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class Offloaded(NamedTuple):
 
     moves: Sequence[Move]
     ok: bool
+    seconds: float = 0.0
     damaged: BlockKey | None = None
 
 
@@ -42,7 +43,9 @@ class Lower(Protocol):
     def read(self, work: Sequence[tuple[Source, Page]]) -> dict[BlockKey, str]: ...
     def offload(self, moves: Sequence[Move], disk: ReadableStore, ended: Callable[[Offloaded], None]) -> None: ...
     def erase(self, chunk: BlockKey, ended: Callable[[], None]) -> None: ...
+    def when_listed(self, tell: Callable[[], None]) -> None: ...
     def take_listed(self) -> list[tuple[int, BlockKey]]: ...
+    def stats(self) -> ObjectStats: ...
     def forget(self) -> None: ...
     def close(self) -> None: ...
 
@@ -64,7 +67,7 @@ class ObjectTier:
         self._io = ThreadPoolExecutor(_THREADS, thread_name_prefix="dynamo-kvbm-object")
         #: Chunks that the store holds already take the last places; fresh ones are given out from the first on.
         self._next_place = capacity_chunks - 1
-        store.list_chunks(capacity_chunks)
+        self._listing = store.list_chunks(capacity_chunks)
 
     def read(self, work: Sequence[tuple[Source, Page]]) -> dict[BlockKey, str]:
         """Fills pages within one deadline for all; returns the keys that failed, with the reason."""
@@ -95,12 +98,19 @@ class ObjectTier:
         """Removes an object some time. `ended` is called once, from any thread."""
         self._store.erase([chunk]).add_done_callback(lambda _: ended())
 
+    def when_listed(self, tell: Callable[[], None]) -> None:
+        """Calls `tell`, from any thread, once everything that the store holds has been found."""
+        self._listing.add_done_callback(lambda _: tell())
+
     def take_listed(self) -> list[tuple[int, BlockKey]]:
         """(place, chunk) of what the store was found to hold, since the last call."""
         chunks, _ = self._store.take_listed()
         entries = [(self._next_place - index, chunk) for index, chunk in enumerate(chunks)]
         self._next_place -= len(chunks)
         return [entry for entry in entries if entry[0] >= 0]
+
+    def stats(self) -> ObjectStats:
+        return self._store.stats()
 
     def forget(self) -> None:
         self._store.forget()
@@ -115,6 +125,7 @@ class ObjectTier:
         self._store.check()
 
     def _upload(self, moves: Sequence[Move], disk: ReadableStore, ended: Callable[[Offloaded], None]) -> None:
+        started = self._clock()
         ordered = sorted(moves, key=lambda move: move.row)
         rows = []
         for move in ordered:
@@ -127,7 +138,9 @@ class ObjectTier:
             rows.append(row)
         places = [Place(move.key, move.target_slot, move.chunk, move.row) for move in ordered]
         for batch in self._store.write(places, rows):
-            batch.outcome.add_done_callback(lambda outcome: ended(Offloaded(moves, ok=_all_well(outcome))))
+            batch.outcome.add_done_callback(
+                lambda outcome: ended(Offloaded(moves, _all_well(outcome), self._clock() - started))
+            )
 
     def _new_row(self) -> memoryview:
         return memoryview(bytearray(self._store.row_bytes))

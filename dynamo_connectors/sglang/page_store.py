@@ -5,11 +5,12 @@ SGLang calls from several threads. One lock guards the decisions; bytes move out
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from dynamo_connectors.sglang.page_io import Page, PageMover, Work
 from dynamo_connectors.tiers.base import TierStore
 from dynamo_connectors.tiers.index import TierIndex
 
+_store_numbers = itertools.count(1)
 #: Reasons after which an object is of no use any more.
 _GONE = ("not_found", "cut_body", "bad_header", "wrong_namespace", "wrong_key", "wrong_length", "bad_checksum")
 
@@ -60,21 +62,32 @@ class PageCounts:
     ready_pages: int
     capacity_pages: int
     evicted_pages: int
+    #: Of an earlier run.
+    recovered_pages: int = 0
+    #: Of an object store: what it refused, lost or got wrong, by reason, and how often it was left alone.
+    store_failures: Mapping[str, int] = field(default_factory=dict)
+    circuits_opened: int = 0
+    #: Tells the totals of one store from those of the store that takes its place.
+    store: int = 0
 
 
 @dataclass(frozen=True)
 class Watcher:
-    """Told of what happens, from whatever thread: `on_changes` under the store's lock and in order."""
+    """Told of what happens, from whatever thread: `on_changes` under the store's lock and in order.
+
+    `on_background`: the counts have changed though nobody called.
+    """
 
     on_changes: Callable[[Sequence[Change]], None] = lambda changes: None
     on_transfer: Callable[[Transfer], None] = lambda transfer: None
+    on_background: Callable[[], None] = lambda: None
 
 
 class PageStore:
     """Owns `store` and `lower`: `close` closes them. `clock` gives seconds.
 
-    `before` is the keys of the pages before the given ones, from the first of the chain on. Only a store with a lower
-    tier asks for them: its chunks are aligned to the chain.
+    `before` is the keys of the pages before the given ones, from the first of the chain on: pages are evicted from the
+    end of their chain, and the chunks of a lower tier are aligned to it. None says that nobody can tell.
     """
 
     def __init__(
@@ -87,6 +100,7 @@ class PageStore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name
+        self._number = next(_store_numbers)
         self._lower = lower
         self._store = store
         self._watcher = watcher or Watcher()
@@ -94,7 +108,7 @@ class PageStore:
         disk = NamedTier(name, TierIndex(store.capacity_blocks))
         below = [] if lower is None else [lower.named]
         self._manager = BlockManager([disk, *below], {tier.name: lower.min_touches for tier in below if lower})
-        self._manager.restore(name, store.recovered)
+        self._recovered_pages = self._manager.restore(name, store.recovered)
         self._manager.take_changes()  # what was there before is no news
         self._clock = clock
         self._lock = threading.Lock()
@@ -107,20 +121,28 @@ class PageStore:
         #: Of the lower tier.
         self._raised_pages = 0
         self._lowered_pages = 0
+        self._listed_pages = 0
+        if lower is not None:
+            lower.when_listed(self._listed)
 
-    def match(self, keys: Sequence[BlockKey], before: Sequence[BlockKey] = ()) -> int:
+    def note_use(self, chain: Sequence[BlockKey]) -> None:
+        """A request uses these pages, given from the first of the chain on. Once per request."""
+        with self._lock:
+            if self._serves:
+                self._manager.note_use(chain)
+        self._move_down()
+
+    def match(self, keys: Sequence[BlockKey], before: Sequence[BlockKey] | None = ()) -> int:
         """Length of the leading run of `keys` that can be read now."""
-        chain = [*before, *keys]
         with self._lock:
             self._asked_pages += len(keys)
             if not self._serves:
                 return 0
-            if self._lower is not None:
-                self._manager.restore(self._lower.named.name, self._lower.take_listed())
-                self._manager.note_use(chain)
-            run = self._manager.match(chain, len(before))
-        self._move_down()
-        return run
+            if before is None:
+                self._load_failures["chain_unknown"] += len(keys)
+                return 0
+            self._take_listed()
+            return self._manager.match([*before, *keys], len(before))
 
     def present(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which of `keys` can be read now."""
@@ -128,15 +150,21 @@ class PageStore:
             index = self._manager.tiers[0].index
             return [self._serves and key in index for key in keys]
 
-    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
+    def put(
+        self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] | None = ()
+    ) -> list[bool]:
         """Keeps pages; True for each one that is here (or on its way here by another thread) afterwards."""
         page_of = dict(zip(keys, pages, strict=True))
+        above = list(before or ())
+        chain = [*above, *page_of]
         with self._lock:
             if not self._serves:
                 return [False] * len(keys)
             # The head of the chain is leased so that its own tail cannot push it out.
-            held = self._manager.lease(list(page_of))
-            targets = self._manager.reserve(page_of, before[-1] if before else None)
+            held = self._manager.lease(chain)
+            if len(held) < len(above):
+                held += self._manager.lease(chain, len(above))
+            targets = self._manager.reserve(page_of, above[-1] if above else None)
             self._tell_changes()
         started = self._clock()
         failures = self._mover.write(
@@ -150,8 +178,8 @@ class PageStore:
                 else:
                     self._manager.abort(target, reason)
             self._manager.release(held)
-            if self._lower is not None:
-                self._manager.offload([*before, *keys])
+            if before is not None:
+                self._manager.offload(chain)
             self._tell_changes()
             written = len(targets) - len(failures)
             self._written_pages += written
@@ -163,10 +191,11 @@ class PageStore:
 
     def get(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
         """Fills the leading run of `pages` that can be read; a page answered False is untouched or worthless."""
+        chain = [*before, *keys]
         with self._lock:
             if not self._serves:
                 return [False] * len(keys)
-            sources = self._manager.lease([*before, *keys], len(before), len(keys))
+            sources = self._manager.lease(chain, len(before))
         # A prefix is all that can be used, and only its pages are leased.
         leased = list(zip(sources, pages, strict=False))
         on_disk = [Work(source.slot, source.key, page) for source, page in leased if source.tier == self._name]
@@ -180,6 +209,7 @@ class PageStore:
             # What the lower tier did not give in time is still there; what it lost or damaged is not.
             gone = {key for key, reason in late.items() if reason in _GONE}
             self._manager.release(sources, failures.keys() | gone)
+            self._manager.touch(chain)
             failures |= late
             self._tell_changes()
             self._read_pages += read
@@ -211,11 +241,13 @@ class PageStore:
         """Of the tier below, by its name; reasons are counted for the disk, with its own."""
         if self._lower is None:
             return {}
-        name = self._lower.named.name
+        name, store = self._lower.named.name, self._lower.stats()
         with self._lock:
             held = self._manager.stats()[name]
             numbers = (held.ready_blocks, held.capacity_blocks, held.evicted_blocks_total)
-            return {name: PageCounts(0, self._raised_pages, self._lowered_pages, {}, {}, *numbers)}
+            moved = (self._raised_pages, self._lowered_pages)
+            troubles = (store.failures, store.circuits_opened)
+            return {name: PageCounts(0, *moved, {}, {}, *numbers, self._listed_pages, *troubles, self._number)}
 
     def counts(self) -> PageCounts:
         with self._lock:
@@ -229,6 +261,8 @@ class PageStore:
                 ready_pages=stats.ready_blocks,
                 capacity_pages=stats.capacity_blocks,
                 evicted_pages=stats.evicted_blocks_total,
+                recovered_pages=self._recovered_pages,
+                store=self._number,
             )
 
     def close(self) -> None:
@@ -291,9 +325,27 @@ class PageStore:
         with self._lock:
             for move in offloaded.moves:
                 self._manager.end_move(move, offloaded.ok, damaged=move.key == offloaded.damaged)
-            self._lowered_pages += len(offloaded.moves) if offloaded.ok else 0
+            moved = len(offloaded.moves) if offloaded.ok else 0
+            self._lowered_pages += moved
             self._tell_changes()
+        if self._lower is not None and moved:
+            num_bytes = moved * self._store.row_bytes
+            name = self._lower.named.name
+            self._watcher.on_transfer(Transfer(name, False, moved, num_bytes, offloaded.seconds))
+        self._watcher.on_background()
         self._move_down()  # what waited for room to move
+
+    def _listed(self) -> None:
+        with self._lock:
+            self._take_listed()
+            self._tell_changes()
+        self._watcher.on_background()
+
+    def _take_listed(self) -> None:
+        """Takes in what the lower tier was found to hold."""
+        if self._lower is not None and self._is_open:
+            found = self._manager.restore(self._lower.named.name, self._lower.take_listed())
+            self._listed_pages += found * self._lower.named.chunk_blocks
 
     def _tell_transfer(self, tier: str, is_read: bool, pages: int, started: float) -> None:
         if pages:

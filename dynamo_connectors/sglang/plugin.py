@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from dynamo_connectors.config import flag_of, refuse_tiny
 from dynamo_connectors.errors import DynamoConnectorsError, PluginError
 from dynamo_connectors.host_limits import check_host
-from dynamo_connectors.sglang import compat, live
+from dynamo_connectors.sglang import chains, compat, live
 from dynamo_connectors.sglang.settings import (
     BACKEND,
     BACKEND_FLAG,
@@ -75,6 +75,7 @@ def _storage_hooks() -> list[tuple[str, Hook, str]]:
     ]
     for target, _, _ in hooks:
         compat.resolve(target)
+    hooks += chains.prefix_hooks()
     seed = compat.hash_seed_hook()
     return hooks if seed is None else [*hooks, (seed, compat.seed_page_hash, "BEFORE")]
 
@@ -161,6 +162,9 @@ def _publish_events(_result: object, publisher: Any) -> None:
 
 
 def _looked_up(result: Any, _controller: object, operation: Any) -> None:
+    request = str(getattr(operation.request_id, "rid", operation.request_id))
+    for backend in live.backends.all():
+        backend.note_use(request, compat.page_hashes(operation, result), operation.prefix_keys)
     found = compat.looked_up(operation, result)
     if found is not None:
         for backend in live.backends.all():

@@ -80,7 +80,7 @@ def translate(launch: Launch) -> Translation | None:
             raise ConfigError(f"{flag_of(key)} is also in {BACKEND_FLAG}-extra-config; give it once")
     extra.update(given)
     config = parse_storage_settings(extra)
-    if config.object_url is not None and extra.setdefault(_PASS_PREFIX, True) is not True:
+    if extra.setdefault(_PASS_PREFIX, True) is not True and config.object_url is not None:
         raise ConfigError(f"--kvbm-object-url needs {_PASS_PREFIX} true in {BACKEND_FLAG}-extra-config; drop it there")
     merged = {**extra, **_DYNAMIC_BACKEND, WORKERS_KEY: launch.workers}
     return Translation(json.dumps(merged), config)

@@ -39,7 +39,10 @@ class SharedPages:
         self._asked_pages = 0
         self._read_pages = 0
 
-    def match(self, keys: Sequence[BlockKey], before: Sequence[BlockKey] = ()) -> int:
+    def note_use(self, chain: Sequence[BlockKey]) -> None:
+        """The rank that writes is asked the same, and notes it."""
+
+    def match(self, keys: Sequence[BlockKey], before: Sequence[BlockKey] | None = ()) -> int:
         with self._lock:
             self._asked_pages += len(keys)
         return sum(1 for _ in takewhile(bool, self.present(keys)))
@@ -47,7 +50,9 @@ class SharedPages:
     def present(self, keys: Sequence[BlockKey]) -> list[bool]:
         return self._slabs.match(keys) if self._serves else [False] * len(keys)
 
-    def put(self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] = ()) -> list[bool]:
+    def put(
+        self, keys: Sequence[BlockKey], pages: Sequence[Page], before: Sequence[BlockKey] | None = ()
+    ) -> list[bool]:
         """Not this rank's to write."""
         return [False] * len(keys)
 

@@ -12,6 +12,8 @@ from dynamo_connectors.errors import ConfigError
 _SMALLEST_OBJECT_BYTES = 8 << 20
 #: A chain loses half a chunk of its tail on average, so tiny rows get smaller objects instead of longer chunks.
 _MAX_CHUNK_BLOCKS = 32
+#: Their index takes 4 GB of host memory; more is a slip of the unit, or needs a store of its own.
+MOST_CHUNKS = 1 << 24
 
 
 def chunk_blocks_for(row_bytes: int) -> int:
@@ -23,11 +25,16 @@ def chunk_blocks_for(row_bytes: int) -> int:
 
 
 def capacity_chunks_for(num_bytes: int, object_bytes: int) -> int:
-    """How many objects of `object_bytes` fit. Raises `ConfigError` when none does."""
+    """How many objects of `object_bytes` fit. Raises `ConfigError` when none does, or more than an index holds."""
     chunks = num_bytes // object_bytes
     if chunks < 1:
         raise ConfigError(
             f"a worker's share of the object_store tier ({num_bytes / 1e9:g} GB) cannot hold one object of "
             f"{object_bytes / 1e9:.3f} GB; raise --kvbm-object-gb"
+        )
+    if chunks > MOST_CHUNKS:
+        raise ConfigError(
+            f"a worker's share of the object_store tier ({num_bytes / 1e9:g} GB) is {chunks:.2g} objects of "
+            f"{object_bytes / 1e9:.3f} GB, more than its index can hold ({MOST_CHUNKS}); lower --kvbm-object-gb"
         )
     return chunks

@@ -69,7 +69,8 @@ class ObjectStore:
         self.chunk_blocks = chunk_blocks
         self.object_bytes = object_format.object_bytes(row_bytes, chunk_blocks)
         self.deadline_seconds = settings.deadline_seconds
-        self._max_queued_bytes = settings.upload_queue_bytes
+        # One object always fits: a block may be larger than a queue that suits the others.
+        self._max_queued_bytes = max(settings.upload_queue_bytes, self.object_bytes)
         self._namespace = namespace.digest
         client = ObjectClient(settings.url, settings.endpoint_url, namespace.digest.hex())
         self._requests = ObjectRequests(client, clock)
@@ -115,9 +116,9 @@ class ObjectStore:
         """Removes objects. The outcome comes when they are gone, which takes as long as the service is dead."""
         return self._start(lambda _: self._upkeep.erase(chunks), len(chunks))
 
-    def list_chunks(self, limit: int) -> None:
+    def list_chunks(self, limit: int) -> Future[None]:
         """Looks for at most `limit` objects in the background, until the service has answered; see `take_listed`."""
-        self._upkeep.list_chunks(limit)
+        return self._upkeep.list_chunks(limit)
 
     def take_listed(self) -> tuple[list[BlockKey], bool]:
         """The chunks found since the last call, and whether these were the last ones."""
@@ -242,5 +243,5 @@ class ObjectStore:
 
 
 def _claim(outcome: Outcome) -> bool:
-    """False when it was cancelled; else it cannot be cancelled any more."""
-    return outcome.running() or outcome.set_running_or_notify_cancel()
+    """False when it was cancelled; else it cannot be cancelled any more. May be asked again."""
+    return not outcome.cancelled() and (outcome.running() or outcome.set_running_or_notify_cancel())

@@ -35,9 +35,11 @@ class ObjectUpkeep:
         self._listed: list[BlockKey] = []
         self._is_listed = False
 
-    def list_chunks(self, limit: int) -> None:
-        """Starts to look for objects, at most `limit`."""
-        self._requests.submit(partial(self._list, limit)).add_done_callback(_report_end)
+    def list_chunks(self, limit: int) -> concurrent.futures.Future[None]:
+        """Starts to look for objects, at most `limit`; the future tells the end."""
+        task = self._requests.submit(partial(self._list, limit))
+        task.add_done_callback(_report_end)
+        return task
 
     def take_listed(self) -> tuple[list[BlockKey], bool]:
         """The chunks found since the last call, and whether these were the last ones."""

@@ -105,28 +105,25 @@ class Chains:
 
     geometry: Geometry
     hashes: Sequence[bytes]
+    #: Which adapter computes them, as far as the hashes do not tell.
+    adapter: bytes = b""
     _keys: list[list[BlockKey]] = field(default_factory=list)
 
     def keys(self, group: int) -> Sequence[BlockKey]:
-        """The keys of all full blocks of `group`. With one group they are the engine's hashes themselves."""
+        """The keys of all full blocks of `group`. With one group, and no adapter, they are the engine's own hashes."""
         per_block = self.geometry.groups[group].block_tokens // self.geometry.hash_tokens
-        if len(self.geometry.groups) == 1 and per_block == 1:
+        if len(self.geometry.groups) == 1 and per_block == 1 and not self.adapter:
             return self.hashes  # type: ignore[return-value]
         while len(self._keys) <= group:
             self._keys.append([])
         keys = self._keys[group]
         for block in range(len(keys), len(self.hashes) // per_block):
-            keys.append(group_key(self.hashes[(block + 1) * per_block - 1], group))
+            keys.append(group_key(self.hashes[(block + 1) * per_block - 1] + self.adapter, group))
         return keys
 
 
 def group_key(block_hash: bytes, group: int) -> BlockKey:
     return BlockKey(block_hash + b"/%d" % group)
-
-
-def hash_of(key: BlockKey, num_groups: int) -> bytes:
-    """The engine's hash in a key of `Chains`."""
-    return key.rpartition(b"/")[0] if num_groups > 1 else key
 
 
 def group_of(key: BlockKey, num_groups: int) -> int:

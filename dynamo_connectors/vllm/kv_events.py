@@ -14,7 +14,7 @@ from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, maybe_co
 from dynamo_connectors.block_manager import Change
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
-from dynamo_connectors.vllm.groups import Geometry, group_of, hash_of
+from dynamo_connectors.vllm.groups import Geometry, group_of
 
 #: Where a block lies, in the words of engines' events. Each tier needs its own: removals name nothing else.
 MEDIA = {HOST_DRAM: "CPU", NVME_SSD: "STORAGE", OBJECT_STORE: "EXTERNAL"}
@@ -25,6 +25,7 @@ _event_keys = getattr(kv_cache_utils, "to_event_extra_keys", list)
 
 
 class Described(NamedTuple):
+    block_hash: bytes
     parent: bytes | None
     token_ids: list[int]
     lora_name: str | None
@@ -38,7 +39,8 @@ class TierEvents:
         self._geometry = geometry
         self._enabled = enabled
         self._described: LRUCache[BlockKey, Described] = LRUCache(_MAX_DESCRIBED)
-        self._announced: defaultdict[str, set[BlockKey]] = defaultdict(set)
+        #: Tier -> block -> the hash it was announced by.
+        self._announced: defaultdict[str, dict[BlockKey, bytes]] = defaultdict(dict)
         self._events: list[KVCacheEvent] = []
 
     def describe(self, request: Any, group: int, index: int, key: BlockKey) -> None:
@@ -52,9 +54,10 @@ class TierEvents:
         size = self._geometry.groups[group].block_tokens
         start = index * size
         extra, _ = generate_block_hash_extra_keys(request, start, start + size, 0)
-        parent = request.block_hashes[start // self._geometry.hash_tokens - 1] if start else None
+        first, last = start // self._geometry.hash_tokens, (start + size) // self._geometry.hash_tokens - 1
         self._described[key] = Described(
-            parent=parent,
+            block_hash=request.block_hashes[last],
+            parent=request.block_hashes[first - 1] if start else None,
             token_ids=list(request.all_token_ids[start : start + size]),
             lora_name=request.lora_request.lora_name if request.lora_request else None,
             extra_keys=_event_keys([extra]),
@@ -66,12 +69,11 @@ class TierEvents:
         for change in changes:
             announced = self._announced[change.tier]
             if change.kind == "removed" and change.key in announced:
-                announced.remove(change.key)
-                self._events.append(self._removed(change))
+                self._events.append(self._removed(change, announced.pop(change.key)))
             elif change.kind == "stored" and change.key not in announced:
                 described = self._described.get(change.key)
                 if described is not None:
-                    announced.add(change.key)
+                    announced[change.key] = described.block_hash
                     self._events.append(self._stored(change, described))
 
     def take(self) -> Iterable[KVCacheEvent]:
@@ -82,10 +84,9 @@ class TierEvents:
         assert self._enabled or not (self._events or self._described), "events were collected that nobody asked for"
 
     def _stored(self, change: Change, described: Described) -> KVCacheEvent:
-        num_groups = len(self._geometry.groups)
-        group = group_of(change.key, num_groups)
+        group = group_of(change.key, len(self._geometry.groups))
         return BlockStored(
-            block_hashes=[maybe_convert_block_hash(hash_of(change.key, num_groups))],
+            block_hashes=[maybe_convert_block_hash(described.block_hash)],
             parent_block_hash=maybe_convert_block_hash(described.parent) if described.parent else None,
             token_ids=described.token_ids,
             block_size=self._geometry.groups[group].block_tokens,
@@ -97,10 +98,9 @@ class TierEvents:
             kv_cache_spec_sliding_window=self._geometry.groups[group].window_tokens,
         )
 
-    def _removed(self, change: Change) -> KVCacheEvent:
-        num_groups = len(self._geometry.groups)
+    def _removed(self, change: Change, block_hash: bytes) -> KVCacheEvent:
         return BlockRemoved(
-            block_hashes=[maybe_convert_block_hash(hash_of(change.key, num_groups))],
+            block_hashes=[maybe_convert_block_hash(block_hash)],
             medium=MEDIA[change.tier],
-            group_idx=group_of(change.key, num_groups),
+            group_idx=group_of(change.key, len(self._geometry.groups)),
         )

@@ -80,8 +80,10 @@ class Onboarding:
         self._shared.end(job.loading)
         self._manager.release(job.loads, damaged=damaged(job.failed))
         if self._gate is not None:
-            for moved in job.moved:
-                self._gate.observe_load(*moved)
+            # What came too late took its time like the rest; other failures say nothing about it.
+            late = Counter(source.tier for source in job.loads if job.failed.get(source.key) == "timeout")
+            for tier, num_bytes, seconds in job.moved:
+                self._gate.observe_load(tier, num_bytes + late[tier] * self._limits.block_bytes, seconds)
         for source in job.loads:
             if source.key in job.failed:
                 self._counts["load_failures", job.failed[source.key]] += 1

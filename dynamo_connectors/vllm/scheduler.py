@@ -14,6 +14,7 @@ from typing import Any
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index import IndexStats
+from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.groups import Chains
 from dynamo_connectors.vllm.hints import parse_hints
@@ -53,6 +54,7 @@ class SchedulerHalf:
         self._offloading = Offloading(manager, limits, self._ledger, events, self._counts)
         self._recovery = Recovery(limits.num_workers, limits.lasting_tiers)
         self._steps = StepClock()
+        self._adapters = Adapters()
         #: Workers still have to hear of a reset; what they found from before it must not come back.
         self._forget_next = False
         self._was_reset = False
@@ -186,7 +188,8 @@ class SchedulerHalf:
                 log.warning("dynamo: request %s: %s; ignored", request.request_id, problem)
             self._counts["ignored_hints", ""] += len(problems)
             geometry = self._limits.geometry
-            live = Live(request, Chains(geometry, request.block_hashes), hints, [0] * len(geometry.groups))
+            chains = Chains(geometry, request.block_hashes, self._adapters.name_of(request))
+            live = Live(request, chains, hints, [0] * len(geometry.groups))
             self._requests[request.request_id] = live
         return live
 

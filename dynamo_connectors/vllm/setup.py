@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from dynamo_kernels.errors import CopyError
 
 from dynamo_connectors.block_manager import BlockManager, NamedTier
 from dynamo_connectors.blocks import Namespace
-from dynamo_connectors.config import ARC, HOST_DRAM, LRU, NVME_SSD, OBJECT_STORE, KvbmConfig, flag_of
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, KvbmConfig, flag_of
 from dynamo_connectors.errors import ConfigError
-from dynamo_connectors.eviction import ArcPolicy, EvictionPolicy, LruPolicy
+from dynamo_connectors.eviction import POLICIES
 from dynamo_connectors.load_gate import LoadGate
 from dynamo_connectors.numa import nearest_node
 from dynamo_connectors.pinning import pin_host_memory
@@ -26,6 +25,7 @@ from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.tiers.object_format import object_bytes
 from dynamo_connectors.transfer import Stores
+from dynamo_connectors.vllm.adapters import place_of
 from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process, prepare_cpu, tells_block_tables
 from dynamo_connectors.vllm.groups import Geometry
 from dynamo_connectors.vllm.kv_events import TierEvents
@@ -41,7 +41,6 @@ log = engine_logger(__name__)
 
 #: Offloads may hold at most this share of HBM away from new requests.
 _MAX_HELD_SHARE = 0.25
-_POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {LRU: LruPolicy, ARC: ArcPolicy}
 
 
 def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
@@ -69,7 +68,7 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
     for name, entries in capacities.items():
         chunk = chunk_blocks_for(row_bytes) if name == OBJECT_STORE else 1
         log.info("dynamo: tier %s holds %d blocks of %d bytes on each worker", name, entries * chunk, row_bytes)
-        policy = _POLICIES[config.eviction_policy](entries)
+        policy = POLICIES[config.eviction_policy](entries)
         tiers.append(NamedTier(name, TierIndex(entries, policy, erases=name == OBJECT_STORE), chunk))
     limits = Limits(
         geometry=geometry,
@@ -123,15 +122,6 @@ def build_worker_half(
     return WorkerHalf(pages.view, Stores(dram, disk, objects), lasting, len(geometry.groups))
 
 
-def _host_memory(blocks: int, pages: Pages) -> DramStore:
-    """For a GPU it is pinned, and lies on the GPU's NUMA node."""
-    device = pages.view.device
-    if device.type != "cuda":
-        return DramStore(blocks, pages.row_bytes)
-    node = nearest_node(torch.cuda.get_device_properties(device))
-    return DramStore(blocks, pages.row_bytes, pin_host_memory, node)
-
-
 def _measure_copy_paths(device: torch.device) -> None:
     """Once a device and driver; what is known from an earlier start is used at once."""
     from dynamo_kernels.calibration import calibrate
@@ -142,6 +132,15 @@ def _measure_copy_paths(device: torch.device) -> None:
         log.warning("dynamo: copy paths could not be measured (%s); the rules of thumb choose them", error)
     else:
         log.info("dynamo: copy paths of %s measured in %.1f s", found.device, found.seconds)
+
+
+def _host_memory(blocks: int, pages: Pages) -> DramStore:
+    """For a GPU it is pinned, and lies on the GPU's NUMA node."""
+    device = pages.view.device
+    if device.type != "cuda":
+        return DramStore(blocks, pages.row_bytes)
+    node = nearest_node(torch.cuda.get_device_properties(device))
+    return DramStore(blocks, pages.row_bytes, pin_host_memory, node)
 
 
 def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dict[str, int]:
@@ -166,10 +165,10 @@ def tier_capacities(config: KvbmConfig, row_bytes: int, num_workers: int) -> dic
 
 def namespace(vllm_config: Any, geometry: Geometry, pages: Pages) -> Namespace:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    load = vllm_config.load_config
     # vLLM's block hashes carry LoRA, multimodal items and cache salt; the algorithm decides what equal hashes mean.
     # What a page means inside is the engine's business and may change with its version; so may what a model computes.
-    rules = (getattr(cache, "prefix_caching_hash_algo", ""), geometry, vllm.__version__, model.compute_hash())
+    media = getattr(getattr(model, "multimodal_config", None), "mm_processor_kwargs", None)
+    rules = (getattr(cache, "prefix_caching_hash_algo", ""), geometry, vllm.__version__, model.compute_hash(), media)
     return Namespace(
         engine="vllm",
         model=str(model.model),
@@ -180,16 +179,15 @@ def namespace(vllm_config: Any, geometry: Geometry, pages: Pages) -> Namespace:
         tp_rank=parallel.rank % parallel.tensor_parallel_size,
         tp_size=parallel.tensor_parallel_size,
         key_rules=repr(rules),
-        weights=weights_identity(_place_of(model), str(load.load_format), model.seed),
+        weights=_weights(vllm_config),
     )
 
 
-def _place_of(model: Any) -> Path | None:
-    """The folder or file of a model's weights on this machine, if it has one."""
-    place = Path(str(model.model))
-    if place.exists():
-        return place
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(str(model.model), "config.json", revision=model.revision)
-    return Path(found).parent if isinstance(found, str) else None
+def _weights(vllm_config: Any) -> str:
+    """The model's, and the draft model's: its KV lies in the same rows."""
+    drafter = getattr(getattr(vllm_config, "speculative_config", None), "draft_model_config", None)
+    models = [model for model in (vllm_config.model_config, drafter) if model is not None]
+    load_format = str(vllm_config.load_config.load_format)
+    return " ".join(
+        weights_identity(place_of(str(model.model), model.revision), load_format, model.seed) for model in models
+    )

@@ -135,6 +135,22 @@ def test_a_chunk_goes_down_in_one_job_named_by_its_last_block() -> None:
     assert in_tier(manager, STORE) == [CHAIN[2]]
 
 
+def test_a_slow_tier_does_not_hold_up_a_fast_one() -> None:
+    lower = [NamedTier(DISK, TierIndex(16)), NamedTier(STORE, TierIndex(16, erases=True), 2)]
+    manager = BlockManager([NamedTier(DRAM, TierIndex(16)), *lower])
+    store(manager, CHAIN)
+    manager.offload(CHAIN)
+    started = manager.take_moves()
+    assert {move.target_tier for move in started} == {DISK, STORE}
+    while on_disk := [move for move in started if move.target_tier == DISK]:
+        for move in on_disk:
+            manager.end_move(move, ok=True)
+        started = manager.take_moves()
+    manager.check()
+    assert in_tier(manager, DISK) == CHAIN, "the disk waits for the object store"
+    assert manager.moves_in_flight == 4, "a quarter of the first tier is on its way to the object store"
+
+
 @pytest.mark.parametrize("bad_row", [0, 1, 2])
 def test_a_chunk_with_one_bad_row_is_no_chunk(bad_row: int) -> None:
     manager = with_store()

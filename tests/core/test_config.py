@@ -70,6 +70,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({**OBJECT, ENDPOINT: "http://key:secret@minio"}, "--kvbm-object-endpoint-url", "set AWS_ACCESS_KEY_ID"),
     ({**OBJECT, SPACE: 0}, "--kvbm-object-gb", "above 0"),
     ({**OBJECT, DEADLINE: 0}, "--kvbm-object-deadline-ms", "above 0"),
+    ({**OBJECT, DEADLINE: 60_001}, "--kvbm-object-deadline-ms", "lower it"),
     ({**OBJECT, DEADLINE: "soon"}, "--kvbm-object-deadline-ms", "number"),
     ({URL: "s3://b"}, "--kvbm-object-url", "add object_store there, or drop the flag"),
     ({ENDPOINT: "http://b"}, "--kvbm-object-endpoint-url", "add object_store there, or drop the flag"),
@@ -170,3 +171,10 @@ def test_every_setting_has_its_help() -> None:
     known = {TIERS, DRAM, RATIO, PATH, DISK, URL, ENDPOINT, SPACE, DEADLINE, POLICY, GATE, *TOUCHES}
     assert set(SETTINGS) == known
     assert all(text.endswith(".") for text in SETTINGS.values())
+
+
+def test_a_home_directory_is_found_without_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/srv/kv")
+    assert parse_config({TIERS: "hbm,host_dram,nvme_ssd", PATH: "~/slabs", DISK: 1}).nvme_path == Path("/srv/kv/slabs")
+    with pytest.raises(ConfigError, match="--kvbm-nvme-path ~nobody-here/slabs"):
+        parse_config({TIERS: "hbm,host_dram,nvme_ssd", PATH: "~nobody-here/slabs", DISK: 1})

@@ -161,7 +161,7 @@ def test_reports_say_what_moved(rig: Rig) -> None:
         [(NVME_SSD, 3 * row)],
         [(NVME_SSD, 2 * row)],
         [(NVME_SSD, row)],
-        [],
+        [(NVME_SSD, 0)],
     ]
     assert all(moved.seconds > 0 for report in reports for moved in report.moved)
 
@@ -292,6 +292,9 @@ def test_a_disk_that_hangs_costs_its_loads_and_never_their_memory(
     reports = rig.reports(6)
     assert {reason for report in reports.values() for reason in report.failed.values()} == {"timeout"}
     assert all(len(report.failed) == 40 for report in reports.values())
+    waits = [moved for report in reports.values() for moved in report.moved]
+    assert [(wait.tier, wait.num_bytes) for wait in waits] == [(NVME_SSD, 0)] * 6
+    assert all(wait.seconds >= 0.3 for wait in waits), "nobody hears how long the disk kept them waiting"
     assert torch.equal(rig.hbm[:, :60], before[:, :60])
     hang.release.set()  # late reads now land, in rows that nobody was given meanwhile
     monkeypatch.setattr(NvmeTier, "deadline_seconds", 30.0)

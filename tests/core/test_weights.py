@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 from dynamo_connectors.weights import weights_identity
@@ -43,3 +44,21 @@ def test_dummy_weights_are_named_by_their_seed(tmp_path: Path) -> None:
 def test_weights_nobody_can_see_have_a_name_of_their_own(tmp_path: Path) -> None:
     assert weights_identity(None, "auto", 0) != weights_identity(None, "auto", 0)
     assert weights_identity(tmp_path, "auto", 0) != weights_identity(tmp_path, "auto", 0)
+
+
+def test_other_bytes_of_the_same_size_and_time_have_another_name(tmp_path: Path) -> None:
+    model = make(tmp_path / "model")
+    names = set()
+    for seed in range(3):  # as an image whose files all have one time brings them
+        (model / "model.safetensors").write_bytes(random.Random(seed).randbytes(1_000_000))
+        os.utime(model / "model.safetensors", (0, 0))
+        names.add(weights_identity(model, "auto", 0))
+    assert len(names) == 3
+    assert weights_identity(model, "auto", 0) in names
+
+
+def test_a_folder_without_weights_does_not_say_which_they_are(tmp_path: Path) -> None:
+    model = make(tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    assert weights_identity(model, "runai_streamer", 0) != weights_identity(model, "runai_streamer", 0)
+    assert weights_identity(model, "dummy", 0) == weights_identity(model, "dummy", 0)

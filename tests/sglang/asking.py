@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -10,12 +11,21 @@ from tests.sglang.server import Answer, Server, prompts
 
 _FLOOD = 6
 _ATTEMPTS = 5
+_PATIENCE_SECONDS = 60.0
 
 
 def flood(server: Server, seed: int, count: int = _FLOOD) -> None:
     """Other prompts; the default number pushes everything else out of both of SGLang's own levels."""
     for prompt in prompts(seed, count):
         server.generate(prompt)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {_PATIENCE_SECONDS:.0f} s in vain until {what}")
+        time.sleep(0.2)
 
 
 def answer_from_storage(server: Server, prompt: list[int], expected: list[int]) -> Answer:

@@ -240,27 +240,39 @@ def test_sglang_threads_share_one_backend(make_backend: MakeBackend) -> None:
 def test_metrics_follow_the_totals() -> None:
     registry = CollectorRegistry()
     meter = StorageMeter(registry)
-    counts = PageCounts(7, 3, 5, {"tier_busy": 2}, {"bad_checksum": 1}, 4, 16, 6)
+    counts = PageCounts(7, 3, 5, {"tier_busy": 2}, {"bad_checksum": 1}, 4, 16, 6, recovered_pages=8)
     meter.record("kv", counts)
     meter.record("kv", counts)
     meter.record("mamba", counts)
     meter.observe(Transfer("nvme_ssd", is_read=True, pages=2, num_bytes=512, seconds=0.02))
+    meter.observe(Transfer("object_store", is_read=False, pages=2, num_bytes=1024, seconds=0.2))
     StorageMeter(registry).check()
     meter.check()
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"dynamo_kvbm_{name}", labels)
 
-    assert value("lookup_blocks_total") == 7
+    assert value("wanted_blocks_total") == 7
     assert value("hit_blocks_total", tier="nvme_ssd") == 3
-    assert value("transfer_bytes_total", tier="nvme_ssd", direction="read") == 512
-    assert value("transfer_seconds_bucket", tier="nvme_ssd", direction="read", le="0.01") == 0
-    assert value("transfer_seconds_bucket", tier="nvme_ssd", direction="read", le="0.025") == 1
+    assert value("onboarded_bytes_total", tier="nvme_ssd") == 512
+    assert value("transfer_seconds_bucket", tier="nvme_ssd", what="onboard", le="0.01") == 0
+    assert value("transfer_seconds_bucket", tier="nvme_ssd", what="onboard", le="0.03") == 1
+    assert value("offloaded_bytes_total", tier="object_store") == 1024
+    assert value("transfer_seconds_count", tier="object_store", what="offload") == 1
     assert value("offloaded_blocks_total", tier="nvme_ssd") == 5
+    assert value("recovered_blocks_total", tier="nvme_ssd") == 8
     assert value("dropped_blocks_total", reason="tier_busy") == 4
     assert value("dropped_blocks_total", reason="evicted") == 12
     assert value("load_failures_total", reason="bad_checksum") == 2
     assert value("memory_utilization_percent", tier="nvme_ssd") == 25
+
+
+def test_a_store_that_takes_the_place_of_another_counts_from_its_own_start() -> None:
+    registry = CollectorRegistry()
+    meter = StorageMeter(registry)
+    for store in (1, 2):
+        meter.record("kv", PageCounts(7, 3, 5, {}, {}, 4, 16, 6, store=store))
+    assert registry.get_sample_value("dynamo_kvbm_hit_blocks_total", {"tier": "nvme_ssd"}) == 6
 
 
 def test_a_backend_reports_when_asked_to(make_backend: MakeBackend) -> None:

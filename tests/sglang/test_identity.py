@@ -48,6 +48,36 @@ def test_other_weights_in_the_same_place_are_another_model(monkeypatch: pytest.M
     assert facts(monkeypatch, model) != before
 
 
+@pytest.mark.parametrize("given_as", ["tutor={}", "{}", SimpleNamespace(lora_path="{}")], ids=repr)
+def test_an_adapter_trained_anew_in_its_place_is_another_adapter(
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path, given_as: object
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"first")
+    text = str(getattr(given_as, "lora_path", given_as)).format(adapter)
+    launch = {"lora_paths": [SimpleNamespace(lora_path=text) if isinstance(given_as, SimpleNamespace) else text]}
+    before = facts(monkeypatch, model, **launch)
+    assert facts(monkeypatch, model, **launch) == before
+    (adapter / "adapter_model.safetensors").write_bytes(b"other")
+    assert facts(monkeypatch, model, **launch) != before
+
+
+def test_another_draft_model_in_its_place_is_another_model(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    draft = model / "draft"
+    draft.mkdir()
+    (draft / "model.safetensors").write_bytes(b"first")
+    before = facts(monkeypatch, model, speculative_draft_model_path=str(draft))
+    (draft / "model.safetensors").write_bytes(b"other")
+    assert facts(monkeypatch, model, speculative_draft_model_path=str(draft)) != before
+
+
+def test_another_version_of_the_engine_reads_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    before = facts(monkeypatch, model)
+    monkeypatch.setattr(compat, "engine_version", lambda: "0.6")
+    assert facts(monkeypatch, model) != before
+
+
 def test_weights_that_cannot_be_seen_are_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("s3://bucket/model", "nobody/has-downloaded-this"):
         assert facts(monkeypatch, place)["weights"] != facts(monkeypatch, place)["weights"]

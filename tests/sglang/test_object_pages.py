@@ -12,13 +12,16 @@ import pytest
 
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.sglang.backend import HiCacheBackend
-from dynamo_connectors.sglang.page_store import PageCounts
+from dynamo_connectors.sglang.chains import UNKNOWN
+from dynamo_connectors.sglang.page_store import PageCounts, PageStore
 from tests.sglang.conftest import storage_config
 from tests.sglang.host_pool import FakeHostPool
 from tests.tiers.s3_servers import BUCKET, CREDENTIALS, Moto, moto_server
 
 #: Of pages this small, a chunk holds the most blocks there are.
 CHUNK = 32
+#: SGLang's is 128 pages.
+BATCH = 16
 Start = Callable[..., tuple[HiCacheBackend, FakeHostPool]]
 
 
@@ -27,8 +30,8 @@ def hashes(first: int, count: int) -> list[str]:
 
 
 def behind(first: int) -> SimpleNamespace:
-    """SGLang's extra_info for pages from `first` on. Where nothing comes before them it says nothing."""
-    return SimpleNamespace(prefix_keys=hashes(0, first) or None)
+    """SGLang's extra_info for pages from `first` on."""
+    return SimpleNamespace(prefix_keys=hashes(0, first))
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +69,21 @@ def start(service: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def keep(backend: HiCacheBackend, pool: FakeHostPool, count: int) -> None:
     """A request looks up, computes and keeps; a second one looks up again."""
-    backend.batch_exists(hashes(0, count), behind(0))
+    look_up(backend, "first", count)
     for page in range(count):
         pool.fill(page, b"page %d" % page)
     assert all(backend.batch_set_v1(hashes(0, count), pool.slots(*range(count)), behind(0)))
-    assert backend.batch_exists(hashes(0, count), behind(0)) == count
+    assert look_up(backend, "second", count) == count
+
+
+def look_up(backend: HiCacheBackend, request: str, count: int) -> int:
+    """As SGLang does: in batches, then what it asked for as a whole."""
+    found = sum(
+        backend.batch_exists(hashes(first, min(BATCH, count - first)), behind(first))
+        for first in range(0, count, BATCH)
+    )
+    backend.note_use(request, hashes(0, count), [])
+    return found
 
 
 def lower_counts(backend: HiCacheBackend) -> PageCounts:
@@ -96,7 +109,8 @@ def test_chunks_go_down_and_come_back_without_the_disk(start: Start, service: Mo
     backend.close()
     shutil.rmtree(tmp_path / "kv")
     again, pool = start()
-    wait_for(lambda: again.batch_exists(hashes(0, 70), behind(0)) == 2 * CHUNK)
+    wait_for(lambda: lower_counts(again).recovered_pages == 2 * CHUNK)
+    assert again.batch_exists(hashes(0, 70), behind(0)) == 2 * CHUNK
     # SGLang asks for what its own levels lack, wherever that begins.
     first = 7
     count = 2 * CHUNK - first
@@ -105,6 +119,40 @@ def test_chunks_go_down_and_come_back_without_the_disk(start: Start, service: Mo
     assert all(found)
     assert all(pool.holds(page, b"page %d" % page) for page in range(first, 2 * CHUNK))
     assert lower_counts(again).read_pages == count
+
+
+def test_a_chain_that_nobody_can_tell_is_a_counted_miss_and_never_goes_down(start: Start, service: Moto) -> None:
+    backend, pool = start()
+    gap = SimpleNamespace(prefix_keys=[UNKNOWN])
+    slots = pool.slots(*range(CHUNK))
+    # What a decode worker writes says nothing of the pages before it: the disk keeps it.
+    assert all(backend.batch_set_v1(hashes(7, CHUNK), slots, SimpleNamespace(prefix_keys=None)))
+    assert backend.batch_exists(hashes(7, CHUNK), gap) == 0
+    assert not any(backend.batch_get_v1(hashes(7, CHUNK), slots, gap))
+    for request in ("first", "second"):
+        backend.note_use(request, hashes(7, CHUNK), [UNKNOWN])
+    counts = backend.counts()
+    assert counts is not None
+    assert counts.load_failures == {"chain_unknown": CHUNK}
+    assert all(backend.batch_get_v1(hashes(7, CHUNK), slots, behind(7)))
+    backend.close()
+    assert not service.names()
+
+
+def test_a_prompt_of_several_batches_is_used_once(start: Start, service: Moto) -> None:
+    backend, pool = start()
+    for page in range(2 * CHUNK):
+        pool.fill(page, b"page %d" % page)
+    assert all(backend.batch_set_v1(hashes(0, 2 * CHUNK), pool.slots(*range(2 * CHUNK)), behind(0)))
+    backend.batch_exists(hashes(0, CHUNK), behind(0))
+    backend.batch_exists(hashes(CHUNK, CHUNK), behind(CHUNK))
+    pages = backend._set_of_pools.pages("kv")
+    assert isinstance(pages, PageStore)
+    assert pages._manager.moves_in_flight == 0
+    assert not pages._manager.has_moves_waiting
+    look_up(backend, "second", 2 * CHUNK)
+    wait_for(lambda: lower_counts(backend).written_pages == 2 * CHUNK)
+    assert len(service.names()) == 2
 
 
 def test_another_replica_reads_what_this_one_wrote(start: Start) -> None:
@@ -144,6 +192,7 @@ def test_a_dead_store_costs_nothing_but_its_pages(start: Start) -> None:
     found = backend.batch_get_v1(hashes(0, CHUNK), pool.slots(*range(64, 64 + CHUNK)), behind(0))
     assert all(found), "the disk has them"
     assert pool.holds(64, b"page 0")
+    assert lower_counts(backend).store_failures
 
 
 def test_changed_weights_leave_the_object_store_alone(start: Start, service: Moto) -> None:
@@ -156,8 +205,8 @@ def test_changed_weights_leave_the_object_store_alone(start: Start, service: Mot
     for page in range(64):
         pool.fill(page, b"other weights %d" % page)
     backend.batch_set_v1(hashes(0, 64), pool.slots(*range(64)), behind(0))
-    for _ in range(3):
-        backend.batch_exists(hashes(0, 64), behind(0))
+    for request in ("third", "fourth", "fifth"):
+        look_up(backend, request, 64)
     backend.close()
     assert len(service.names()) == 1
 

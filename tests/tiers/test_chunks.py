@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dynamo_connectors.errors import ConfigError
-from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
+from dynamo_connectors.tiers.chunks import MOST_CHUNKS, capacity_chunks_for, chunk_blocks_for
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,9 @@ def test_a_share_too_small_for_one_object_names_the_flag() -> None:
     assert capacity_chunks_for(100, 30) == 3
     with pytest.raises(ConfigError, match="--kvbm-object-gb"):
         capacity_chunks_for(29, 30)
+
+
+def test_more_objects_than_an_index_holds_are_refused_before_memory_runs_out() -> None:
+    assert capacity_chunks_for(30 * MOST_CHUNKS, 30) == MOST_CHUNKS
+    with pytest.raises(ConfigError, match="lower --kvbm-object-gb"):
+        capacity_chunks_for(10**21, 30)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 
 import psutil
@@ -267,6 +268,27 @@ def test_an_upload_that_fails_says_so_once_and_gives_its_space_back(
         assert refused.reason == reason
         assert store.stats().queued_bytes == 0
         assert store.stats().failures == {reason: 1}
+
+
+def test_an_object_larger_than_the_queue_is_stored_all_the_same(serve: Callable[[Behaviour], FaultServer]) -> None:
+    server = serve(hang)
+    with object_store(server.url, replace(SETTINGS, upload_queue_bytes=len(BODY) - 1)) as store:
+        outcomes = [start_write(store, key(number), KEYS, ROWS) for number in range(2)]
+        assert [outcome.done() for outcome in outcomes] == [False, True], "one at a time"
+        store.check()
+
+
+def test_what_was_cancelled_may_be_claimed_twice(caplog: pytest.LogCaptureFixture) -> None:
+    """By a read whose bytes have come too late, and again when it ends."""
+    outcome: object_module.Outcome = Future()
+    outcome.cancel()
+    assert not object_module._claim(outcome)
+    assert not object_module._claim(outcome)
+    raced: object_module.Outcome = Future()
+    raced.cancel()
+    raced.set_running_or_notify_cancel()
+    assert not object_module._claim(raced)
+    assert not caplog.records
 
 
 def test_a_store_that_hangs_holds_a_bounded_backlog_and_drops_the_rest(

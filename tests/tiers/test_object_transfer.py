@@ -262,6 +262,16 @@ def restored(engine: Engine, chain: list[BlockKey]) -> None:
     assert engine.manager.restore(OBJECT_STORE, named) == len(named)
 
 
+def test_a_load_that_queued_for_most_of_its_time_does_not_ask(start: Start, serve: Callable[..., FaultServer]) -> None:
+    server = serve(hang)
+    engine, chain = start(server.url, deadline_seconds=100.0), chain_of(4)
+    restored(engine, chain)
+    submitted = time.monotonic() - 91.0
+    outcome = engine.transfers._load(engine.load_job(chain), ComputeFence(torch.device("cpu")), submitted)
+    assert outcome.failed == dict.fromkeys(chain, "timeout")
+    assert not server.requests, "the store is asked for what nobody waits for"
+
+
 def test_loads_from_a_hung_store_end_at_their_deadline_and_hold_up_nobody(
     start: Start, serve: Callable[..., FaultServer]
 ) -> None:

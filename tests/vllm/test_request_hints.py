@@ -105,6 +105,11 @@ def test_the_gate_learns_from_loads_and_steps() -> None:
     job = plan.loads[0].job_id
     half.worker_reports(WorkerReports({job: 1}, moved={job: (("host_dram", 2000, 0.5),)}))  # type: ignore[dict-item]
     assert gate.loads == [("host_dram", 2000, 0.5)]
+    plan = load(half, request("b2", 2, "a"), [8, 9])
+    job, late, lost = plan.loads[0].job_id, plan.loads[0].items[0].key, plan.loads[0].items[1].key
+    failed = {job: {late: "timeout", lost: "wrong_key"}}
+    half.worker_reports(WorkerReports({job: 1}, failed, {job: (("host_dram", 0, 30.0),)}))  # type: ignore[dict-item]
+    assert gate.loads[1:] == [("host_dram", 1000, 30.0)], "a tier that does not answer is slow, not unknown"
     half.new_request(request("c", 8))
     half.step_planned({"c": 0}, {"c": 8 * BLOCK})
     NOW[0] = 2.0

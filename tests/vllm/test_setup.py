@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,3 +87,17 @@ def test_host_memory_of_a_gpu_is_pinned_on_its_node(monkeypatch: pytest.MonkeyPa
     for device in (gpu, torch.device("cpu")):
         setup._host_memory(8, SimpleNamespace(view=SimpleNamespace(device=device), row_bytes=64))
     assert made == [(8, 64, setup.pin_host_memory, 3), (8, 64)]
+
+
+def test_another_draft_model_in_its_place_is_another_model(tmp_path: Path) -> None:
+    for name in ("model", "draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"first")
+    model, draft = (SimpleNamespace(model=str(tmp_path / name), revision=None, seed=0) for name in ("model", "draft"))
+    drafter = SimpleNamespace(draft_model_config=draft)
+    load = SimpleNamespace(load_format="auto")
+    config = SimpleNamespace(model_config=model, load_config=load, speculative_config=drafter)
+    before = setup._weights(config)
+    assert setup._weights(config) == before
+    (tmp_path / "draft" / "model.safetensors").write_bytes(b"other")
+    assert setup._weights(config) != before
