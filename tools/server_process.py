@@ -108,6 +108,17 @@ class ServerProcess:
         self.process = None
         remove_orphans(segments)
 
+    def kill(self) -> None:
+        """Ends everything of the server at once, as a crash would, and removes the shared memory that is left."""
+        if self.process is None:
+            return
+        session = self.process.pid
+        segments = segments_of(members_of(session))
+        _kill_session(session)
+        self.process.wait()
+        self.process = None
+        remove_orphans(segments)
+
 
 def first_error(log: Path) -> str:
     """The first line of a log that names an exception (later ones only repeat it), and where the rest is."""
@@ -137,6 +148,10 @@ def _end_session(session: int, seconds: float) -> None:
         _signal(process, signal.SIGTERM)
     while members_of(session) and time.monotonic() < deadline:
         time.sleep(0.1)
+    _kill_session(session)
+
+
+def _kill_session(session: int) -> None:
     for process in members_of(session):
         _signal(process, signal.SIGKILL)
     while members_of(session):

@@ -212,6 +212,10 @@ class ObjectStore:
         except StoreError as error:
             requests.count(error.reason)
             raise
+        except asyncio.CancelledError:
+            if requests.ended is None:  # the caller's own deadline came first
+                requests.count("timeout")
+            raise
         if not _claim(outcome):
             return
         for (_, into), payload in zip(wanted, payloads, strict=True):

@@ -30,6 +30,18 @@ def require_supported_engine() -> None:
             )
 
 
+def prepare_cpu() -> None:
+    """vLLM's CPU attention computes on AMX tiles and leaves it to a larger matrix product to ask the system for them.
+
+    A first step of a few tokens, behind a prefix that was loaded, has no such product: the system kills the worker.
+    """
+    import torch
+
+    init_amx = getattr(torch.cpu, "_init_amx", None)  # since torch 2.6; False where there is no AMX
+    if init_amx is not None:
+        init_amx()
+
+
 def tokens_in_flight(request: Any) -> int:
     """Tokens of a step that is still running (async scheduling): they count as computed, and are not yet.
 

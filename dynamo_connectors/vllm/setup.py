@@ -26,7 +26,7 @@ from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.tiers.object_format import object_bytes
 from dynamo_connectors.transfer import Stores
 from dynamo_connectors.vllm.adapters import place_of
-from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process, tells_block_tables
+from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process, prepare_cpu, tells_block_tables
 from dynamo_connectors.vllm.groups import Geometry
 from dynamo_connectors.vllm.kv_events import TierEvents
 from dynamo_connectors.vllm.kv_pages import Pages, planned_row_bytes, read_geometry, read_pages
@@ -99,6 +99,8 @@ def build_worker_half(
     capacities = tier_capacities(config, planned_row_bytes(kv_cache_config), num_workers)
     if pages.view.device.type == "cuda":
         _measure_copy_paths(pages.view.device)
+    elif pages.view.device.type == "cpu":
+        prepare_cpu()
     dram = _host_memory(capacities[HOST_DRAM], pages)
     space = namespace(vllm_config, geometry, pages)
     disk: NvmeStore | None = None

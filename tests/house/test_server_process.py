@@ -31,15 +31,17 @@ def server(tmp_path: Path, code: str = SERVER) -> tuple[ServerProcess, Path]:
     return ServerProcess("test", command, f"http://127.0.0.1:{port}", tmp_path / "log"), SHARED_MEMORY / name
 
 
-@pytest.mark.parametrize("killed_first", [False, True])
-def test_nothing_of_a_stopped_server_is_left(tmp_path: Path, killed_first: bool) -> None:
+@pytest.mark.parametrize("how", ["stopped", "killed", "stopped after its first process was killed"])
+def test_nothing_of_a_stopped_server_is_left(tmp_path: Path, how: str) -> None:
     running, segment = server(tmp_path)
     running.start().wait_ready(20)
     assert running.process is not None
     session = running.process.pid
     assert len(members_of(session)) >= 2
     assert segment.exists()
-    if killed_first:
+    if how == "killed":
+        running.kill()
+    elif how != "stopped":
         # Its child and its resource tracker live on, and still tell which segments are theirs.
         os.kill(session, signal.SIGKILL)
     running.stop()

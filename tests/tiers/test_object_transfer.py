@@ -295,6 +295,7 @@ def test_loads_from_a_hung_store_end_at_their_deadline_and_hold_up_nobody(
     for _ in server.requests:
         assert server.left.acquire(timeout=60), "a connection was left open"
     assert set(engine.run(engine.load_job(chain)).values()) == {"tier_off"}, "from now on it costs nothing"
+    assert engine.objects.stats().failures["timeout"] >= 3, "reads that the load's deadline cut off count"
 
 
 def test_a_long_load_has_one_deadline_not_one_per_object(start: Start, serve: Callable[..., FaultServer]) -> None:
