@@ -47,15 +47,15 @@ class Site:
 def gpu_arms(disk: Path) -> list[Arm]:
     """All but the last fit on one H200 together; `dynamo_fp8` takes the place of another."""
     dram_gb = round(TIER_GIB * GIB / 1e9, 3)
-    exact = (*DYNAMO, *_tier_flags(disk / EXACT, 10, 30), *_EAGER_DISK)
+    exact = (*DYNAMO, *_tier_flags(disk / EXACT, 10, 33), *_EAGER_DISK)
     return [
         Arm(NONE, 12),
         Arm(NATIVE, 12, ("--kv-offloading-size", str(TIER_GIB))),
-        Arm(DYNAMO_ARM, 12, (*DYNAMO, *_tier_flags(disk / DYNAMO_ARM, dram_gb, 22))),
+        Arm(DYNAMO_ARM, 12, (*DYNAMO, *_tier_flags(disk / DYNAMO_ARM, dram_gb, 20))),
         Arm(EXACT_REFERENCE, 7, max_tokens=2_048, batch_invariant=True),
         # HBM for about 27 of the 32 requests, DRAM for a third of what they leave behind.
         Arm(EXACT, 2, exact, hbm_blocks=700, max_tokens=10_240, batch_invariant=True),
-        Arm(FP8, 12, (*DYNAMO, *_tier_flags(disk / FP8, dram_gb, 22), "--kvbm-compression", "fp8")),
+        Arm(FP8, 12, (*DYNAMO, *_tier_flags(disk / FP8, dram_gb, 20), "--kvbm-compression", "fp8")),
     ]
 
 

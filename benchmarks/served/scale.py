@@ -51,6 +51,8 @@ class Exact:
     concurrency: int
     #: So few that even the longest fit, and none is preempted.
     calm_concurrency: int
+    #: From one request of a calm pass to the next.
+    calm_seconds: float
     #: Prompts that the reference keeps in HBM at one time.
     batch: int
 
@@ -73,7 +75,7 @@ H200 = Scale(
     disk=Disk(tokens=8_192 + 8, prompts=4),
     chat=Chat(users=40, turns=4, first_tokens=4_096, turn_tokens=256, answer_tokens=48, think_seconds=4.0),
     load=Load(requests=48, prompt_tokens=2_048, answer_tokens=128, concurrency=16, rounds=3),
-    exact=Exact(500, 200, 600, answer_tokens=32, concurrency=32, calm_concurrency=16, batch=100),
+    exact=Exact(500, 200, 600, answer_tokens=32, concurrency=32, calm_concurrency=16, calm_seconds=0.06, batch=100),
 )
 TINY = Scale(
     block_tokens=32,
@@ -82,5 +84,5 @@ TINY = Scale(
     disk=Disk(tokens=512 + 8, prompts=2),
     chat=Chat(users=8, turns=3, first_tokens=512, turn_tokens=64, answer_tokens=8, think_seconds=0.5),
     load=Load(requests=6, prompt_tokens=256, answer_tokens=8, concurrency=3, rounds=1),
-    exact=Exact(40, 100, 300, answer_tokens=80, concurrency=8, calm_concurrency=3, batch=20),
+    exact=Exact(40, 100, 300, answer_tokens=80, concurrency=8, calm_concurrency=3, calm_seconds=0.1, batch=20),
 )

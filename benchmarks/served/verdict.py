@@ -59,10 +59,10 @@ def goals(raw: Sequence[Fact]) -> list[Goal]:
 
 
 def prefix_floor_seconds(raw: Sequence[Fact]) -> float:
-    """The KV of the prefix at the PCIe rate of this run, and the HBM hit of the same arm behind it."""
+    """The KV of the prefix at the PCIe rate of this run, and the HBM hit of the engine alone behind it."""
     tokens = next((fact["tokens"] for fact in raw if fact["part"] == "prefix_size"), float("nan"))
     rate = median(raw, "pcie_up_gb_s", part="machine") * 1e9
-    return tokens * KV_BYTES_PER_TOKEN / rate + median(raw, "ttft", part="prefix", arm=DYNAMO_ARM, kind="hbm")
+    return tokens * KV_BYTES_PER_TOKEN / rate + _ttft(raw, NONE, "hbm")
 
 
 def _ttft(raw: Sequence[Fact], arm: str, kind: str) -> float:
@@ -78,13 +78,14 @@ def _prefix_goals(raw: Sequence[Fact]) -> Iterator[Goal]:
 
 
 def disk_rate(raw: Sequence[Fact]) -> float:
-    """GB/s of the loads that came wholly from disk, over what the request took longer than its HBM hit."""
-    hbm = median(raw, "ttft", part="disk", kind="hbm")
-    block_tokens = median(raw, "block_tokens", part="prefix_size")
+    """GB/s of the loads that came wholly from disk, over what the request took longer than an HBM hit."""
+    block_bytes = median(raw, "block_tokens", part="prefix_size") * KV_BYTES_PER_TOKEN
+    hbm = {"disk": median(raw, "ttft", part="disk", kind="hbm"), "gate": _ttft(raw, DYNAMO_ARM, "hbm")}
     rates = [
-        fact["disk_blocks"] * block_tokens * KV_BYTES_PER_TOKEN / (fact["ttft"] - hbm) / 1e9
-        for fact in _disk_lines(raw, "disk")
-        if fact["disk_blocks"] and not fact["dram_blocks"] and fact["ttft"] > hbm
+        fact["disk_blocks"] * block_bytes / (fact["ttft"] - hit) / 1e9
+        for kind, hit in hbm.items()
+        for fact in _disk_lines(raw, kind)
+        if fact["disk_blocks"] and not fact["dram_blocks"] and fact["ttft"] > hit
     ]
     return statistics.median(rates) if rates else float("nan")
 
@@ -160,7 +161,7 @@ def _each_arm(raw: Sequence[Fact], part: str, title: str, value: Callable[[str],
 
 def _exact(raw: Sequence[Fact]) -> list[str]:
     return [
-        f"{fact['what']}: {fact['same']} of {fact['prompts']} bit-equal, {fact['same_tokens']} in tokens, "
+        f"{fact['what']}: {fact['same']} of {fact['prompts']} bit-equal, "
         f"{fact['first_token_differs']} differ in their first token"
         for fact in raw
         if fact["part"] == "exact"

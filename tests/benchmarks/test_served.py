@@ -19,7 +19,8 @@ def prefix(arm: str, kind: str, ttft: float) -> Fact:
 RAW: list[Fact] = [
     {"part": "machine", "pcie_up_gb_s": 13.1072, "disk_read_gb_s": 2.0},
     {"part": "prefix_size", "tokens": 1000, "block_tokens": 16},
-    *(prefix(DYNAMO_ARM, kind, ttft) for kind, ttft in (("cold", 0.2), ("hbm", 0.01), ("tier", 0.03))),
+    *(prefix(DYNAMO_ARM, kind, ttft) for kind, ttft in (("cold", 0.2), ("hbm", 0.02), ("tier", 0.03))),
+    prefix(NONE, "hbm", 0.01),
     prefix(NATIVE, "tier", 0.025),
 ]
 
