@@ -31,11 +31,8 @@ class System:
 
     def restart(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """SIGKILL to every process of the engine, then the same command again."""
-        assert self.engine.process is not None
         self.outages += 1
-        for process in members_of(self.engine.process.pid):
-            _kill(process, signal.SIGKILL)
-        self.engine.stop()
+        self.engine.kill()
         meanwhile()
         self.engine.start().wait_ready(600)
         self.outages += 1
