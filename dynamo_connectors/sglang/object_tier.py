@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Reading a chunk back from the disk keeps up with any upload.
 _THREADS = 2
+#: The store ends its requests in time by itself, and counts them; this is for a thread that is late.
+_SLACK_SECONDS = 0.5
 #: A detach, or a server that stops, waits no longer for requests to hang up.
 _CLOSE_SECONDS = 5.0
 
@@ -75,7 +77,7 @@ class ObjectTier:
         """Fills pages within one deadline for all; returns the keys that failed, with the reason."""
         places = [Place(source.key, source.slot, source.chunk, source.row) for source, _ in work]
         rows = [self._new_row() for _ in work]
-        ends = self._clock() + self._store.deadline_seconds
+        ends = self._clock() + self._store.deadline_seconds + _SLACK_SECONDS
         failures: dict[BlockKey, str] = {}
         for batch in self._store.read(places, rows):
             errors = _wait(batch.outcome, max(0.0, ends - self._clock()), len(batch.positions))

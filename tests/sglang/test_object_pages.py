@@ -18,6 +18,7 @@ from dynamo_connectors.sglang.backend import HiCacheBackend
 from dynamo_connectors.sglang.chains import UNKNOWN
 from dynamo_connectors.sglang.object_tier import ObjectTier, Offloaded
 from dynamo_connectors.sglang.page_store import PageCounts, PageStore
+from soak.object_store import BreakablePipe
 from tests.sglang.conftest import storage_config
 from tests.sglang.host_pool import FakeHostPool
 from tests.tiers.s3_servers import BUCKET, CREDENTIALS, Moto, moto_server
@@ -51,12 +52,14 @@ def start(service: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     service.delete_all()
     started: list[HiCacheBackend] = []
 
-    def start_one(name: str = "kv", url: str = service.url) -> tuple[HiCacheBackend, FakeHostPool]:
+    def start_one(
+        name: str = "kv", url: str = service.url, deadline_ms: int = 20_000
+    ) -> tuple[HiCacheBackend, FakeHostPool]:
         extra = {
             "kvbm_object_url": f"s3://{BUCKET}/team",
             "kvbm_object_endpoint_url": url,
             "kvbm_object_gb": 0.01,
-            "kvbm_object_deadline_ms": 20_000,
+            "kvbm_object_deadline_ms": deadline_ms,
         }
         pool = FakeHostPool(pages=128)
         backend = HiCacheBackend(storage_config(tmp_path / name, extra_config=extra))
@@ -197,6 +200,26 @@ def test_a_dead_store_costs_nothing_but_its_pages(start: Start) -> None:
     assert all(found), "the disk has them"
     assert pool.holds(64, b"page 0")
     assert lower_counts(backend).store_failures
+
+
+def test_a_store_that_hangs_is_left_at_its_deadline_and_counted(start: Start, service: Moto) -> None:
+    backend, pool = start()
+    keep(backend, pool, CHUNK)
+    wait_for(lambda: lower_counts(backend).written_pages == CHUNK)
+    pipe = BreakablePipe(int(service.url.rsplit(":", 1)[1]))
+    try:
+        replica, pool = start("another disk", pipe.url, deadline_ms=300)
+        wait_for(lambda: lower_counts(replica).recovered_pages == CHUNK)
+        pipe.mode = "hang"
+        assert not any(replica.batch_get_v1(hashes(0, CHUNK), pool.slots(*range(CHUNK)), behind(0)))
+        counts = replica.counts()
+        assert counts is not None
+        assert counts.load_failures == {"timeout": CHUNK}
+        assert lower_counts(replica).store_failures == {"timeout": 1}
+        replica.close()
+    finally:
+        pipe.mode = "fine"
+        pipe.close()
 
 
 def test_changed_weights_leave_the_object_store_alone(start: Start, service: Moto) -> None:
