@@ -106,5 +106,5 @@ def reasons(done: Future[Sequence[StoreError | None]], blocks: int) -> list[str 
         return ["internal_error"] * blocks
     first = next((error for error in errors if error is not None and error.reason != "tier_off"), None)
     if first is not None:
-        log.warning("dynamo: %d blocks are a miss, the first one: %s", sum(map(bool, errors)), first)
+        log.warning("dynamo: %d blocks were not transferred, the first one: %s", sum(map(bool, errors)), first)
     return [None if error is None else error.reason for error in errors]

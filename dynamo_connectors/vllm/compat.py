@@ -18,6 +18,14 @@ def engine_logger(name: str) -> logging.Logger:
     return logging.getLogger(f"vllm.{name}")
 
 
+def log_where_the_engine_logs() -> None:
+    """Rooms that know no engine log under our own name: their lines go where vLLM's go, at vLLM's level."""
+    engine, ours = logging.getLogger("vllm"), logging.getLogger("dynamo_connectors")
+    ours.setLevel(engine.level)
+    for handler in engine.handlers:
+        ours.addHandler(handler)  # once, however often it is called
+
+
 def require_supported_engine() -> None:
     """Raises `PluginError` for a vLLM that would only fail at its first request (before 0.24)."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1

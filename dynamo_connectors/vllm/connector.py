@@ -18,7 +18,14 @@ from dynamo_connectors.config import KvbmConfig, parse_config
 from dynamo_connectors.errors import DynamoConnectorsError
 from dynamo_connectors.host_limits import check_host
 from dynamo_connectors.vllm import setup
-from dynamo_connectors.vllm.compat import BlockTables, HbmHolds, engine_logger, is_surely_computed, tokens_in_flight
+from dynamo_connectors.vllm.compat import (
+    BlockTables,
+    HbmHolds,
+    engine_logger,
+    is_surely_computed,
+    log_where_the_engine_logs,
+    tokens_in_flight,
+)
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.metrics import KvbmPromMetrics, KvbmStats
 from dynamo_connectors.vllm.scheduler import SchedulerHalf
@@ -35,6 +42,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        log_where_the_engine_logs()
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._block_tables = BlockTables()

@@ -197,11 +197,12 @@ class SchedulerHalf:
         for tier, entries in self._recovery.hear(finds).items():
             if self._was_reset:
                 continue
+            (named,) = [named for named in self._manager.tiers if named.name == tier]
             if tier == OBJECT_STORE:
                 # Any free number will do; those in use already are counted from below.
-                (last,) = [named.index.capacity_blocks - 1 for named in self._manager.tiers if named.name == tier]
+                last = named.index.capacity_blocks - 1
                 entries = [(last - index, key) for index, (_, key) in enumerate(entries)]
-            recovered = self._manager.restore(tier, entries)
+            recovered = self._manager.restore(tier, entries) * named.chunk_blocks
             self._counts["recovered_blocks", tier] += recovered
             log.info("dynamo: tier %s has %d blocks of an earlier run", tier, recovered)
 

@@ -47,7 +47,7 @@ def test_version_ranges(version: str, inside: bool) -> None:
 
 
 def test_the_range_comes_from_our_metadata() -> None:
-    assert versions.supported_range("vllm") == ">=0.32,<0.34"
+    assert versions.supported_range("vllm") == ">=0.24,<0.34"
     assert versions.supported_range("sglang") == ">=0.5.14,<0.6"
     assert versions.supported_range("tgi") is None
 

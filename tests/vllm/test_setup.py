@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
 
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.vllm import setup
+from dynamo_connectors.vllm.compat import log_where_the_engine_logs
 from dynamo_connectors.vllm.setup import check_model
 
 SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
@@ -101,3 +103,18 @@ def test_another_draft_model_in_its_place_is_another_model(tmp_path: Path) -> No
     assert setup._weights(config) == before
     (tmp_path / "draft" / "model.safetensors").write_bytes(b"other")
     assert setup._weights(config) != before
+
+
+def test_rooms_without_an_engine_log_where_vllm_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ours = logging.getLogger("vllm"), logging.getLogger("dynamo_connectors")
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(engine, "handlers", [handler])
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "level", ours.level)
+    monkeypatch.setattr(engine, "level", logging.INFO)
+    log_where_the_engine_logs()
+    log_where_the_engine_logs()
+    logging.getLogger("dynamo_connectors.tiers.nvme").info("a slab starts empty")
+    assert lines == ["a slab starts empty"]
