@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from soak.faults import System, break_things
 from soak.object_store import BUCKET, SECRETS, BreakablePipe, make_bucket, s3_server
-from soak.workload import Clients, Tally, ask, prompts
+from soak.workload import Answer, Clients, Tally, ask, prompts
 from tools.server_process import ServerProcess, members_of
 from tools.tiny_model import make_model
 from tools.vllm_server import VllmOptions, vllm_server
@@ -56,7 +56,7 @@ def run(folder: Path, options: argparse.Namespace) -> int:
         s3.stop()
 
 
-def right_answers(model: Path, folder: Path) -> list[tuple[int, ...]]:
+def right_answers(model: Path, folder: Path) -> list[Answer]:
     stock = vllm_server("stock", model, folder / "stock.log", VllmOptions(extra=["--dtype", "float32"]))
     try:
         stock.start().wait_ready(600)
@@ -82,7 +82,7 @@ def tiered_engine(model: Path, folder: Path, s3_url: str) -> ServerProcess:
     return engine
 
 
-def soak(system: System, right: list[tuple[int, ...]], options: argparse.Namespace) -> int:
+def soak(system: System, right: list[Answer], options: argparse.Namespace) -> int:
     clients = Clients(system.engine.url, right, lambda: system.outages)
     teller = threading.Thread(target=tell, args=(clients.tally, system.stopping))
     end = threading.Timer(options.minutes * 60, system.stopping.set)
@@ -105,14 +105,14 @@ def tell(tally: Tally, stopping: threading.Event) -> None:
         print(f"  {time.monotonic() - started:6.0f} s  {dict(tally.ended)}", flush=True)
 
 
-def quiet_hours(engine: ServerProcess, right: list[tuple[int, ...]]) -> list[str]:
+def quiet_hours(engine: ServerProcess, right: list[Answer]) -> list[str]:
     """What goes wrong, grows or stays when the same load runs twice without faults, and then ends."""
     (before, first), (after, second) = _load(engine, right), _load(engine, right)
     grown = [f"{what}: {before[what]} -> {after[what]}" for what in before if after[what] > before[what]]
     return [*first.faults, *second.faults, *grown, *still_held(engine)]
 
 
-def _load(engine: ServerProcess, right: list[tuple[int, ...]]) -> tuple[dict[str, int], Tally]:
+def _load(engine: ServerProcess, right: list[Answer]) -> tuple[dict[str, int], Tally]:
     clients = Clients(engine.url, right, lambda: 0)
     clients.start()
     time.sleep(40)

@@ -12,7 +12,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tools.vllm_server import CHUNK_TOKENS, MODEL_NAME
 
@@ -23,6 +23,7 @@ OWN_CHUNKS = (1, 2, 3, 3)
 MAX_TOKENS = 8
 #: Longer than any fault lasts: what takes longer hangs.
 HUNG_SECONDS = 90.0
+SAME_LOGPROB = 1e-4
 
 Prompt = list[int]
 
@@ -41,11 +42,21 @@ def prompts() -> list[Prompt]:
     return made
 
 
-def ask(url: str, prompt: Prompt, **extra: Any) -> tuple[int, ...]:
-    """The tokens of a greedy answer."""
-    with _post(url, prompt, extra) as response:
+class Answer(NamedTuple):
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    def equals(self, other: Answer) -> bool:
+        """In float32 an engine repeats its logprobs to six places; KV that is not its own moves them much further."""
+        pairs = zip(self.logprobs, other.logprobs, strict=True)
+        return self.tokens == other.tokens and all(abs(mine - theirs) < SAME_LOGPROB for mine, theirs in pairs)
+
+
+def ask(url: str, prompt: Prompt) -> Answer:
+    """A greedy answer."""
+    with _post(url, prompt, {"logprobs": 1}) as response:
         choice = json.loads(response.read())["choices"][0]
-    return tuple(choice["token_ids"])
+    return Answer(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
 
 
 def ask_and_leave(url: str, prompt: Prompt) -> None:
@@ -83,7 +94,7 @@ class Tally:
 class Clients:
     """`count` threads that ask until `stop`. A request that meets a killed engine may fail, no other one may."""
 
-    def __init__(self, url: str, right: list[tuple[int, ...]], outages: Callable[[], int], count: int = 4) -> None:
+    def __init__(self, url: str, right: list[Answer], outages: Callable[[], int], count: int = 4) -> None:
         self._url, self._right, self._outages = url, right, outages
         self._prompts = prompts()
         self._stopping = threading.Event()
@@ -113,7 +124,7 @@ class Clients:
                 ask_and_leave(self._url, self._prompts[index])
                 self.tally.add("left")
                 return
-            tokens = ask(self._url, self._prompts[index])
+            answer = ask(self._url, self._prompts[index])
         except (OSError, http.client.HTTPException, urllib.error.URLError, ValueError) as error:
             waited = time.monotonic() - started
             if waited >= HUNG_SECONDS - 1:
@@ -124,7 +135,8 @@ class Clients:
             else:
                 self.tally.add("failed", f"prompt {index} failed while the engine was up: {error!r}")
             return
-        if tokens == self._right[index]:
+        if answer.equals(self._right[index]):
             self.tally.add("right")
         else:
-            self.tally.add("wrong", f"prompt {index}: {tokens}, right is {self._right[index]}")
+            since = f"{time.strftime('%H:%M:%S')}, asked {time.monotonic() - started:.1f} s before"
+            self.tally.add("wrong", f"prompt {index} at {since}: {answer}, right is {self._right[index]}")
