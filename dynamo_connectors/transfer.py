@@ -193,7 +193,8 @@ class TransferEngine:
         by_tier: dict[str, list[LoadItem]] = {}
         for item in job.items:
             by_tier.setdefault(item.tier, []).append(item)
-        self._load_from_dram(by_tier.pop(HOST_DRAM, []), outcome)
+        if HOST_DRAM in by_tier:
+            self._load_from_dram(by_tier.pop(HOST_DRAM), outcome)
         for name, items in by_tier.items():
             started, below = time.monotonic(), self._below[name]
             load = LoadFromBelow(below.tier, below.staging, self._hbm)

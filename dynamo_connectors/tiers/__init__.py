@@ -1,1 +1,1 @@
-"""The places that can hold a block, each behind the one `Tier` contract."""
+"""The places that can hold a block: an index that decides, and stores that keep the bytes."""

@@ -86,9 +86,9 @@ class JobLedger:
                 yield job
 
     @property
-    def num_urgent(self) -> int:
-        """Jobs whose end somebody waits for. An object is erased when its store is reached, if ever: nobody waits."""
-        return sum(not job.erasures for job in self._jobs.values())
+    def has_urgent(self) -> bool:
+        """Whether somebody waits for a job to end. Nobody does for an erasure: its store may never be reached."""
+        return any(not job.erasures for job in self._jobs.values())
 
     def loading_requests(self) -> set[str]:
         return {job.loading for job in self._jobs.values() if job.loading is not None}

@@ -153,7 +153,7 @@ class SchedulerHalf:
     def has_work(self) -> bool:
         """Whether an idle engine must keep stepping: to see a job end, to start one, or to hear what survived."""
         return bool(
-            self._ledger.num_urgent
+            self._ledger.has_urgent
             or self._forget_next
             or self._recovery.is_open(NVME_SSD)
             or self._manager.has_moves_waiting

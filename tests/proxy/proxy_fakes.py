@@ -347,3 +347,11 @@ async def ask(port: int, request: bytes) -> Answer:
     async with Client.to(port) as client:
         client.send(request)
         return await client.answer()
+
+
+#: What a `RawEngine` says that has nothing to say.
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
+
+
+async def answer_ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+    writer.write(ANSWER)

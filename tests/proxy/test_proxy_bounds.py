@@ -16,10 +16,12 @@ from dynamo_proxy.http1 import Request, RequestReader
 from dynamo_proxy.token_memo import TokenMemo
 
 from tests.proxy.proxy_fakes import (
+    ANSWER,
     QUICK,
     Client,
     FakeEngine,
     RawEngine,
+    answer_ok,
     ask,
     chat,
     get,
@@ -28,13 +30,6 @@ from tests.proxy.proxy_fakes import (
     run,
     wait_until,
 )
-
-ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-
-
-async def _ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
-    writer.write(ANSWER)
-
 
 # --- what a client can make it hold
 
@@ -367,7 +362,7 @@ class FullSocket:
 
 def test_an_engine_connection_whose_answer_filled_its_client_goes_back_reading() -> None:
     async def body() -> None:
-        engine = await RawEngine(_ok).start()
+        engine = await RawEngine(answer_ok).start()
         async with proxy_before(engine) as proxy:
             socket = FullSocket()
             socket.protocol = ClientConnection(proxy.front_end, proxy.config.limits, QUICK)

@@ -10,10 +10,12 @@ import pytest
 from dynamo_proxy.config import Limits
 
 from tests.proxy.proxy_fakes import (
+    ANSWER,
     QUICK,
     Client,
     FakeEngine,
     RawEngine,
+    answer_ok,
     ask,
     chat,
     get,
@@ -22,12 +24,6 @@ from tests.proxy.proxy_fakes import (
     run,
     wait_until,
 )
-
-ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
-
-
-async def _ok(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
-    writer.write(ANSWER)
 
 
 def test_a_stream_is_spliced_and_tells_its_engine() -> None:
@@ -230,7 +226,7 @@ def test_a_client_that_never_finishes_its_head_is_told_and_dropped() -> None:
 
 def test_upgrades_and_named_headers_stop_at_the_proxy() -> None:
     async def body() -> None:
-        engine = await RawEngine(_ok).start()
+        engine = await RawEngine(answer_ok).start()
         async with proxy_before(engine) as proxy:
             await ask(
                 proxy.port,

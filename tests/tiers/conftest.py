@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_connectors.tiers.base import Tier, TierStore
+from dynamo_connectors.tiers.base import TierStore
 from dynamo_connectors.tiers.index import TierIndex
 from tests.tiers.factories import FACTORIES, KEPT_FILES
+from tests.tiers.tier import Tier
 
 MakeStore = Callable[[int, int], TierStore]
 

@@ -12,8 +12,8 @@ import pytest
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
-from dynamo_connectors.tiers.base import Tier
 from tests.tiers.conftest import MakeStore
+from tests.tiers.tier import Tier
 
 MakeTier = Callable[[int, int], Tier]
 ROW = 10_000

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
-from dynamo_connectors.tiers.base import Tier
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes, slot_offset
 from dynamo_connectors.tiers.slot_header import HEADER_BYTES, MAX_KEY_BYTES, encode
 from tests.tiers.factories import NAMESPACE
 from tests.tiers.test_conformance import empty, noise
+from tests.tiers.tier import Tier
 
 ROW = 10_000
 SLOT = slot_bytes(ROW)
