@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_SGLANG_GRPC_OFFSET = 10_000
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -27,10 +29,24 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
+    """A port nobody listens on, below those that the system gives to outgoing connections: nobody takes it by chance.
+
+    SGLang listens 10,000 above its port as well, which must be a port, too.
+    """
+    chance = random.SystemRandom()
+    while True:
+        port = chance.randrange(10_000, 22_000)
+        if all(_is_free(each) for each in (port, port + _SGLANG_GRPC_OFFSET)):
+            return port
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _die_with_parent() -> None:

@@ -82,3 +82,8 @@ def test_stopping_is_idempotent(tmp_path: Path) -> None:
     running.stop()
     running.stop()
     assert running.process is None
+
+
+def test_a_free_port_leaves_room_for_what_an_engine_derives_from_it() -> None:
+    """SGLang adds 10,000 to its port; what the system gives to outgoing connections begins at 32,768."""
+    assert all(10_000 <= free_port() < 22_000 for _ in range(200))
