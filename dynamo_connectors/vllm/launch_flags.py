@@ -51,6 +51,8 @@ def install(engine_args: Any) -> None:
         return original_from(cls, args)
 
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if connector_of(self.kv_transfer_config) and isinstance(self.kv_transfer_config, Mapping):
+            self.kv_transfer_config = _as_config(self.kv_transfer_config)
         check_settings(self.kv_transfer_config)
         return original_create(self, *args, **kwargs)
 
@@ -118,6 +120,13 @@ def check_settings(transfer_config: Any) -> None:
             refuse_tiny("kvbm_nvme_gb", config.nvme_bytes)
         check_host(config)
         transfer_config.kv_load_failure_policy = "recompute"
+
+
+def _as_config(fields: Mapping[str, Any]) -> Any:
+    """What vLLM makes of a plain dict later than we need it: `EngineArgs` in Python takes both."""
+    from vllm.config import KVTransferConfig
+
+    return KVTransferConfig(**fields)
 
 
 def _our_settings(transfer_config: Any) -> list[Mapping[str, object]]:

@@ -50,6 +50,15 @@ def test_every_spelling_gives_the_same_configuration(parse: Any, arguments: list
     assert config.kv_load_failure_policy == "recompute"
 
 
+def test_engine_args_in_python_may_hold_plain_fields(parse: Any, tiny_model: Path) -> None:
+    """vLLM makes a `KVTransferConfig` of them only later, where our policy for lost blocks would come too late."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    args = EngineArgs(model=str(tiny_model), kv_transfer_config={**NATIVE, "engine_id": "e7"})
+    config = args.create_engine_config().kv_transfer_config
+    assert (config.engine_id, config.kv_load_failure_policy) == ("e7", "recompute")
+
+
 def test_yaml_gives_the_same_configuration(parse: Any, tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("kv-connector: dynamo\nkvbm-host-dram-gb: 0.5\nkvbm-storage-tiers: hbm,host_dram\n")
