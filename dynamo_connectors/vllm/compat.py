@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,21 @@ def prepare_cpu() -> None:
     init_amx = getattr(torch.cpu, "_init_amx", None)  # since torch 2.6; False where there is no AMX
     if init_amx is not None:
         init_amx()
+
+
+def page_readers(vllm_config: Any, device: Any) -> list[str]:
+    """Who decides what the bytes inside a page mean: the attention backends and, on a CPU, its instruction set.
+
+    vLLM's CPU attention packs pages for AMX tiles where there are some, in the shape that all CPUs have.
+    """
+    import torch
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    readers = {layer.get_attn_backend().get_name() for layer in layers if hasattr(layer, "get_attn_backend")}
+    if device.type == "cpu":
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # since torch 2.6
+        readers |= {platform.machine(), f"amx={has_amx}"}
+    return sorted(readers)
 
 
 def tokens_in_flight(request: Any) -> int:

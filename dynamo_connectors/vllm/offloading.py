@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from dynamo_connectors.admission import admitted_blocks
 from dynamo_connectors.block_manager import BlockManager
@@ -16,6 +17,13 @@ from dynamo_connectors.config import HOST_DRAM
 from dynamo_connectors.vllm.compat import NULL_BLOCK_ID
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 from dynamo_connectors.vllm.live import ChangeSink, Holds, Limits, Live, Tables
+
+
+@dataclass
+class _Storing:
+    slot: int
+    #: Of the last block of a request that has ended: its chain.
+    ended_chain: Sequence[BlockKey] = ()
 
 
 class Offloading:
@@ -35,8 +43,8 @@ class Offloading:
         self._events = events
         self._counts = counts
         self.holds: Holds | None = None
-        #: Blocks on their way to host memory. With the last one of a request that has ended: its chain.
-        self._storing: dict[BlockKey, Sequence[BlockKey]] = {}
+        #: Blocks on their way to host memory.
+        self._storing: dict[BlockKey, _Storing] = {}
 
     def offer(self, live: Live, computed_tokens: int, tables: Callable[[], Tables]) -> None:
         """Offloads those of the first `computed_tokens` tokens' full blocks that are not kept below HBM yet."""
@@ -63,7 +71,7 @@ class Offloading:
             self._manager.offload(chain)
             last = next((key for key in reversed(chain) if key in self._storing), None)
             if last is not None:
-                self._storing[last] = chain
+                self._storing[last].ended_chain = chain
             lost = tables[group][offered : self._admitted(live, group, computed_tokens)]
             self._counts["dropped_blocks", "hbm_busy"] += sum(block != NULL_BLOCK_ID for block in lost)
 
@@ -79,7 +87,10 @@ class Offloading:
         self.holds.release([block for _, block in job.stores])
         ended: list[Sequence[BlockKey]] = []
         for target, _ in job.stores:
-            ended.append(self._storing.pop(target.key))
+            # Between a reset and its end a block may be on its way twice.
+            storing = self._storing.get(target.key)
+            if storing is not None and storing.slot == target.slot:
+                ended.append(self._storing.pop(target.key).ended_chain)
             if target.key in job.failed:
                 self._manager.abort(target, job.failed[target.key])
             else:
@@ -112,5 +123,5 @@ class Offloading:
         if targets:
             stores = tuple((target, block_of[target.key]) for target in targets)
             self.holds.hold([block for _, block in stores])
-            self._storing.update((target.key, ()) for target in targets)
+            self._storing.update((target.key, _Storing(target.slot)) for target in targets)
             self._ledger.store(stores)

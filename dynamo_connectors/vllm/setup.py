@@ -26,7 +26,13 @@ from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.tiers.object_format import object_bytes
 from dynamo_connectors.transfer import Stores
 from dynamo_connectors.vllm.adapters import place_of
-from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process, prepare_cpu, tells_block_tables
+from dynamo_connectors.vllm.compat import (
+    engine_logger,
+    hashes_end_with_process,
+    page_readers,
+    prepare_cpu,
+    tells_block_tables,
+)
 from dynamo_connectors.vllm.groups import Geometry
 from dynamo_connectors.vllm.kv_events import TierEvents
 from dynamo_connectors.vllm.kv_pages import Pages, planned_row_bytes, read_geometry, read_pages
@@ -169,7 +175,9 @@ def namespace(vllm_config: Any, geometry: Geometry, pages: Pages) -> Namespace:
     # vLLM's block hashes carry LoRA, multimodal items and cache salt; the algorithm decides what equal hashes mean.
     # What a page means inside is the engine's business and may change with its version; so may what a model computes.
     media = getattr(getattr(model, "multimodal_config", None), "mm_processor_kwargs", None)
-    rules = (getattr(cache, "prefix_caching_hash_algo", ""), geometry, vllm.__version__, model.compute_hash(), media)
+    readers = page_readers(vllm_config, pages.view.device)
+    hashes = getattr(cache, "prefix_caching_hash_algo", "")
+    rules = (hashes, geometry, vllm.__version__, model.compute_hash(), media, readers)
     return Namespace(
         engine="vllm",
         model=str(model.model),

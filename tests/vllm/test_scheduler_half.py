@@ -101,6 +101,23 @@ def test_a_promise_whose_source_is_gone_becomes_missing_blocks() -> None:
     half.worker_reports(WorkerReports({job.job_id: 1}))
 
 
+@pytest.mark.parametrize("second_ends_first", [False, True])
+def test_a_block_that_is_on_its_way_when_all_is_reset_may_set_out_again(second_ends_first: bool) -> None:
+    """vLLM resets the connector under load too: a running request then offers what is still being copied."""
+    half, holds = make()
+    what = request("a", 2)
+    plans = [offer_all(half, what, [1, 2])]
+    half.reset()
+    half.offer("a", 2 * BLOCK, 0, lambda: [[1, 2]])
+    plans.append(half.plan(is_idle=False))
+    assert [len(plan.stores[0].items) for plan in plans] == [2, 2]
+    for plan in reversed(plans) if second_ends_first else plans:
+        end(half, plan)
+    half.check()
+    assert holds.held_blocks == 0
+    assert half.matched_tokens(request("b", 2, prefix="a"), 0) == 2 * BLOCK
+
+
 def test_reset_refuses_while_a_load_brings_old_bytes() -> None:
     half, _ = make()
     end(half, offer_all(half, request("a", 2), [1, 2]))

@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
 
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.vllm import setup
-from dynamo_connectors.vllm.compat import log_where_the_engine_logs
+from dynamo_connectors.vllm.compat import log_where_the_engine_logs, page_readers
 from dynamo_connectors.vllm.setup import check_model
 
 SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
@@ -103,6 +103,23 @@ def test_another_draft_model_in_its_place_is_another_model(tmp_path: Path) -> No
     assert setup._weights(config) == before
     (tmp_path / "draft" / "model.safetensors").write_bytes(b"other")
     assert setup._weights(config) != before
+
+
+def test_pages_that_another_backend_or_instruction_set_packed_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their shapes and strides may be the same, so the layout alone cannot tell."""
+
+    def readers(backend: str, device: str) -> list[str]:
+        layer = SimpleNamespace(get_attn_backend=lambda: SimpleNamespace(get_name=lambda: backend))
+        layers = SimpleNamespace(static_forward_context={"layer": layer, "mlp": object()})
+        return page_readers(SimpleNamespace(compilation_config=layers), torch.device(device))
+
+    assert readers("ONE", "cuda") != readers("OTHER", "cuda")
+    assert readers("ONE", "cuda") == readers("ONE", "cuda")
+    found = []
+    for has_amx in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        found.append(readers("CPU_ATTN", "cpu"))
+    assert found[0] != found[1]
 
 
 def test_rooms_without_an_engine_log_where_vllm_logs(monkeypatch: pytest.MonkeyPatch) -> None:
