@@ -1,7 +1,7 @@
 """`python -m soak`: load and faults on a real vLLM with every tier; status 1 for a wrong or lost answer, or a leak.
 
 The right answers come from the same vLLM without us. Everything runs in float32: rounding then does not depend on which
-requests share a batch, so answers are compared token for token.
+requests share a batch, so answers are compared token for token, and blocks float for float wherever they are copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from soak.faults import System, break_things
 from soak.object_store import BUCKET, SECRETS, BreakablePipe, make_bucket, s3_server
-from soak.workload import Answer, Clients, Tally, ask, prompts
+from soak.truth import compare_slabs, load_rows, read_rows, save_rows, watch_variables
+from soak.workload import Answer, Clients, Tally, ask, distinct_blocks, prompts
 from tools.server_process import ServerProcess, members_of
 from tools.tiny_model import make_model
 from tools.vllm_server import VllmOptions, vllm_server
@@ -41,15 +42,22 @@ def main(arguments: list[str]) -> int:
 def run(folder: Path, options: argparse.Namespace) -> int:
     model = make_model(folder / "model")
     right = right_answers(model, folder)
+    rows = right_blocks(model, folder)
     s3 = s3_server(folder / "s3.log")
     s3.start().wait_ready()
     pipe = BreakablePipe(int(s3.url.rsplit(":", 1)[1]))
     engine = tiered_engine(model, folder, pipe.url)
+    watched = folder / "watched.txt"
+    engine.env = {**engine.env, **watch_variables(rows, watched)}
     system = System(engine, folder / "kv", pipe, threading.Event(), random.Random(options.seed))
+    on_disk: list[str] = []
+    known = load_rows(rows)
+    system.inspect = lambda: on_disk.extend(compare_slabs(known, system.slabs))
     try:
         make_bucket(s3.url)
         engine.start().wait_ready(600)
-        return soak(system, right, options)
+        tally, quiet = soak(system, right, options)
+        return report(system, tally, [*quiet, *on_disk, *told(watched)])
     finally:
         engine.stop()
         pipe.close()
@@ -70,6 +78,36 @@ def right_answers(model: Path, folder: Path) -> list[Answer]:
         stock.stop()
 
 
+def right_blocks(model: Path, folder: Path) -> Path:
+    """The KV of every block, from an engine that is left in peace, as a file of rows."""
+    slabs, rows = folder / "right-kv", folder / "rows.npz"
+    tiers = ["--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-host-dram-gb", "0.3", "--kvbm-nvme-gb", "0.2"]
+    disk = ["--kvbm-nvme-path", str(slabs), "--kvbm-nvme-min-touches", "1"]
+    extra = ["--dtype", "float32", "--kv-connector", "dynamo", *tiers, *disk]
+    engine = vllm_server("peaceful", model, folder / "peaceful.log", VllmOptions(extra=extra))
+    try:
+        engine.start().wait_ready(600)
+        for prompt in prompts():
+            ask(engine.url, prompt)
+        deadline = time.monotonic() + 120
+        while len(found := read_rows(slabs)) < distinct_blocks() and time.monotonic() < deadline:
+            time.sleep(1)
+    finally:
+        engine.stop()
+    print(f"  right blocks: {len(found)} of {distinct_blocks()}", flush=True)
+    if len(found) < distinct_blocks():
+        raise SystemExit(f"soak: an engine left in peace kept only {len(found)} of {distinct_blocks()} blocks")
+    save_rows(found, rows)
+    return rows
+
+
+def told(watched: Path) -> list[str]:
+    """What the engine's own watch wrote down, each line once."""
+    lines = watched.read_text().splitlines() if watched.exists() else []
+    print(f"blocks   {lines.count('ok')} copied blocks compared, {len(lines) - lines.count('ok')} wrong")
+    return list(dict.fromkeys(line for line in lines if line != "ok")) if lines else ["no copied block was compared"]
+
+
 def tiered_engine(model: Path, folder: Path, s3_url: str) -> ServerProcess:
     """Each tier too small for all prompts, so that blocks keep sinking and rising."""
     extra = ["--dtype", "float32", "--kv-connector", "dynamo"]
@@ -82,7 +120,8 @@ def tiered_engine(model: Path, folder: Path, s3_url: str) -> ServerProcess:
     return engine
 
 
-def soak(system: System, right: list[Answer], options: argparse.Namespace) -> int:
+def soak(system: System, right: list[Answer], options: argparse.Namespace) -> tuple[Tally, list[str]]:
+    """How requests ended under faults, and what went wrong in the quiet hours after them."""
     clients = Clients(system.engine.url, right, lambda: system.outages)
     teller = threading.Thread(target=tell, args=(clients.tally, system.stopping))
     end = threading.Timer(options.minutes * 60, system.stopping.set)
@@ -96,7 +135,7 @@ def soak(system: System, right: list[Answer], options: argparse.Namespace) -> in
         system.stopping.set()
         teller.join()
         clients.stop()
-    return report(system, clients.tally, quiet_hours(system.engine, right))
+    return clients.tally, quiet_hours(system.engine, right)
 
 
 def tell(tally: Tally, stopping: threading.Event) -> None:

@@ -26,6 +26,8 @@ class System:
     pipe: BreakablePipe
     stopping: threading.Event
     rng: random.Random
+    #: Looks at what a killed engine left on its disk, before anything is done to it.
+    inspect: Callable[[], None] = lambda: None
     outages: int = 0
     done: Counter[str] = field(default_factory=Counter)
 
@@ -33,6 +35,7 @@ class System:
         """SIGKILL to every process of the engine, then the same command again."""
         self.outages += 1
         self.engine.kill()
+        self.inspect()
         meanwhile()
         self.engine.start().wait_ready(600)
         self.outages += 1

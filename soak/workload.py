@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tools.vllm_server import CHUNK_TOKENS, MODEL_NAME
+from tools.vllm_server import BLOCK_TOKENS, CHUNK_TOKENS, MODEL_NAME
 
 FAMILIES = 10
 MEMBERS = 4
@@ -40,6 +40,12 @@ def prompts() -> list[Prompt]:
         shared = tokens(SHARED_CHUNKS * CHUNK_TOKENS)
         made += [shared + tokens(OWN_CHUNKS[member] * CHUNK_TOKENS + 4) for member in range(MEMBERS)]
     return made
+
+
+def distinct_blocks() -> int:
+    """Full KV blocks of all prompts together, shared ones once."""
+    made = prompts()
+    return len({tuple(prompt[:end]) for prompt in made for end in range(BLOCK_TOKENS, len(prompt) + 1, BLOCK_TOKENS)})
 
 
 class Answer(NamedTuple):

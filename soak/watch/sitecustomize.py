@@ -1,0 +1,72 @@
+"""Read by every Python that has this folder on its path: an engine under soak compares each block that it copies.
+
+Each comparison is one line in the file that the environment names: `ok`, or what differs.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+WATCHED = "dynamo_connectors.transfer"
+
+
+class _Hook(importlib.abc.MetaPathFinder):
+    """Arms the transfer engine once, when its module is imported: nothing of the engine is imported for it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if name != WATCHED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            _arm(module.TransferEngine)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _arm(engine: Any) -> None:
+    import numpy as np
+
+    from soak.truth import FAULTS_VARIABLE, ROWS_VARIABLE, difference, load_rows
+
+    rows = load_rows(Path(os.environ[ROWS_VARIABLE]))
+    faults = Path(os.environ[FAULTS_VARIABLE])
+    store, load = engine._store, engine._load
+
+    def compare(what: str, key: bytes, row: bytes | memoryview) -> None:
+        line = difference(rows, bytes(key), np.frombuffer(row, dtype=np.float32))
+        with faults.open("a") as file:
+            file.write(f"{what}, {line}\n" if line is not None else "ok\n")
+
+    def watched_store(self: Any, job: Any, fence: Any) -> Any:
+        outcome = store(self, job, fence)
+        for item in job.items:
+            compare("stored", item.key, memoryview(self._dram.rows[item.slot]))
+        return outcome
+
+    def watched_load(self: Any, job: Any, *rest: Any) -> Any:
+        outcome = load(self, job, *rest)
+        for item in job.items:
+            if item.key not in outcome.failed:
+                parts = [part[item.block].numpy().tobytes() for part in self._hbm.parts]
+                compare(f"loaded from {item.tier}", item.key, b"".join(parts))
+        return outcome
+
+    engine._store, engine._load = watched_store, watched_load
+
+
+if "DYNAMO_SOAK_ROWS" in os.environ:
+    sys.meta_path.insert(0, _Hook())
