@@ -15,6 +15,7 @@ _PASSING = frozenset(
         "deadline",
         "forbidden",
         "forgotten",
+        "no_bucket",
         "not_whole",
         "tier_off",
         "timeout",
