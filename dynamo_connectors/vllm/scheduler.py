@@ -53,6 +53,8 @@ class SchedulerHalf:
         self._onboarding = Onboarding(manager, limits, self._ledger, gate, self._counts)
         self._offloading = Offloading(manager, limits, self._ledger, events, self._counts)
         self._recovery = Recovery(limits.num_workers, limits.lasting_tiers)
+        #: Until when requests wait for it, from the first one on.
+        self._finds_due: float | None = None
         self._steps = StepClock()
         self._adapters = Adapters()
         #: Workers still have to hear of a reset; what they found from before it must not come back.
@@ -69,7 +71,8 @@ class SchedulerHalf:
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> int | None:
         """How many tokens behind `computed_tokens` can be loaded; None: ask again in the next step."""
-        return self._onboarding.matched_tokens(self._live(request), computed_tokens)
+        live = self._live(request)
+        return None if self._waits_for_finds(live) else self._onboarding.matched_tokens(live, computed_tokens)
 
     def after_alloc(self, request: Any, tables: Tables, external_tokens: int) -> None:
         """The request has HBM blocks; `external_tokens` of what was offered shall be loaded into them."""
@@ -192,6 +195,20 @@ class SchedulerHalf:
             live = Live(request, chains, hints, [0] * len(geometry.groups))
             self._requests[request.request_id] = live
         return live
+
+    def _waits_for_finds(self, live: Live) -> bool:
+        """Right after a start an object store may still be listing what it holds."""
+        if not self._recovery.any_open:
+            return False
+        now = self._clock()
+        if self._finds_due is None:
+            self._finds_due = now + self._limits.find_seconds
+        if now < self._finds_due:
+            return True
+        if not live.is_early:
+            live.is_early = True
+            self._counts["early_requests", ""] += 1
+        return False
 
     def _recover(self, finds: Finds) -> None:
         for tier, entries in self._recovery.hear(finds).items():
