@@ -14,7 +14,7 @@ from typing import Any
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index import IndexStats
-from dynamo_connectors.verdicts import is_damage
+from dynamo_connectors.verdicts import is_damage, may_have_been_sent
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.groups import Chains
@@ -229,7 +229,9 @@ class SchedulerHalf:
             going_up = move.target_tier == HOST_DRAM
             # A write that failed says nothing about what was to be written.
             damaged = reason is not None and (is_damage(reason) if going_up else reason == "wrong_key")
-            self._manager.end_move(move, reason is None, damaged)
+            # Where several workers write, one may have stored its part of what the others lost.
+            spoils = reason is not None and (self._limits.num_workers > 1 or may_have_been_sent(reason))
+            self._manager.end_move(move, reason is None, damaged, spoils and not going_up)
             if reason is None:
                 what = "prefetched_blocks" if going_up else "offloaded_blocks"
                 self._counts[what, move.target_tier] += 1
