@@ -75,6 +75,8 @@ class _Fill:
     above: tuple[BlockKey | None, ...]
     moves_left: int
     reason: str | None = None
+    #: Some of its bytes may lie in the target.
+    is_spoilt: bool = False
 
 
 class Cascade:
@@ -162,8 +164,11 @@ class Cascade:
                 started += self._start_down(down)
         return started
 
-    def end(self, move: Move, ok: bool) -> tuple[BlockKey, BlockKey | None] | None:
-        """Returns the block that can be read from the first tier now, with its parent, if there is one."""
+    def end(self, move: Move, ok: bool, spoils: bool = False) -> tuple[BlockKey, BlockKey | None] | None:
+        """Returns the block that can be read from the first tier now, with its parent, if there is one.
+
+        `spoils`: though it failed, its bytes may have come to the target.
+        """
         self._moves.remove(move)
         source, target = self._stack.by_name[move.source_tier], self._stack.by_name[move.target_tier]
         is_up = target is self._stack.first
@@ -174,6 +179,7 @@ class Cascade:
         name = move.chunk if is_up and move.chunk is not None else move.key
         if source.index.slot_of(name) != move.source_slot:
             fill.reason = fill.reason or "source_gone"
+        fill.is_spoilt |= ok or spoils
         if not ok:
             fill.reason = "move_failed"
         source.index.unpin(move.source_slot, fill.above[0 if is_up else move.row])
@@ -181,7 +187,10 @@ class Cascade:
             return None
         del self._fills[target.name, move.target_slot]
         if fill.reason is not None:
-            target.index.abort(move.target_slot)
+            if fill.is_spoilt:
+                self._stack.spoil(target, move.target_slot, fill.blocks[-1])
+            else:
+                target.index.abort(move.target_slot)
             self._stack.dropped[fill.reason] += len(fill.blocks)
             return None
         kept = self._stack.commit(target, move.target_slot, fill.blocks, fill.parent)

@@ -10,12 +10,12 @@ orders, remembers the keys it evicted from each (ghosts B1, B2), and lets ghosts
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import ARC, LRU
+from dynamo_connectors.ghosts import Ghosts
 
 
 class SlotLists:
@@ -154,7 +154,7 @@ _T1, _T2 = 0, 1
 
 
 class ArcPolicy:
-    """Adaptive replacement. The ghosts hold at most `capacity` keys, about 260 bytes each."""
+    """Adaptive replacement. As many ghosts as slots."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -162,7 +162,8 @@ class ArcPolicy:
         self._sizes = [0, 0]
         #: Which of T1 and T2 a slot belongs to, also while it is not in the order.
         self._home = bytearray(capacity)
-        self._ghosts: tuple[OrderedDict[BlockKey, None], ...] = (OrderedDict(), OrderedDict())
+        #: B1 and B2 are its queues `_T1` and `_T2`.
+        self._ghosts = Ghosts(capacity)
         #: How many slots T1 may have before it is the one that gives.
         self._target = 0
         #: What the expected block was found to be.
@@ -176,24 +177,20 @@ class ArcPolicy:
         return self._sizes[_T1] + self._sizes[_T2]
 
     def expect(self, key: BlockKey) -> None:
-        once, often = self._ghosts
-        self._ghost_of, self._forget_victim = None, False
-        if key in once:
-            self._target = min(self._capacity, self._target + max(1, len(often) // len(once)))
-            del once[key]
-            self._ghost_of = _T1
-        elif key in often:
-            self._target = max(0, self._target - max(1, len(once) // len(often)))
-            del often[key]
-            self._ghost_of = _T2
-        elif self._sizes[_T1] + len(once) >= self._capacity:
+        once, often = self._ghosts.sizes
+        self._ghost_of, self._forget_victim = self._ghosts.find(key), False
+        if self._ghost_of is not None:
+            gain = max(1, often // once) if self._ghost_of == _T1 else -max(1, once // often)
+            self._target = min(self._capacity, max(0, self._target + gain))
+            self._ghosts.remove(key)
+        elif self._sizes[_T1] + once >= self._capacity:
             if once:
-                once.popitem(last=False)
+                self._ghosts.drop_oldest(_T1)
             else:
                 # T1 alone fills the cache: blocks that came once and are gone say nothing.
                 self._forget_victim = True
-        elif often and len(self) + len(once) + len(often) >= 2 * self._capacity:
-            often.popitem(last=False)
+        elif often and len(self) + once + often >= 2 * self._capacity:
+            self._ghosts.drop_oldest(_T2)
 
     def enter(self, slot: int) -> None:
         self._home[slot] = _T1 if self._ghost_of is None else _T2
@@ -233,16 +230,16 @@ class ArcPolicy:
     def evicted(self, slot: int, key: BlockKey) -> None:
         if self._forget_victim:
             return
-        once, often = self._ghosts
-        self._ghosts[self._home[slot]][key] = None
-        if len(once) + len(often) > self._capacity:
-            (often or once).popitem(last=False)
+        home, often = self._home[slot], self._ghosts.sizes[_T2]
+        if len(self._ghosts) == self._capacity:
+            if home == _T2 and not often:
+                return  # the oldest of its queue, and too many
+            self._ghosts.drop_oldest(_T2 if often else _T1)
+        self._ghosts.add(home, key)
 
     def check(self) -> None:
         self._lists.check()
-        once, often = self._ghosts
-        assert once.keys().isdisjoint(often), "a key is a ghost twice"
-        assert len(once) + len(often) <= self._capacity, "more ghosts than slots"
+        self._ghosts.check()
         assert 0 <= self._target <= self._capacity, f"the share of T1 is {self._target}"
 
 

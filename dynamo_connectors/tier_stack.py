@@ -104,6 +104,18 @@ class TierStack:
         self._stored(tier, blocks)
         return True
 
+    def spoil(self, tier: NamedTier, slot: int, name: BlockKey) -> None:
+        """`slot` was not filled, but bytes of it may lie in the tier: objects are erased, slots are written again.
+
+        A store that does not erase any more keeps no more than a small share of the tier waiting for that.
+        """
+        index = tier.index
+        if index.erases and index.stats().evicting_blocks <= index.capacity_blocks // 64:
+            index.discard(name)
+            index.commit(slot)
+        else:
+            index.abort(slot)
+
     def restore(self, tier: NamedTier, slot: int, name: BlockKey, touches: int) -> bool:
         if not tier.index.restore(slot, name, touches):
             return False

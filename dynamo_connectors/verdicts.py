@@ -1,4 +1,4 @@
-"""Whether a failed read condemns the block or only its store's mood. Pure."""
+"""What the reason of a failure says about the bytes: whether a block is lost, and whether a write left some. Pure."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _PASSING = frozenset(
         "deadline",
         "forbidden",
         "forgotten",
+        "no_bucket",
         "not_whole",
         "tier_off",
         "timeout",
@@ -24,6 +25,16 @@ _PASSING = frozenset(
         "write_failed",
     }
 )
+
+
+#: A write that failed so has put nothing into an object store.
+_NOT_SENT = frozenset(
+    {"closed", "forbidden", "forgotten", "no_bucket", "no_tier", "not_whole", "tier_off", "upload_backlog", "wrong_key"}
+)
+
+
+def may_have_been_sent(reason: str) -> bool:
+    return reason not in _NOT_SENT
 
 
 def is_damage(reason: str) -> bool:

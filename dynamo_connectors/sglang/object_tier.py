@@ -6,18 +6,20 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from dynamo_connectors.block_manager import Move, NamedTier, Source
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import OBJECT_STORE
 from dynamo_connectors.errors import StoreError
+from dynamo_connectors.lanes import Lane
 from dynamo_connectors.sglang.page_io import Page, ReadableStore
 from dynamo_connectors.tiers.base import Place
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.object import ObjectStats, ObjectStore
-from dynamo_connectors.verdicts import is_damage
+from dynamo_connectors.verdicts import is_damage, may_have_been_sent
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ class Offloaded(NamedTuple):
     ok: bool
     seconds: float = 0.0
     damaged: BlockKey | None = None
+    #: It failed, but the store may hold the object.
+    spoils: bool = False
 
 
 class Lower(Protocol):
@@ -68,7 +72,7 @@ class ObjectTier:
         self.min_touches = min_touches
         self._store = store
         self._clock = clock
-        self._io = ThreadPoolExecutor(_THREADS, thread_name_prefix="dynamo-kvbm-object")
+        self._io = Lane("dynamo-kvbm-object", _THREADS)
         #: Chunks that the store holds already take the last places; fresh ones are given out from the first on.
         self._next_place = capacity_chunks - 1
         self._listing = store.list_chunks(capacity_chunks)
@@ -93,10 +97,8 @@ class ObjectTier:
 
     def offload(self, moves: Sequence[Move], disk: ReadableStore, ended: Callable[[Offloaded], None]) -> None:
         """Copies the blocks of one chunk from the disk, and uploads them. `ended` is called once, from any thread."""
-        try:
-            self._io.submit(self._upload, moves, disk, ended)
-        except RuntimeError:  # closed
-            ended(Offloaded(moves, ok=False))
+        upload = self._io.submit(partial(self._upload, moves, disk, ended))
+        upload.add_done_callback(lambda upload: upload.cancelled() and ended(Offloaded(moves, ok=False)))  # closed
 
     def erase(self, chunk: BlockKey, ended: Callable[[], None]) -> None:
         """Removes an object some time. `ended` is called once, from any thread."""
@@ -121,7 +123,7 @@ class ObjectTier:
 
     def close(self) -> None:
         """Drops what waits or runs. Idempotent."""
-        self._io.shutdown(wait=True)
+        self._io.stop(time.monotonic() + _CLOSE_SECONDS)
         if not self._store.close(self._clock() + _CLOSE_SECONDS):
             logger.warning("dynamo: the object store is still busy; its thread is left to end by itself")
 
@@ -147,7 +149,9 @@ class ObjectTier:
         places = [Place(move.key, move.target_slot, move.chunk, move.row) for move in ordered]
         for batch in self._store.write(places, rows):
             batch.outcome.add_done_callback(
-                lambda outcome: ended(Offloaded(moves, _all_well(outcome), self._clock() - started))
+                lambda outcome: ended(
+                    Offloaded(moves, _all_well(outcome), self._clock() - started, spoils=_may_lie_there(outcome))
+                )
             )
 
     def _new_row(self) -> memoryview:
@@ -167,3 +171,9 @@ def _wait(outcome: Future[Sequence[StoreError | None]], seconds: float, blocks: 
 
 def _all_well(outcome: Future[Sequence[StoreError | None]]) -> bool:
     return not outcome.cancelled() and outcome.exception() is None and not any(outcome.result())
+
+
+def _may_lie_there(outcome: Future[Sequence[StoreError | None]]) -> bool:
+    if outcome.cancelled() or outcome.exception() is not None:
+        return True
+    return any(error is not None and may_have_been_sent(error.reason) for error in outcome.result())

@@ -6,6 +6,7 @@ SGLang calls from several threads. One lock guards the decisions; bytes move out
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections import Counter
@@ -17,13 +18,18 @@ from typing import NamedTuple, Protocol
 from dynamo_connectors.block_manager import BlockManager, Change, Erasure, NamedTier, Source
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.cascade import jobs_of
+from dynamo_connectors.sglang import page_io
 from dynamo_connectors.sglang.object_tier import Lower, Offloaded
 from dynamo_connectors.sglang.page_io import Page, PageMover, Work
 from dynamo_connectors.tiers.base import TierStore
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.verdicts import damaged
 
+logger = logging.getLogger(__name__)
+
 _store_numbers = itertools.count(1)
+#: What the last checkpoint may take after that.
+_LEAST_CLOSE_SECONDS = 1.0
 
 
 class LastingStore(TierStore, Protocol):
@@ -263,13 +269,22 @@ class PageStore:
             )
 
     def close(self) -> None:
-        """Waits for transfers in flight, then gives everything back. Idempotent."""
+        """Waits for transfers in flight, then gives everything back. Idempotent.
+
+        A disk that hangs keeps its threads, not the caller.
+        """
         with self._lock:
             self._is_open = False
-        self._mover.close()
+        deadline = time.monotonic() + page_io.CLOSE_SECONDS
+        has_ended = self._mover.close(deadline)
         if self._lower is not None:
             self._lower.close()
-        self._store.close()
+        # On a thread of its own: the last checkpoint is a write like any other.
+        closer = threading.Thread(target=self._store.close, name="dynamo-kvbm-close", daemon=True)
+        closer.start()
+        closer.join(max(_LEAST_CLOSE_SECONDS, deadline - time.monotonic()))
+        if closer.is_alive() or not has_ended:
+            logger.error("dynamo: the disk of tier %s does not answer; it is left as it is", self._name)
 
     def check(self) -> None:
         """Asserts every invariant. O(capacity)."""
@@ -321,7 +336,7 @@ class PageStore:
     def _moved_down(self, offloaded: Offloaded) -> None:
         with self._lock:
             for move in offloaded.moves:
-                self._manager.end_move(move, offloaded.ok, damaged=move.key == offloaded.damaged)
+                self._manager.end_move(move, offloaded.ok, move.key == offloaded.damaged, offloaded.spoils)
             moved = len(offloaded.moves) if offloaded.ok else 0
             self._lowered_pages += moved
             self._tell_changes()

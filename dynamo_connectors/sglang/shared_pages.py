@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.sglang import page_io
 from dynamo_connectors.sglang.page_io import Page, PageMover, Work
 from dynamo_connectors.sglang.page_store import PageCounts, Transfer, Watcher
 from dynamo_connectors.sglang.shared_slab import SharedSlabs
@@ -97,7 +98,7 @@ class SharedPages:
     def close(self) -> None:
         with self._lock:
             self._serves = False
-        self._mover.close()
+        self._mover.close(time.monotonic() + page_io.CLOSE_SECONDS)
         self._slabs.close()
 
     def check(self) -> None:

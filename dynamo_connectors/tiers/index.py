@@ -47,7 +47,7 @@ class TierIndex:
             raise ValueError(f"a tier needs at least one slot, not {capacity_blocks}")
         self.capacity_blocks = capacity_blocks
         self._order = policy if policy is not None else LruPolicy(capacity_blocks)
-        self._erases = erases
+        self.erases = erases
         #: A store that erases slowly must not have the whole tier evicted by those who wait for room.
         self._most_evicting = 1 + capacity_blocks // 64
         #: key -> slot of the READY and LEASED blocks. Apart from the others, so that a lookup is one membership test.
@@ -118,7 +118,7 @@ class TierIndex:
         slot = self._take_free()
         if slot is None:
             return None
-        if self._erases and not self._has_free():
+        if self.erases and not self._has_free():
             self._evict_one()  # ahead: the place takes a while to become free
         self._order.enter(slot)
         self._step("reserve", slot)
@@ -225,7 +225,7 @@ class TierIndex:
                 return
         if self._step("discard", slot) == QUARANTINED:
             self._quarantined += 1
-            if self._erases:
+            if self.erases:
                 self._leaving[key] = slot
         else:
             self._order.remove(slot)
@@ -297,7 +297,7 @@ class TierIndex:
         assert self._evicting == self._state.count(EVICTING), "EVICTING slots are miscounted"
         known = [*self._ready, *self._filling, *self._leaving]
         assert len(set(known)) == len(known), "a block is here twice"
-        assert len(self._leaving) == (self._quarantined + self._evicting if self._erases else 0), (
+        assert len(self._leaving) == (self._quarantined + self._evicting if self.erases else 0), (
             "what is to be erased is miscounted"
         )
         for slot in range(self.capacity_blocks):
@@ -366,7 +366,7 @@ class TierIndex:
 
     def _leave(self, slot: int) -> None:
         """What happens to a slot when it becomes EVICTING."""
-        if self._erases:
+        if self.erases:
             key = self._key(slot)
             self._evicting += 1
             self._leaving[key] = slot

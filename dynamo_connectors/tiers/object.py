@@ -229,17 +229,25 @@ class ObjectStore:
             async with self._upload_places:
                 if not _claim(outcome):
                     return
-                size = await requests.request(requests.writes, partial(requests.client.size_of, name), _UPLOAD_SECONDS)
-                # Another replica's, or ours from before a restart: the name says that it is as good.
-                if size == self.object_bytes:
-                    return
-                body = object_format.encode(self._namespace, keys, rows, self.row_bytes)
-                await requests.request(requests.writes, partial(requests.client.put, name, body), _UPLOAD_SECONDS)
+                upload = partial(self._upload, name, keys, rows)
+                written_bytes = await requests.request(requests.writes, upload, _UPLOAD_SECONDS)
         except StoreError as error:
             requests.count(error.reason)
             raise
         with self._lock:
-            self._written_bytes += len(body)
+            self._written_bytes += written_bytes
+
+    async def _upload(self, name: str, keys: Sequence[BlockKey], rows: Sequence[Buffer]) -> int:
+        """Bytes sent. One request to the circuit: that an object is not there yet says nothing about writing it."""
+        requests = self._requests
+        # Another replica's, or ours from before a restart: the name says that it is as good.
+        if await requests.client.size_of(name) == self.object_bytes:
+            return 0
+        requests.refuse_after_end()
+        body = object_format.encode(self._namespace, keys, rows, self.row_bytes)
+        requests.refuse_after_end()
+        await requests.client.put(name, body)
+        return len(body)
 
 
 def _claim(outcome: Outcome) -> bool:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _REQUEST_SECONDS = 60
 #: What S3 lists at once.
 PAGE = 1000
+#: What S3 says besides 404.
+_NO_BUCKET = "<Code>NoSuchBucket</Code>"
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
@@ -92,7 +94,7 @@ class ObjectClient:
             with self._failing("DELETE", names[0]) as store:
                 await self._obstore.delete_async(store, list(names))
         except StoreError as error:
-            if error.reason != "not_found":
+            if error.reason not in ("not_found", "no_bucket"):
                 raise
 
     def close(self) -> None:
@@ -107,15 +109,25 @@ class ObjectClient:
         try:
             yield self._store
         except (self._obstore.exceptions.BaseError, OSError, ValueError) as error:
-            raise StoreError(_reason(error), f"{verb} {self.name}/{name}: {_first_line(error)}") from None
+            reason, what = _reason(error), _first_line(error)
+            # A list is empty where there is nothing; only its bucket can be missing.
+            if _NO_BUCKET in str(error) or (reason == "bad_answer" and verb == "LIST" and _status(error) == 404):
+                reason = "no_bucket"
+                what = "there is no such bucket; create it or name another --kvbm-object-url"
+            raise StoreError(reason, f"{verb} {self.name}/{name}: {what}") from None
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status in an error's text; 0 when there is none."""
+    status = _STATUS.search(str(error))
+    return int(status[1]) if status else 0
 
 
 def _reason(error: Exception) -> str:
     """The library has types for a few failures; the others differ in their text alone."""
     if isinstance(error, FileNotFoundError):
         return "not_found"
-    status = _STATUS.search(str(error))
-    code = int(status[1]) if status else 0
+    code = _status(error)
     if code in (401, 403) or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
         return "forbidden"
     if code == 429 or code >= 500:

@@ -39,6 +39,8 @@ class LoopThread:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             return False
+        # Two who cancel at one time cancel each other, and then not everything has ended.
+        self._loop.run_until_complete(_cancel_all())
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
         return True

@@ -54,8 +54,7 @@ class ObjectRequests:
 
     async def request(self, circuit: Circuit, ask: Callable[[], Awaitable[T]], seconds: float) -> T:
         """One request, on the loop's thread. The circuit hears how it ended, however it ends."""
-        if self._ended is not None:
-            raise self.cancelled()
+        self.refuse_after_end()
         if not circuit.admits(self._clock()):
             raise StoreError("tier_off", f"{self.client.name} has failed; it is asked again soon")
         failure: str | None = "it does not answer in time"
@@ -78,6 +77,11 @@ class ObjectRequests:
 
     def cancelled(self) -> StoreError:
         return StoreError(self._ended or "closed", f"{self.client.name} was left before it had answered")
+
+    def refuse_after_end(self) -> None:
+        """Raises `StoreError` when nothing may be sent any more."""
+        if self._ended is not None:
+            raise self.cancelled()
 
     def count(self, reason: str, times: int = 1) -> None:
         with self._lock:

@@ -58,10 +58,14 @@ class ObjectUpkeep:
 
     async def _list(self, limit: int) -> None:
         after: str | None = None
+        is_told = False
         while limit > 0:
             try:
                 page = await self._request(self._requests.reads, partial(self._requests.client.page, after))
-            except StoreError:
+            except StoreError as error:
+                if not is_told:
+                    log.error("dynamo: object_store tier: nothing is found there until this works: %s", error)
+                is_told = True
                 continue
             named = [(object_format.chunk_of(name), size) for name, size in page]
             found = [chunk for chunk, size in named if chunk is not None and size == self._object_bytes]

@@ -117,9 +117,17 @@ class Chains:
         while len(self._keys) <= group:
             self._keys.append([])
         keys = self._keys[group]
+        # A session that goes on (streamed input) gives its last token up again, and the hash of the block with it.
+        # Hashes are chained: when the last one is what it was, all are.
+        while keys and (len(keys) * per_block > len(self.hashes) or keys[-1] != self._key(group, len(keys) - 1)):
+            keys.pop()
         for block in range(len(keys), len(self.hashes) // per_block):
-            keys.append(group_key(self.hashes[(block + 1) * per_block - 1] + self.adapter, group))
+            keys.append(self._key(group, block))
         return keys
+
+    def _key(self, group: int, block: int) -> BlockKey:
+        per_block = self.geometry.groups[group].block_tokens // self.geometry.hash_tokens
+        return group_key(self.hashes[(block + 1) * per_block - 1] + self.adapter, group)
 
 
 def group_key(block_hash: bytes, group: int) -> BlockKey:

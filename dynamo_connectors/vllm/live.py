@@ -53,6 +53,8 @@ class Limits:
     shares_loads: bool = True
     #: Tiers that may hold blocks of an earlier run.
     lasting_tiers: tuple[str, ...] = ()
+    #: How long the first requests wait to hear what an earlier run left there.
+    find_seconds: float = 0.0
 
 
 @dataclass
@@ -70,6 +72,8 @@ class Live:
     is_queued: bool = True
     #: Its use of its blocks has been counted.
     is_noted: bool = False
+    #: It did not wait any longer to hear what an earlier run left.
+    is_early: bool = False
     #: A load for it failed: it computes the rest, however long a store takes to recover.
     is_disappointed: bool = False
 

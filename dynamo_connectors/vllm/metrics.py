@@ -27,6 +27,7 @@ _COUNTERS = {
     "object_circuits": ("dynamo_kvbm_object_circuits_opened", None, "Times a failing object store was left alone."),
     "refused_blocks": ("dynamo_kvbm_gate_refused_blocks", None, "Blocks computed again because that is faster."),
     "shared_loads": ("dynamo_kvbm_shared_loads", None, "Requests that waited for another request's load."),
+    "early_requests": ("dynamo_kvbm_early_requests", None, "Requests that came before a store had told what it holds."),
     "ignored_hints": ("dynamo_kvbm_ignored_hints", None, "Hints in kv_transfer_params that made no sense."),
 }
 #: What a transfer does -> (metric name, help). Labelled with the tier it reads (up) or writes (down).

@@ -47,6 +47,10 @@ class Recovery:
     def is_open(self, tier: str) -> bool:
         return tier in self._open
 
+    @property
+    def any_open(self) -> bool:
+        return bool(self._open)
+
     def hear(self, finds: Finds) -> dict[str, Sequence[Entry]]:
         """Tier -> what all workers have, for the tiers that the last worker has spoken about now."""
         complete: dict[str, Sequence[Entry]] = {}

@@ -14,7 +14,7 @@ from typing import Any
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index import IndexStats
-from dynamo_connectors.verdicts import is_damage
+from dynamo_connectors.verdicts import is_damage, may_have_been_sent
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.groups import Chains
@@ -53,6 +53,8 @@ class SchedulerHalf:
         self._onboarding = Onboarding(manager, limits, self._ledger, gate, self._counts)
         self._offloading = Offloading(manager, limits, self._ledger, events, self._counts)
         self._recovery = Recovery(limits.num_workers, limits.lasting_tiers)
+        #: Until when requests wait for it, from the first one on.
+        self._finds_due: float | None = None
         self._steps = StepClock()
         self._adapters = Adapters()
         #: Workers still have to hear of a reset; what they found from before it must not come back.
@@ -69,7 +71,8 @@ class SchedulerHalf:
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> int | None:
         """How many tokens behind `computed_tokens` can be loaded; None: ask again in the next step."""
-        return self._onboarding.matched_tokens(self._live(request), computed_tokens)
+        live = self._live(request)
+        return None if self._waits_for_finds(live) else self._onboarding.matched_tokens(live, computed_tokens)
 
     def after_alloc(self, request: Any, tables: Tables, external_tokens: int) -> None:
         """The request has HBM blocks; `external_tokens` of what was offered shall be loaded into them."""
@@ -193,6 +196,20 @@ class SchedulerHalf:
             self._requests[request.request_id] = live
         return live
 
+    def _waits_for_finds(self, live: Live) -> bool:
+        """Right after a start an object store may still be listing what it holds."""
+        if not self._recovery.any_open:
+            return False
+        now = self._clock()
+        if self._finds_due is None:
+            self._finds_due = now + self._limits.find_seconds
+        if now < self._finds_due:
+            return True
+        if not live.is_early:
+            live.is_early = True
+            self._counts["early_requests", ""] += 1
+        return False
+
     def _recover(self, finds: Finds) -> None:
         for tier, entries in self._recovery.hear(finds).items():
             if self._was_reset:
@@ -212,7 +229,9 @@ class SchedulerHalf:
             going_up = move.target_tier == HOST_DRAM
             # A write that failed says nothing about what was to be written.
             damaged = reason is not None and (is_damage(reason) if going_up else reason == "wrong_key")
-            self._manager.end_move(move, reason is None, damaged)
+            # Where several workers write, one may have stored its part of what the others lost.
+            spoils = reason is not None and (self._limits.num_workers > 1 or may_have_been_sent(reason))
+            self._manager.end_move(move, reason is None, damaged, spoils and not going_up)
             if reason is None:
                 what = "prefetched_blocks" if going_up else "offloaded_blocks"
                 self._counts[what, move.target_tier] += 1

@@ -84,6 +84,7 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
         block_bytes=row_bytes,
         shares_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         lasting_tiers=tuple(name for name in (NVME_SSD, OBJECT_STORE) if name in capacities),
+        find_seconds=config.object_deadline_seconds,
     )
     if limits.lasting_tiers and hashes_end_with_process(vllm_config.cache_config.prefix_caching_hash_algo):
         log.warning(

@@ -155,7 +155,7 @@ class BlockManagerMachine(RecordingMachine):
             assert self.uses[item.key] >= shape.min_touches, f"{item} was not used often enough"
 
     @precondition(lambda self: self.moves)
-    @rule(data=st.data(), how=st.sampled_from(["ok", "ok", "ok", "failed", "damaged"]))
+    @rule(data=st.data(), how=st.sampled_from(["ok", "ok", "ok", "failed", "spoils", "damaged"]))
     def end_move(self, data: st.DataObject, how: str) -> None:
         self.end_move_at(data.draw(st.integers(0, len(self.moves) - 1)), how)
 
@@ -172,7 +172,7 @@ class BlockManagerMachine(RecordingMachine):
         rows[0 if is_up else move.row] = content[move.row if is_up else 0] if how == "ok" else None
         self.bytes_in[target] = tuple(rows)
         is_last = target not in [(other.target_tier, other.target_slot) for other, _ in self.moves]
-        self.manager.end_move(move, how == "ok", damaged=how == "damaged")
+        self.manager.end_move(move, how == "ok", damaged=how == "damaged", spoils=how == "spoils")
         if is_last and target[0] == OBJECT:
             self.wrote_chunk(target, move.chunk or move.key)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dynamo_connectors.blocks import BlockKey, Namespace
 from dynamo_connectors.errors import StoreError
+from dynamo_connectors.sglang import page_io
 from dynamo_connectors.sglang.page_io import PageMover
 from dynamo_connectors.sglang.page_store import PageStore, Transfer, Watcher
 from dynamo_connectors.tiers.dram import DramStore
@@ -69,6 +70,23 @@ class BrokenDisk(MemoryDisk):
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
         if key in self.broken:
             raise self.error
+        super().write(slot, key, row)
+
+
+class HangingDisk(MemoryDisk):
+    """Answers when `go_on` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(8, ROW)
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def read(self, slot: int, key: BlockKey, into: memoryview) -> None:
+        assert self.go_on.wait(60)
+        super().read(slot, key, into)
+
+    def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
+        assert self.go_on.wait(60)
         super().write(slot, key, row)
 
 
@@ -314,3 +332,28 @@ def test_any_bytes_cut_anywhere_come_back(rows: list[bytes], cut: int) -> None:
         assert [bytes(row) for row in into] == rows
     finally:
         store.close()
+
+
+def test_a_disk_that_hangs_is_a_miss_at_the_deadline_and_touches_no_page_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SGLang gives the page to somebody else by then; and it may detach without waiting for the disk."""
+    monkeypatch.setattr(page_io, "CLOSE_SECONDS", 0.1)
+    disk = HangingDisk()
+    store = PageStore("nvme_ssd", disk, mover=PageMover(2, seconds=0.2))
+    kept, late = keys_of("kept"), keys_of("late")
+    assert put(store, kept) == [True]
+    disk.go_on.clear()
+    row, leaving = bytearray(b"?" * ROW), bytearray(content(late[0]))
+    assert store.get(kept, [page_of(row)]) == [False]
+    assert store.put(late, [page_of(leaving)]) == [False]
+    leaving[:] = b"!" * ROW
+    counts = store.counts()
+    assert (counts.load_failures, counts.dropped) == ({"timeout": 1}, {"timeout": 1})
+    store.check()
+    store.close()
+    assert "does not answer" in caplog.text
+    disk.go_on.set()
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("dynamo-kvbm")]:
+        thread.join(60)
+    assert row == b"?" * ROW, "a late answer wrote into a page that was given back"

@@ -179,6 +179,24 @@ def test_an_object_that_is_gone_is_a_miss_and_the_store_stays_open(moto: Moto) -
         assert store.stats().circuits_opened == 0
 
 
+def test_a_bucket_that_is_not_there_is_said_once_and_turns_the_tier_off(
+    moto: Moto, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_upkeep, "_RETRY_SECONDS", 0.01)
+    with object_store(moto.url, replace(SETTINGS, url="s3://no-such-bucket/kv")) as store:
+        store.list_chunks(10)
+        while not store.stats().circuits_opened:
+            assert store.take_listed() == ([], False)
+        lines = [line for line in caplog.messages if "nothing is found there until" in line]
+        assert len(lines) == 1
+        assert "create it or name another --kvbm-object-url" in lines[0]
+        assert {refusal(store) for _ in range(2)} <= {"tier_off", "no_bucket"}
+        # Reads and writes are turned off apart.
+        refusals = [put(store, CHUNK, KEYS, ROWS) for _ in range(4)]
+        assert [refused.reason for refused in refusals if refused is not None] == ["no_bucket"] * 3 + ["tier_off"]
+        assert ended(store.erase([CHUNK])) is None, "nothing is there"
+
+
 def test_credentials_that_are_refused_are_a_miss_and_never_told(moto: Moto, caplog: pytest.LogCaptureFixture) -> None:
     with object_store(moto.url) as store:
         put(store, CHUNK, KEYS, ROWS)

@@ -78,6 +78,7 @@ class Setting:
     max_held_blocks: int = 100
     gate: Gate | None = None
     lasting: tuple[str, ...] = ()
+    find_seconds: float = 0.0
     min_touches: dict[str, int] = field(default_factory=dict)
 
 
@@ -95,6 +96,7 @@ def make(**chosen: Any) -> tuple[SchedulerHalf, FakeHolds]:
         max_held_blocks=setting.max_held_blocks,
         block_bytes=1000,
         lasting_tiers=setting.lasting,
+        find_seconds=setting.find_seconds,
     )
     manager = BlockManager(tiers, setting.min_touches)
     half = SchedulerHalf(manager, limits, NoEvents(), setting.gate, lambda: NOW[0])

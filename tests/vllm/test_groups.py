@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_connectors.vllm.groups import Chains, Geometry, Group, group_of
+from dynamo_connectors.vllm.groups import Chains, Geometry, Group, group_key, group_of
 
 pytest.importorskip("vllm")
 
@@ -98,3 +98,17 @@ def test_blocks_of_two_groups_never_share_a_name_and_grow_with_the_hashes() -> N
 def test_hashes_that_are_longer_than_a_block_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be named"):
         Geometry((Group(4), Group(6, 8)), 4)
+
+
+def test_a_hash_that_the_engine_took_back_names_no_block_any_more() -> None:
+    """vLLM gives up the last token of a session that goes on; the block it ended gets another hash, and other bytes."""
+    hashes = [b"a", b"b", b"c"]
+    chains = Chains(Geometry((Group(16), Group(32)), 16), hashes)
+    before = [list(chains.keys(0)), list(chains.keys(1))]
+    hashes[1:] = [b"d"]
+    assert list(chains.keys(0)) == [before[0][0], group_key(b"d", 0)]
+    assert list(chains.keys(1)) == [group_key(b"d", 1)] != before[1]
+    hashes[:] = []
+    assert not chains.keys(0)
+    hashes += [b"e", b"f", b"g", b"h"]
+    assert [len(chains.keys(0)), len(chains.keys(1))] == [4, 2]

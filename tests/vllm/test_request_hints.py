@@ -141,6 +141,25 @@ def test_what_all_workers_found_on_their_disks_is_served_after_a_restart() -> No
     end(half, plan)
 
 
+def test_the_first_requests_wait_a_bounded_time_for_what_a_store_lists() -> None:
+    """The list arrives with a step, and a step comes with the first request: it would always come too late."""
+    for is_listed in (True, False):
+        half, _ = make(objects=4, lasting=("object_store",), find_seconds=1.0)
+        first, second = request("a", 2), request("b", 2, prefix="a")
+        assert half.matched_tokens(first, 0) is None
+        NOW[0] += 0.9
+        assert [half.matched_tokens(each, 0) for each in (first, second)] == [None, None]
+        if is_listed:
+            find = Find(1, [(0, first.block_hashes[1])])
+            half.worker_reports(WorkerReports(finds={"object_store": find}))
+            assert [half.matched_tokens(each, 0) for each in (first, second)] == [2 * BLOCK] * 2
+            assert half.take_counts()["early_requests", ""] == 0
+        else:
+            NOW[0] += 0.1
+            assert [half.matched_tokens(each, 0) for each in (first, second, second)] == [0, 0, 0]
+            assert half.take_counts()["early_requests", ""] == 2
+
+
 def test_nothing_goes_to_a_disk_that_workers_have_not_spoken_about() -> None:
     half, _ = make(disk=8, workers=1, lasting=("nvme_ssd",))
     end(half, offer_all(half, request("a", 2), [1, 2]))
