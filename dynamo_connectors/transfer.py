@@ -56,6 +56,8 @@ class Stores:
     dram: DramStore
     disk: NvmeStore | None = None
     object_store: ObjectStore | None = None
+    #: How the rows of host memory, and so of every tier below it, are compressed.
+    codec: Codec | None = None
 
 
 @dataclass
@@ -73,10 +75,10 @@ class _Outcome:
 class _Below:
     """A tier below host memory, with the threads and the memory that loads from it take."""
 
-    def __init__(self, name: str, tier: LowerTier, dram: DramStore, hbm: BlockView, codec: Codec | None) -> None:
+    def __init__(self, name: str, tier: LowerTier, stores: Stores, hbm: BlockView) -> None:
         self.tier = tier
-        rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // dram.row_bytes)
-        self.staging = StagingRows(dram.another(min(rows, 4 * _MIN_STAGING_ROWS)), hbm, codec)
+        rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // stores.dram.row_bytes)
+        self.staging = StagingRows(stores.dram.another(min(rows, 4 * _MIN_STAGING_ROWS)), hbm, stores.codec)
         self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
 
 
@@ -84,13 +86,12 @@ class TransferEngine:
     """Stores (HBM to host), loads (any tier to HBM), moves (host to a tier below, and back) and erasures of one worker.
 
     Every submitted job is reported once: if its thread dies, if it is cancelled, and if it could not even start.
-    With a codec the rows of host memory, and so of every tier below it, are compressed.
     """
 
-    def __init__(self, hbm: BlockView, stores: Stores, codec: Codec | None = None) -> None:
+    def __init__(self, hbm: BlockView, stores: Stores) -> None:
         self._dram = stores.dram
         self._device = hbm.device
-        self._copy = RowCopy(hbm, stores.dram.rows, codec)
+        self._copy = RowCopy(hbm, stores.dram.rows, stores.codec)
         self._reports: queue.SimpleQueue[JobReport] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._unreported = 0
@@ -102,9 +103,9 @@ class TransferEngine:
         #: Fastest first.
         self._below: dict[str, _Below] = {}
         if stores.disk is not None:
-            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores.dram, hbm, codec)
+            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores, hbm)
         if stores.object_store is not None:
-            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores.dram, hbm, codec)
+            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores, hbm)
 
     def submit(self, job: Job, fence: ComputeFence) -> None:
         """Starts `job` once the compute before `fence` is done. Its report comes out of `poll`, always."""

@@ -20,12 +20,13 @@ from dynamo_connectors.load_gate import LoadGate
 from dynamo_connectors.numa import nearest_node
 from dynamo_connectors.pinning import pin_host_memory
 from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
+from dynamo_connectors.tiers.disk_probe import read_rate
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.tiers.object_format import object_bytes
-from dynamo_connectors.transfer import Stores, TransferEngine
+from dynamo_connectors.transfer import Stores
 from dynamo_connectors.vllm.adapters import place_of
 from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process, prepare_cpu, tells_block_tables
 from dynamo_connectors.vllm.groups import Geometry
@@ -105,7 +106,7 @@ def build_worker_half(
     capacities = tier_capacities(config, row_bytes, num_workers)
     _refuse_old_gpu(pages)
     if pages.view.device.type == "cuda":
-        _measure_copy_paths(pages.view.device)
+        _measure_copy_paths(pages.view.device, max(pages.view.part_bytes))
     elif pages.view.device.type == "cpu":
         prepare_cpu()
     dram = _host_memory(capacities[HOST_DRAM], pages)
@@ -126,9 +127,13 @@ def build_worker_half(
             if store is not None:
                 store.close()
         raise
-    lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0))
-    transfers = TransferEngine(pages.view, Stores(dram, disk, objects), pages.codec)
-    return WorkerHalf(transfers, pages.view.device, lasting, len(geometry.groups))
+    disk_rate = None
+    if disk is not None and config.load_gate:
+        disk_rate = read_rate(disk)
+        log.info("dynamo: the disk tier reads %.2f GB/s", (disk_rate or 0.0) / 1e9)
+    lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0), disk_rate)
+    stores = Stores(dram, disk, objects, codec=pages.codec)
+    return WorkerHalf(pages.view, stores, lasting, len(geometry.groups))
 
 
 def _refuse_old_gpu(pages: Pages) -> None:
@@ -138,16 +143,18 @@ def _refuse_old_gpu(pages: Pages) -> None:
         raise ConfigError("this GPU has no FP8 (compute capability 8.9 has it); write --kvbm-compression int8")
 
 
-def _measure_copy_paths(device: torch.device) -> None:
-    """Once a device and driver; what is known from an earlier start is used at once."""
+def _measure_copy_paths(device: torch.device, fragment_bytes: int) -> None:
+    """Once a device and driver: what earlier starts found is used at once, some of what is missing is added."""
     from dynamo_kernels.calibration import calibrate
 
     try:
-        found = calibrate(device)
+        found = calibrate(device, fragment_bytes=fragment_bytes)
     except (RuntimeError, OSError, CopyError) as error:
         log.warning("dynamo: copy paths could not be measured (%s); the rules of thumb choose them", error)
     else:
-        log.info("dynamo: copy paths of %s measured in %.1f s", found.device, found.seconds)
+        log.info(
+            "dynamo: copy paths of %s, %d cases, measured in %.1f s", found.device, len(found.figures), found.seconds
+        )
 
 
 def _host_memory(blocks: int, pages: Pages) -> DramStore:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-import torch
+from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.fence import ComputeFence
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM
 from dynamo_connectors.jobs import EraseJob, JobReport, LoadJob, MoveJob, StoreJob
-from dynamo_connectors.transfer import TransferEngine
+from dynamo_connectors.transfer import Stores, TransferEngine
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.lasting import LastingTiers
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
@@ -28,13 +28,11 @@ class WorkerHalf:
     With several KV cache groups a block id alone does not say whose block failed, so vLLM wants the request instead.
     """
 
-    def __init__(
-        self, transfers: TransferEngine, device: torch.device, lasting: LastingTiers, num_groups: int = 1
-    ) -> None:
-        self._device = device
+    def __init__(self, hbm: BlockView, stores: Stores, lasting: LastingTiers, num_groups: int = 1) -> None:
+        self._device = hbm.device
         self._lasting = lasting
         self._num_groups = num_groups
-        self._transfers = transfers
+        self._transfers = TransferEngine(hbm, stores)
         self._loads: dict[int, LoadJob] = {}
         #: job -> what it does, for the metrics.
         self._running: dict[int, str] = {}
@@ -81,8 +79,8 @@ class WorkerHalf:
 
     def take_reports(self) -> WorkerReports | None:
         reports, self._reports = self._reports, []
-        finds = self._lasting.take_finds()
-        return WorkerReports.of(reports, finds) if reports or finds else None
+        finds, rates = self._lasting.take_finds(), self._lasting.take_rates()
+        return WorkerReports.of(reports, finds, rates) if reports or finds or rates else None
 
     def take_transfers(self) -> Mapping[tuple[str, str], list[tuple[int, float]]]:
         transferred, self._transferred = self._transferred, defaultdict(list)

@@ -36,7 +36,7 @@ def make_rig(folder: Path, kind: Compression | None) -> Rig:
     row_bytes = LAYERS * LAYOUT.page_bytes if codec is None else codec.row_bytes
     dram, disk = DramStore(BLOCKS, row_bytes), NvmeStore(folder, BLOCKS, row_bytes, space_of(kind))
     view = BlockView.of_pages(list(hbm.unbind(0)), [LAYOUT.page_bytes] * LAYERS)
-    return Rig(TransferEngine(view, Stores(dram, disk), codec), hbm, dram, disk)
+    return Rig(TransferEngine(view, Stores(dram, disk, codec=codec)), hbm, dram, disk)
 
 
 def within_bound(rig: Rig, block: int, was: torch.Tensor, kind: Compression) -> bool:
