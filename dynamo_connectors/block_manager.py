@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import groupby, repeat
+from operator import attrgetter
 from typing import NamedTuple
 
 from dynamo_connectors.admission import TouchSketch
-from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.blocks import BlockKey, records
 from dynamo_connectors.cascade import Cascade, Move
 from dynamo_connectors.pins import TimedPins
 from dynamo_connectors.tier_stack import Change, NamedTier, TierStack
@@ -65,7 +67,7 @@ class BlockManager:
         #: Counts what no tier holds; nobody asks where the first use is enough.
         self._sketch = TouchSketch(first.index.capacity_blocks) if self._min_touches[first.name] > 1 else None
         #: Per tier: slot -> number of leases.
-        self._leases: dict[str, dict[int, int]] = {tier.name: {} for tier in tiers}
+        self._leases: dict[str, Counter[int]] = {tier.name: Counter() for tier in tiers}
         #: Target -> the block before it in its chain.
         self._targets: dict[Target, BlockKey | None] = {}
         self._single = tuple(tier.index.readable for tier in tiers if tier.chunk_blocks == 1)
@@ -90,6 +92,13 @@ class BlockManager:
             position = reached
         return position - start
 
+    def tiers_of(self, chain: Sequence[BlockKey], start: int, end: int) -> list[str]:
+        """The name of the tier that would serve each block of the run that `match` finds, up to `end`."""
+        names: list[str] = []
+        for tier, _, first, stop in self._stack.runs(chain, start, end):
+            names += [tier.name] * (stop - first)
+        return names
+
     def lease(self, chain: Sequence[BlockKey], start: int = 0, count: int | None = None) -> list[Source]:
         """Protects the run of `chain` from `start` on, at most `count` blocks.
 
@@ -97,32 +106,34 @@ class BlockManager:
         """
         end = len(chain) if count is None else min(len(chain), start + count)
         sources: list[Source] = []
-        for position in range(start, end):
-            found = self._stack.find(chain, position)
-            if found is None:
-                break
-            tier, place = found
-            slot = tier.index.pin(place.name)
-            assert slot is not None, f"a readable block of {tier.name} could not be pinned"
+        for tier, place, first, stop in self._stack.runs(chain, start, end):
             leases = self._leases[tier.name]
-            leases[slot] = leases.get(slot, 0) + 1
-            chunk = place.name if tier.chunk_blocks > 1 else None
-            sources.append(Source(chain[position], tier.name, slot, chunk, place.row))
+            if tier.chunk_blocks > 1:
+                slots = tier.index.pin_all([place.name])
+                sources.append(Source(chain[first], tier.name, slots[0], place.name, place.row))
+            else:
+                keys = chain[first:stop]
+                slots = tier.index.pin_all(keys)
+                sources += records(Source, keys, repeat(tier.name), slots, repeat(None), repeat(0))
+            leases.update(slots)
         return sources
 
     def release(self, sources: Iterable[Source], damaged: AbstractSet[BlockKey] = frozenset()) -> None:
         """Ends leases. Blocks named in `damaged` gave no bytes, or wrong ones: they are never served again."""
-        for source in reversed(list(sources)):  # the head of the chain becomes the newest
-            leases = self._leases[source.tier]
-            if source.slot not in leases:
-                raise AssertionError(f"{source} is not leased")
-            leases[source.slot] -= 1
-            if not leases[source.slot]:
-                del leases[source.slot]
-            tier = self._stack.by_name[source.tier]
-            if source.key in damaged:
-                self._discard_damaged(tier, source.chunk or source.key, source.slot)
-            tier.index.unpin(source.slot)
+        newest_last = reversed(list(sources))  # the head of the chain becomes the newest
+        for name, run in groupby(newest_last, key=attrgetter("tier")):
+            tier, leases, together = self._stack.by_name[name], self._leases[name], list(run)
+            slots = [source.slot for source in together]
+            for slot in slots:
+                left = leases.pop(slot, 0) - 1
+                if left < 0:
+                    raise AssertionError(f"{name} slot {slot} is not leased")
+                if left:
+                    leases[slot] = left
+            for source in together if damaged else ():
+                if source.key in damaged:
+                    self._discard_damaged(tier, source.chunk or source.key, source.slot)
+            tier.index.unpin_all(slots)
 
     def note_use(self, chain: Sequence[BlockKey]) -> None:
         """A request uses these blocks. Once per request and block, before its new blocks are reserved.
@@ -133,9 +144,8 @@ class BlockManager:
             for key in chain:
                 self._sketch.use(key)
         for tier in self._stack.tiers:
-            size = tier.chunk_blocks
-            for last in range(len(chain) // size * size - 1, -1, -size):  # the head becomes the newest
-                tier.index.use(chain[last])
+            names = chain if tier.chunk_blocks == 1 else chain[tier.chunk_blocks - 1 :: tier.chunk_blocks]
+            tier.index.use_all(reversed(names))  # the head becomes the newest
         self._cascade.offload(chain)
 
     def offload(self, chain: Sequence[BlockKey]) -> None:
@@ -168,8 +178,9 @@ class BlockManager:
         """
         first = self._stack.first
         wanted: dict[BlockKey, BlockKey | None] = {}
+        readable, filling = first.index.readable, first.index.filling
         for key in keys:
-            if key not in wanted and not first.index.is_known(key):
+            if key not in readable and key not in filling and key not in wanted:
                 wanted[key] = parent
             parent = key
         targets: list[Target] = []

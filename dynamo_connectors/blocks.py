@@ -7,8 +7,10 @@ under that key must be read; blocks of different namespaces are never compared, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import NewType
+from functools import partial
+from typing import NewType, TypeVar
 
 import msgspec
 
@@ -17,6 +19,14 @@ FORMAT_VERSION = 1
 NAMESPACE_DIGEST_BYTES = 16
 
 BlockKey = NewType("BlockKey", bytes)
+
+
+_Record = TypeVar("_Record", bound=tuple[object, ...])
+
+
+def records(kind: type[_Record], *columns: Iterable[object]) -> list[_Record]:
+    """Named tuples of `kind`, field by field: half the time of its constructor, for those who make thousands."""
+    return list(map(partial(tuple.__new__, kind), zip(*columns, strict=False)))
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import NamedTuple
 
-from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.blocks import BlockKey, records
 from dynamo_connectors.tier_stack import NamedTier, Place, TierStack
 
 #: Copies that may run at one time, up and down to each tier; each takes a quarter of the first tier at most. Apart, so
@@ -115,6 +115,9 @@ class Cascade:
         touches = self._stack.first.index.readable_touches(chain)
         for target in self._stack.lower:
             size, least, below = target.chunk_blocks, self._min_touches[target.name], target.index.readable
+            if size == 1:
+                self._queue_blocks(target, chain, [at for at, uses in enumerate(touches) if uses >= least])
+                continue
             for end in range(size, len(chain) + 1, size):
                 if chain[end - 1] not in below and min(touches[end - size : end]) >= least:
                     parent = chain[end - size - 1] if end > size else None
@@ -224,6 +227,18 @@ class Cascade:
             self._stack.dropped["move_backlog"] += len(down.blocks)
             return
         waiting[entry] = down
+
+    def _queue_blocks(self, target: NamedTier, chain: Sequence[BlockKey], admitted: Sequence[int]) -> None:
+        """`_queue_down` of single blocks, by their places in the chain: at once, because a request waits meanwhile."""
+        waiting, readable, filling = self._downs[target.name], target.index.readable, target.index.filling
+        due = [at for at in admitted if not ((key := chain[at]) in readable or key in waiting or key in filling)]
+        room = self._max_waiting - len(waiting)
+        if len(due) > room:
+            self._stack.dropped["move_backlog"] += len(due) - room
+            del due[room:]
+        keys = [chain[at] for at in due]
+        parents = [chain[at - 1] if at else None for at in due]
+        waiting.update(zip(keys, records(_Down, repeat(target.name), zip(keys, strict=True), parents), strict=True))
 
     def _start_down(self, down: _Down) -> list[Move]:
         first, target = self._stack.first, self._stack.by_name[down.target]

@@ -20,6 +20,7 @@ HBM, HOST_DRAM, NVME_SSD, OBJECT_STORE = "hbm", "host_dram", "nvme_ssd", "object
 #: In order of speed. KV reaches every tier below through host memory; the disk and the object store may be left out.
 TIER_ORDER = (HBM, HOST_DRAM, NVME_SSD, OBJECT_STORE)
 LRU, ARC = "lru", "arc"
+OFF, FP8, INT8 = "off", "fp8", "int8"
 DEFAULT_HOST_DRAM_GB = 4.0
 DEFAULT_OBJECT_DEADLINE_MS = 1000.0
 #: No request waits longer for a cache, and no request to the store takes longer.
@@ -35,6 +36,9 @@ SETTINGS = {
     "kvbm_host_dram_gb": f"Host memory for KV in GB, for all workers (default {DEFAULT_HOST_DRAM_GB:g}).",
     "kvbm_offload_ratio": "Share of each request's KV that may leave HBM, above 0 and at most 1 (default 1).",
     "kvbm_eviction_policy": "What a full tier gives up first: lru or arc (default lru).",
+    "kvbm_compression": (
+        "Keep KV below HBM in one byte a value: off, fp8 or int8 (default off). Half the bytes; answers may change."
+    ),
     "kvbm_load_gate": "on refuses a load that is expected to be slower than computing again; on or off (default on).",
     "kvbm_dram_min_touches": "Requests that must have used a block before host memory keeps it (default 1).",
     "kvbm_nvme_path": "Directory of the nvme_ssd tier.",
@@ -50,6 +54,7 @@ SETTINGS = {
 }
 #: A setting means nothing without its tier.
 _TIER_OF_PREFIX = {
+    "kvbm_compression": HOST_DRAM,
     "kvbm_host_dram_": HOST_DRAM,
     "kvbm_dram_": HOST_DRAM,
     "kvbm_nvme_": NVME_SSD,
@@ -70,6 +75,8 @@ class KvbmConfig:
     host_dram_bytes: int = 0
     offload_ratio: float = 1.0
     eviction_policy: str = LRU
+    #: None: the bytes that the engine computed.
+    compression: str | None = None
     load_gate: bool = True
     dram_min_touches: int = 1
     nvme_path: Path | None = None
@@ -115,11 +122,13 @@ def parse_config(settings: Mapping[str, object]) -> KvbmConfig:
     if deadline_ms > MOST_OBJECT_DEADLINE_MS:
         raise ConfigError(f"--kvbm-object-deadline-ms {deadline_ms:g} is above {MOST_OBJECT_DEADLINE_MS:g}; lower it")
     touches = {tier: _parse_touches(ours, f"kvbm_{tier}_min_touches") for tier in ("dram", "nvme", "object")}
+    compression = _parse_choice(ours, "kvbm_compression", (OFF, FP8, INT8))
     return KvbmConfig(
         storage_tiers=tiers,
         host_dram_bytes=_parse_bytes(ours, "kvbm_host_dram_gb", DEFAULT_HOST_DRAM_GB) if HOST_DRAM in tiers else 0,
         offload_ratio=ratio,
         eviction_policy=_parse_choice(ours, "kvbm_eviction_policy", (LRU, ARC)),
+        compression=None if compression == OFF else compression,
         load_gate=_parse_choice(ours, "kvbm_load_gate", ("on", "off")) == "on",
         dram_min_touches=touches["dram"],
         nvme_path=_parse_directory(ours["kvbm_nvme_path"]) if NVME_SSD in tiers else None,

@@ -10,7 +10,7 @@ orders, remembers the keys it evicted from each (ghosts B1, B2), and lets ghosts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from dynamo_connectors.blocks import BlockKey
@@ -50,6 +50,46 @@ class SlotLists:
         self._newer[older], self._older[newer] = newer, older
         self._newer[slot] = self._older[slot] = None
 
+    def append_all(self, which: int, slots: Iterable[int]) -> None:
+        """`append` of each, one behind the other."""
+        newer, older, anchor = self._newer, self._older, self._anchors[which]
+        last = older[anchor]
+        for slot in slots:
+            assert newer[slot] is None, f"slot {slot} is in a list"
+            assert last is not None, "the list is broken"
+            newer[last], older[slot] = slot, last
+            newer[slot] = anchor
+            last = slot
+        older[anchor] = last
+
+    def renew_all(self, which: int, slots: Iterable[int]) -> None:
+        """Moves those of `slots` that are in list `which` to its newest end, one behind the other."""
+        newer, older, anchor = self._newer, self._older, self._anchors[which]
+        for slot in slots:
+            above = newer[slot]
+            if above is None or above == anchor:
+                continue
+            below, last = older[slot], older[anchor]
+            assert below is not None, f"slot {slot} is half in a list"
+            assert last is not None, "the list is broken"
+            newer[below], older[above] = above, below
+            newer[last], older[slot] = slot, last
+            newer[slot], older[anchor] = anchor, slot
+
+    def remove_all(self, slots: Iterable[int]) -> int:
+        """Takes those of `slots` that are in a list out of it; returns how many were."""
+        newer, older, removed = self._newer, self._older, 0
+        for slot in slots:
+            above = newer[slot]
+            if above is None:
+                continue
+            below = older[slot]
+            assert below is not None, f"slot {slot} is half in a list"
+            newer[below], older[above] = above, below
+            newer[slot] = older[slot] = None
+            removed += 1
+        return removed
+
     def oldest(self, which: int) -> int | None:
         slot = self._newer[self._anchors[which]]
         return None if slot == self._anchors[which] else slot
@@ -70,7 +110,10 @@ class SlotLists:
 
 
 class EvictionPolicy(Protocol):
-    """An order over the slots that may be evicted. Every call is O(1)."""
+    """An order over the slots that may be evicted. Every call is O(1) a slot.
+
+    `..._all` do for each slot, in the given order, what the call without it does: chains are thousands of blocks long.
+    """
 
     def expect(self, key: BlockKey) -> None:
         """`key` is about to enter: whatever is asked of `victim` until `enter` makes room for it."""
@@ -81,14 +124,24 @@ class EvictionPolicy(Protocol):
     def use(self, slot: int) -> None:
         """One more request uses the block in `slot`. In the order it becomes the last; outside it stays outside."""
 
+    def use_all(self, slots: Sequence[int]) -> None: ...
+
     def add(self, slot: int) -> None:
         """The block in `slot` may be evicted from now on, last of all; or it is in the order, and becomes the last."""
+
+    def add_all(self, slots: Sequence[int]) -> None:
+        """For slots that are not in the order."""
+
+    def renew_all(self, slots: Sequence[int]) -> None:
+        """Those that are in the order become the last, as by `add`."""
 
     def add_below(self, slot: int, other: int) -> None:
         """Like `add` for a slot that is not in the order, but to be evicted right before `other`, which is."""
 
     def remove(self, slot: int) -> None:
         """The block in `slot` may no longer be evicted: it is read, or gone. No-op when it is not in the order."""
+
+    def remove_all(self, slots: Sequence[int]) -> None: ...
 
     def victim(self) -> int | None:
         """The slot to evict next, or None when nothing may go. The order keeps it until `remove`."""
@@ -126,10 +179,20 @@ class LruPolicy:
         if slot in self._lists:
             self.add(slot)
 
+    def use_all(self, slots: Sequence[int]) -> None:
+        self._lists.renew_all(0, slots)
+
     def add(self, slot: int) -> None:
         self.remove(slot)
         self._lists.append(0, slot)
         self._size += 1
+
+    def add_all(self, slots: Sequence[int]) -> None:
+        self._lists.append_all(0, slots)
+        self._size += len(slots)
+
+    def renew_all(self, slots: Sequence[int]) -> None:
+        self._lists.renew_all(0, slots)
 
     def add_below(self, slot: int, other: int) -> None:
         self._lists.insert_below(other, slot)
@@ -139,6 +202,9 @@ class LruPolicy:
         if slot in self._lists:
             self._lists.remove(slot)
             self._size -= 1
+
+    def remove_all(self, slots: Sequence[int]) -> None:
+        self._size -= self._lists.remove_all(slots)
 
     def victim(self) -> int | None:
         return self._lists.oldest(0)
@@ -203,10 +269,23 @@ class ArcPolicy:
         if is_evictable:
             self.add(slot)
 
+    def use_all(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.use(slot)
+
     def add(self, slot: int) -> None:
         self.remove(slot)
         self._lists.append(self._home[slot], slot)
         self._sizes[self._home[slot]] += 1
+
+    def add_all(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.add(slot)
+
+    def renew_all(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            if slot in self._lists:
+                self.add(slot)
 
     def add_below(self, slot: int, other: int) -> None:
         if self._home[slot] != self._home[other]:
@@ -219,6 +298,10 @@ class ArcPolicy:
         if slot in self._lists:
             self._lists.remove(slot)
             self._sizes[self._home[slot]] -= 1
+
+    def remove_all(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self.remove(slot)
 
     def victim(self) -> int | None:
         recent = self._sizes[_T1]

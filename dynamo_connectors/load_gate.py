@@ -2,7 +2,10 @@
 
 A load is expected to take a latency per tier, plus a time per byte; computing takes a time per token. Both are lines
 through the last few samples, fitted by medians (Theil and Sen), so that a few absurd samples change nothing and a real
-change shows after half a window. Before something is learnt about a tier, or about prefill, its loads are admitted.
+change shows after half a window.
+
+Before there are enough samples for a line, a load is refused when even the kindest reading of what is there, samples or
+a measurement at start-up, is clearly slower than computing. Where there is nothing, loads are admitted.
 """
 
 from __future__ import annotations
@@ -15,13 +18,17 @@ from statistics import median
 
 #: Samples that count. Five of nine that agree decide, in either direction.
 WINDOW = 9
-#: Before so many samples nothing is known.
+#: Before so many samples no line is drawn through them.
 LEAST_SAMPLES = 3
+#: What is not a line yet may be off by this much.
+DOUBT = 1.5
 #: Two samples tell a latency from a rate only when they are that far apart, as a share of the largest.
 _APART = 0.25
 #: A refused tier must be seen to recover: of so many refusals in a row, the last is tried with a few blocks.
 EXPLORE_ONE_IN = 16
 EXPLORE_BLOCKS = 4
+#: A first load may be slow for reasons of its own (kernels are compiled, pages touched): it is doubted sooner.
+EXPLORE_YOUNG_ONE_IN = 4
 #: Outside of these nothing was measured: a clock was set, or a report is wrong.
 _MOST_BYTES_PER_SECOND = 1e13
 _MOST_TOKENS_PER_SECOND = 1e9
@@ -33,12 +40,32 @@ class Line:
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        #: Said beforehand; forgotten with the first sample.
+        self._expected_slope: float | None = None
         self.latency = 0.0
         self.slope = 0.0
 
     @property
     def is_known(self) -> bool:
         return len(self._samples) >= LEAST_SAMPLES
+
+    def expect(self, slope: float) -> None:
+        self._expected_slope = slope
+
+    def seconds(self, size: float) -> float | None:
+        """What `size` takes; with too few samples the least that they allow; None when there is nothing to go by.
+
+        The least: no more than a sample of less took, and of a sample of more its share.
+        """
+        if self.is_known:
+            return self.latency + size * self.slope
+        if self._samples:
+            return min(seconds * min(1.0, size / known) for known, seconds in self._samples)
+        return None if self._expected_slope is None else size * self._expected_slope
+
+    @property
+    def has_samples(self) -> bool:
+        return bool(self._samples)
 
     def learn(self, size: float, seconds: float) -> None:
         self._samples.append((size, seconds))
@@ -70,6 +97,11 @@ class LoadGate:
             self._loads.setdefault(tier, Line()).learn(num_bytes, seconds)
             self._refusals.pop(tier, None)
 
+    def expect_load(self, tier: str, bytes_per_second: float) -> None:
+        """What was measured of `tier` before any request; the first load that is observed says more."""
+        if 0 < bytes_per_second < _MOST_BYTES_PER_SECOND:
+            self._loads.setdefault(tier, Line()).expect(1 / bytes_per_second)
+
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """The engine computed that many prompt tokens in that time."""
         if _is_measured(tokens, seconds, _MOST_TOKENS_PER_SECOND):
@@ -85,26 +117,16 @@ class LoadGate:
             return best
         tier = run[best]
         refusals = self._refusals.get(tier, 0) + 1
-        if refusals < EXPLORE_ONE_IN:
+        if refusals < (EXPLORE_ONE_IN if self._loads[tier].is_known else EXPLORE_YOUNG_ONE_IN):
             self._refusals[tier] = refusals
             return best
         self._refusals[tier] = 0
         tried = run[best : best + EXPLORE_BLOCKS]
         return best + next((place for place, other in enumerate(tried) if other != tier), len(tried))
 
-    def expected_load_seconds(self, run: Sequence[str], block_bytes: int) -> float:
-        """What a load is expected to take; tiers that nothing is known of count as free."""
-        blocks = {tier: sum(1 for other in run if other == tier) for tier in dict.fromkeys(run)}
-        lines = ((self._loads.get(tier), count) for tier, count in blocks.items())
-        return sum(
-            line.latency + count * block_bytes * line.slope
-            for line, count in lines
-            if line is not None and line.is_known
-        )
-
     def expected_prefill_seconds(self, tokens: int) -> float:
         """What computing so many tokens more adds to a prefill."""
-        return tokens * self._prefill.slope if self._prefill.is_known else math.inf
+        return tokens * self._prefill.slope if self._prefill.has_samples else math.inf
 
     def check(self) -> None:
         """Asserts every invariant."""
@@ -115,22 +137,35 @@ class LoadGate:
             assert refusals < EXPLORE_ONE_IN, f"{tier} was refused {refusals} times and never tried"
 
     def _best(self, run: Sequence[str], block_bytes: int, block_tokens: int) -> int:
-        if not self._prefill.is_known:
+        if not self._prefill.has_samples:
             return len(run)
         best, best_saved, end, saved = 0, 0.0, 0, 0.0
         entered: set[str] = set()
         # The saving grows or falls evenly within a tier, so the best place to stop is an end.
         for tier, blocks in groupby(run):
-            count = sum(1 for _ in blocks)
+            count = len(list(blocks))
             end += count
-            saved += self.expected_prefill_seconds(count * block_tokens)
-            line = self._loads.get(tier)
-            if line is not None and line.is_known:
-                saved -= count * block_bytes * line.slope + (0.0 if tier in entered else line.latency)
+            computing, loading = (
+                self.expected_prefill_seconds(count * block_tokens),
+                self._loading(tier, count * block_bytes),
+            )
+            if loading is None:
+                saved += computing
+            elif self._is_sure_of(tier):
+                saved += computing - loading + (self._loads[tier].latency if tier in entered else 0.0)
                 entered.add(tier)
+            else:
+                saved += DOUBT * computing - loading
             if saved >= best_saved:
                 best, best_saved = end, saved
         return best
+
+    def _loading(self, tier: str, num_bytes: int) -> float | None:
+        line = self._loads.get(tier)
+        return None if line is None else line.seconds(num_bytes)
+
+    def _is_sure_of(self, tier: str) -> bool:
+        return self._loads[tier].is_known and self._prefill.is_known
 
 
 def _is_measured(size: float, seconds: float, most_per_second: float) -> bool:

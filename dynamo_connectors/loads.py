@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from typing import NamedTuple
 
-from dynamo_kernels.block_view import BlockView
-from dynamo_kernels.copy import copy_blocks
 from dynamo_kernels.fence import CopyLane
 
 from dynamo_connectors.blocks import BlockKey
@@ -32,10 +30,9 @@ class _Read(NamedTuple):
 class LoadFromBelow:
     """One load from one tier, on a thread of the transfer engine."""
 
-    def __init__(self, tier: LowerTier, staging: StagingRows, hbm: BlockView) -> None:
+    def __init__(self, tier: LowerTier, staging: StagingRows) -> None:
         self._tier = tier
         self._staging = staging
-        self._hbm = hbm
         self._reads: dict[Future[Sequence[StoreError | None]], _Read] = {}
 
     def run(self, items: Sequence[LoadItem], seconds: float, failed: dict[BlockKey, str]) -> int:
@@ -81,8 +78,8 @@ class LoadFromBelow:
                         blocks.append(item.block)
                     else:
                         failed[item.key] = reason
-            with CopyLane(self._hbm.device):
-                copy_blocks(self._staging.blocks, rows, self._hbm, blocks)
+            with CopyLane(self._staging.copy.device):
+                self._staging.copy.up(rows, blocks)
         finally:
             for read in reads.values():
                 self._staging.give(read.rows)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
-import torch
 from dynamo_kernels.block_view import BlockView
+from dynamo_kernels.compression import Codec
 
+from dynamo_connectors.row_copy import RowCopy
 from dynamo_connectors.tiers.dram import DramStore
 
 
 class StagingRows:
     """Hands out rows of `store`, which it owns. A row is given back by whoever is sure that nobody writes to it."""
 
-    def __init__(self, store: DramStore, part_bytes: Sequence[int]) -> None:
+    def __init__(self, store: DramStore, hbm: BlockView, codec: Codec | None = None) -> None:
         self.store = store
-        #: All rows as the copy engine sees them: one view for good, because it prepares a plan for every new one.
-        self.blocks = BlockView.of_rows(torch.from_numpy(store.rows), part_bytes)
+        #: From these rows on to HBM.
+        self.copy = RowCopy(hbm, store.rows, codec)
         self._free = list(range(store.capacity_blocks))
         self._changed = threading.Condition()
 
@@ -37,7 +37,7 @@ class StagingRows:
         return memoryview(self.store.rows[row])
 
     def close(self) -> None:
-        del self.blocks
+        del self.copy
         self.store.close()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,6 +24,15 @@ class Place(NamedTuple):
 
     name: BlockKey
     row: int
+
+
+class Run(NamedTuple):
+    """Blocks [start, stop) of a chain, all served by `tier`. `place` is the first one's; of a chunk it is the only."""
+
+    tier: NamedTier
+    place: Place
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -82,9 +91,40 @@ class TierStack:
                 return tier, place
         return None
 
+    def runs(self, chain: Sequence[BlockKey], start: int, end: int) -> Iterator[Run]:
+        """What `find` says of the blocks from `start` on, up to `end` or to the first that no tier can serve.
+
+        Neighbours in one tier of single blocks are one run.
+        """
+        position = start
+        while position < end:
+            found = self.find(chain, position)
+            if found is None:
+                return
+            tier, place = found
+            stop = self._run_end(tier, chain, position, end) if tier.chunk_blocks == 1 else position + 1
+            yield Run(tier, place, position, stop)
+            position = stop
+
+    def _run_end(self, tier: NamedTier, chain: Sequence[BlockKey], position: int, end: int) -> int:
+        """The end of the run of single blocks of `tier` that no faster tier has as well."""
+        rank = self.tiers.index(tier)
+        if any(faster.chunk_blocks > 1 for faster in self.tiers[:rank]):
+            return position + 1
+        has = tier.index.readable.__contains__
+        rest = chain[position + 1 : end]
+        served = list(map(has, rest))
+        for faster in self.tiers[:rank]:
+            readable = faster.index.readable
+            served = [here and key not in readable for key, here in zip(rest, served, strict=True)]
+        return position + 1 + (served.index(False) if False in served else len(served))
+
     def touches_below(self, key: BlockKey) -> int:
         """How many requests have used a block, as far as the tiers of single blocks below the first know."""
-        return max((tier.index.touches(key) for tier in self._single_below), default=0)
+        most = 0
+        for tier in self._single_below:
+            most = max(most, tier.index.touches(key))
+        return most
 
     def reserve(self, tier: NamedTier, name: BlockKey, touches: int) -> int | None:
         """A slot to fill. Counts what was evicted for it."""
@@ -145,13 +185,13 @@ class TierStack:
                 assert holders == self._holders[tier.name], f"{tier.name}: the chunks of a block are miscounted"
 
     def _stored(self, tier: NamedTier, blocks: Sequence[BlockKey]) -> None:
-        new = blocks
-        if tier.chunk_blocks > 1:
+        if tier.chunk_blocks == 1:
+            self.changes.append(Change("stored", tier.name, blocks[0]))
+        else:
             self._blocks[tier.name][blocks[-1]] = tuple(blocks)
             holders = self._holders[tier.name]
-            new = [key for key in blocks if key not in holders]
+            self.changes += [Change("stored", tier.name, key) for key in blocks if key not in holders]
             holders.update(blocks)
-        self.changes += [Change("stored", tier.name, key) for key in new]
 
     def _removed(self, tier: NamedTier, name: BlockKey) -> None:
         gone: Sequence[BlockKey] = (name,)

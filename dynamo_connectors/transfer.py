@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-import torch
 from dynamo_kernels.block_view import BlockView
-from dynamo_kernels.copy import copy_blocks
+from dynamo_kernels.compression import Codec
 from dynamo_kernels.fence import ComputeFence, CopyLane
 
 from dynamo_connectors.blocks import BlockKey
@@ -26,6 +25,7 @@ from dynamo_connectors.errors import StoreError
 from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
 from dynamo_connectors.lanes import Lane
 from dynamo_connectors.loads import LoadFromBelow, reasons
+from dynamo_connectors.row_copy import RowCopy
 from dynamo_connectors.staging import StagingRows
 from dynamo_connectors.tiers.base import Batch, LowerTier, Place
 from dynamo_connectors.tiers.dram import DramStore
@@ -56,6 +56,8 @@ class Stores:
     dram: DramStore
     disk: NvmeStore | None = None
     object_store: ObjectStore | None = None
+    #: How the rows of host memory, and so of every tier below it, are compressed.
+    codec: Codec | None = None
 
 
 @dataclass
@@ -73,10 +75,10 @@ class _Outcome:
 class _Below:
     """A tier below host memory, with the threads and the memory that loads from it take."""
 
-    def __init__(self, name: str, tier: LowerTier, dram: DramStore, part_bytes: Sequence[int]) -> None:
+    def __init__(self, name: str, tier: LowerTier, stores: Stores, hbm: BlockView) -> None:
         self.tier = tier
-        rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // dram.row_bytes)
-        self.staging = StagingRows(dram.another(min(rows, 4 * _MIN_STAGING_ROWS)), part_bytes)
+        rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // stores.dram.row_bytes)
+        self.staging = StagingRows(stores.dram.another(min(rows, 4 * _MIN_STAGING_ROWS)), hbm, stores.codec)
         self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
 
 
@@ -87,10 +89,9 @@ class TransferEngine:
     """
 
     def __init__(self, hbm: BlockView, stores: Stores) -> None:
-        self._hbm = hbm
         self._dram = stores.dram
         self._device = hbm.device
-        self._rows = BlockView.of_rows(torch.from_numpy(stores.dram.rows), hbm.part_bytes)
+        self._copy = RowCopy(hbm, stores.dram.rows, stores.codec)
         self._reports: queue.SimpleQueue[JobReport] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._unreported = 0
@@ -102,9 +103,9 @@ class TransferEngine:
         #: Fastest first.
         self._below: dict[str, _Below] = {}
         if stores.disk is not None:
-            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores.dram, hbm.part_bytes)
+            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores, hbm)
         if stores.object_store is not None:
-            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores.dram, hbm.part_bytes)
+            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores, hbm)
 
     def submit(self, job: Job, fence: ComputeFence) -> None:
         """Starts `job` once the compute before `fence` is done. Its report comes out of `poll`, always."""
@@ -147,7 +148,7 @@ class TransferEngine:
         if not all(ended):
             log.error("dynamo: stopped while transfers were still running; their memory stays until this process ends")
             return
-        del self._rows
+        del self._copy
         for below in self._below.values():
             below.staging.close()
         self._dram.close()
@@ -179,7 +180,7 @@ class TransferEngine:
         for item in job.items:
             self._dram.set_key(item.slot, None)
         with CopyLane(self._device):
-            copy_blocks(self._hbm, [item.block for item in job.items], self._rows, [item.slot for item in job.items])
+            self._copy.down([item.block for item in job.items], [item.slot for item in job.items])
         for item in job.items:
             self._dram.set_key(item.slot, item.key)
         outcome.note_move(HOST_DRAM, len(job.items), self._dram.row_bytes, started)
@@ -197,7 +198,7 @@ class TransferEngine:
             self._load_from_dram(by_tier.pop(HOST_DRAM), outcome)
         for name, items in by_tier.items():
             started, below = time.monotonic(), self._below[name]
-            load = LoadFromBelow(below.tier, below.staging, self._hbm)
+            load = LoadFromBelow(below.tier, below.staging)
             limit = below.tier.deadline_seconds
             left = limit - queued_seconds
             good = load.run(items, left if left > limit * _LEAST_TIME_LEFT else 0.0, outcome.failed)
@@ -215,7 +216,7 @@ class TransferEngine:
             else:
                 outcome.failed[item.key] = "wrong_key"
         with CopyLane(self._device):
-            copy_blocks(self._rows, [item.slot for item in good], self._hbm, [item.block for item in good])
+            self._copy.up([item.slot for item in good], [item.block for item in good])
         outcome.note_move(HOST_DRAM, len(good), self._dram.row_bytes, started)
 
     # -- between host memory and the tiers below ------------------------------------------------------------------

@@ -17,15 +17,15 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
-def make_model(folder: Path, max_tokens: int = 8192) -> Path:
-    """Writes the model unless it is already there; returns `folder`."""
+def make_model(folder: Path, max_tokens: int = 8192, width: float = 0.2) -> Path:
+    """Writes the model unless it is already there; returns `folder`. `width` is that of the random weights."""
     done = folder / "complete"
-    if done.is_file() and done.read_text() == str(max_tokens):
+    if done.is_file() and done.read_text() == f"{max_tokens} {width}":
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, max_tokens)
-    _write_weights(folder, max_tokens)
-    done.write_text(str(max_tokens))
+    _write_weights(folder, max_tokens, width)
+    done.write_text(f"{max_tokens} {width}")
     return folder
 
 
@@ -57,7 +57,7 @@ def _write_tokenizer(folder: Path, max_tokens: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def _write_weights(folder: Path, max_tokens: int) -> None:
+def _write_weights(folder: Path, max_tokens: int, width: float) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -73,7 +73,7 @@ def _write_weights(folder: Path, max_tokens: int) -> None:
         num_key_value_heads=2,
         max_position_embeddings=max_tokens,
         # Random weights of the usual size give nearly equal logits; wider ones make wrong KV show up in the tokens.
-        initializer_range=0.2,
+        initializer_range=width,
         bos_token_id=SPECIAL.index("<s>"),
         eos_token_id=SPECIAL.index("</s>"),
     )

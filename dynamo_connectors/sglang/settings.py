@@ -32,6 +32,7 @@ DEFAULT_NVME_GB = 10.0
 SGLANG_SETTINGS = {
     "kvbm_nvme_path": f"({BACKEND}) {SETTINGS['kvbm_nvme_path']}",
     "kvbm_nvme_gb": f"({BACKEND}) {SETTINGS['kvbm_nvme_gb'].rstrip('.')} (default {DEFAULT_NVME_GB:g}).",
+    "kvbm_compression": f"({BACKEND}) Not under SGLang yet; only off.",
     **{setting: f"({BACKEND}) {text}" for setting, text in SETTINGS.items() if setting.startswith("kvbm_object_")},
 }
 #: SGLang's own setting: tell the storage which pages come before the ones it is asked about.
@@ -100,6 +101,11 @@ def parse_storage_settings(settings: Mapping[str, object]) -> KvbmConfig:
         raise ConfigError(f"{flag_of(lone)} needs --kvbm-object-url")
     tiers = [HBM, HOST_DRAM, NVME_SSD, *([OBJECT_STORE] if "kvbm_object_url" in given else [])]
     config = parse_config({"kvbm_nvme_gb": DEFAULT_NVME_GB, **given, "kvbm_storage_tiers": ",".join(tiers)})
+    if config.compression is not None:
+        raise ConfigError(
+            f"--kvbm-compression {config.compression} is not there under SGLang yet: what its host memory holds are "
+            "its own bytes; drop the flag"
+        )
     return replace(config, host_dram_bytes=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -20,6 +21,9 @@ from dynamo_connectors.tiers.block_state import (
     TRANSITIONS,
     BlockState,
 )
+
+#: Looked up once: a prompt's blocks are pinned and unpinned by the thousand.
+_PIN, _UNPIN = TRANSITIONS["pin"], TRANSITIONS["unpin"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class TierIndex:
         #: How many requests have used the block of a slot, up to 255.
         self._touches = bytearray(capacity_blocks)
         #: slot -> number of readers; absent means none.
-        self._pins: dict[int, int] = {}
+        self._pins: Counter[int] = Counter()
         #: ABSENT slots: those that were in use once, and all from `_fresh` on unless a block was restored there.
         self._free: list[int] = []
         self._fresh = 0
@@ -102,6 +106,11 @@ class TierIndex:
     def readable(self) -> Mapping[BlockKey, int]:
         """key -> slot of what can be read now: a live view, for lookups without a call per block."""
         return self._ready
+
+    @property
+    def filling(self) -> Mapping[BlockKey, int]:
+        """key -> slot of what is on its way here, likewise."""
+        return self._filling
 
     def lookup(self, keys: Iterable[BlockKey]) -> int:
         """Length of the leading run of `keys` that can be read now."""
@@ -197,6 +206,48 @@ class TierIndex:
             self._quarantined -= 1
             self._leave(slot)
 
+    def pin_all(self, keys: Sequence[BlockKey]) -> list[int]:
+        """`pin` of each of `keys`, all of which can be read; returns their slots."""
+        slots = [self._ready[key] for key in keys]
+        self._order.remove_all(slots)
+        states = self._state
+        for slot in slots:
+            states[slot] = _PIN[states[slot]]
+        self._pins.update(slots)
+        return slots
+
+    def unpin_all(self, slots: Sequence[int]) -> None:
+        """`unpin` of each: the last one becomes the newest."""
+        states, pins, free = self._state, self._pins, []
+        for slot in slots:
+            left = pins.pop(slot, 0) - 1
+            if left > 0:
+                pins[slot] = left
+                continue
+            if left < 0:
+                raise AssertionError(f"slot {slot} is not pinned")
+            states[slot] = state = _UNPIN[states[slot]]
+            if state == READY:
+                free.append(slot)
+            else:
+                self._quarantined -= 1
+                self._leave(slot)
+        self._order.add_all(free)
+
+    def use_all(self, keys: Iterable[BlockKey]) -> None:
+        """`use` of each of `keys`: the last one becomes the newest."""
+        ready, filling, touches, slots = self._ready, self._filling, self._touches, []
+        for key in keys:
+            slot = ready.get(key)
+            if slot is None:
+                slot = filling.get(key)
+                if slot is None:
+                    continue
+            if touches[slot] < MOST_TOUCHES:
+                touches[slot] += 1
+            slots.append(slot)
+        self._order.use_all(slots)
+
     def use(self, key: BlockKey) -> int:
         """One more request uses `key`: just used. Returns how many have by now, 0 when the block is not known here."""
         slot = self._ready.get(key)
@@ -211,10 +262,8 @@ class TierIndex:
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Marks a chain as just used, its head last, so that tails are evicted before the heads they hang on."""
-        for key in reversed(keys):
-            slot = self._ready.get(key)
-            if slot is not None and slot in self._order:
-                self._order.add(slot)
+        find = self._ready.get
+        self._order.renew_all([slot for key in reversed(keys) if (slot := find(key)) is not None])
 
     def discard(self, key: BlockKey) -> None:
         """Never serve `key` from here again (bad bytes, reset). Readers and writers in flight finish in peace."""

@@ -144,6 +144,13 @@ def tells_block_tables() -> bool:
     return hasattr(getattr(output, "KVConnectorBlockState", None), "get_block_ids")
 
 
+def names_kv_dimensions() -> bool:
+    """Whether every layer's KV is shown as [blocks, heads, tokens, key and value], however it lies (0.32)."""
+    from importlib.util import find_spec
+
+    return find_spec("vllm.v1.kv_cache_layout") is not None
+
+
 class HbmHolds:
     """Keeps HBM blocks from being re-used while a background copy reads them, by one more reference each."""
 

@@ -53,7 +53,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
             check_host(self._config)
             if not self._config.has_tiers:
                 return
-            setup.check_model(vllm_config, kv_cache_config)
+            setup.check_model(vllm_config, kv_cache_config, self._config.compression)
             if role == KVConnectorRole.SCHEDULER:
                 self._scheduler = setup.build_scheduler_half(self._config, vllm_config, kv_cache_config)
         except DynamoConnectorsError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, count
 
 from dynamo_connectors.block_manager import Erasure, Move, Source, Target
-from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.blocks import BlockKey, records
 from dynamo_connectors.cascade import jobs_of
 from dynamo_connectors.jobs import EraseJob, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreItem, StoreJob
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
@@ -42,17 +42,15 @@ class JobLedger:
         self._erasures: list[EraseJob] = []
 
     def store(self, stores: tuple[tuple[Target, int], ...]) -> None:
-        items = tuple(StoreItem(target.key, block, target.slot) for target, block in stores)
+        items = tuple(StoreItem(key, block, slot) for (key, slot), block in stores)
         self._stores.append(StoreJob(self._start(Running(self._num_workers, stores=stores)), items))
 
-    def load(self, request_id: str, pairs: Iterable[tuple[Source, int]], missing: Iterable[int]) -> None:
-        """Fills HBM blocks from their sources; `missing` are blocks whose source is gone."""
-        pairs = tuple(pairs)
-        sources = tuple(source for source, _ in pairs)
-        items = tuple(
-            LoadItem(source.key, source.tier, source.slot, block, source.chunk, source.row) for source, block in pairs
-        )
-        job_id = self._start(Running(self._num_workers, loads=sources, loading=request_id))
+    def load(self, request_id: str, sources: Sequence[Source], blocks: Sequence[int], missing: Iterable[int]) -> None:
+        """Fills HBM blocks, each from its source; `missing` are blocks whose source is gone."""
+        # A lease may be thousands of blocks, and its request waits: field by field is the fast way.
+        keys, tiers, slots, chunks, rows = zip(*sources, strict=True) if sources else ((), (), (), (), ())
+        items = tuple(records(LoadItem, keys, tiers, slots, blocks, chunks, rows))
+        job_id = self._start(Running(self._num_workers, loads=tuple(sources), loading=request_id))
         self._loads.append(LoadJob(job_id, request_id, items, tuple(missing)))
 
     def move(self, moves: Sequence[Move]) -> None:

@@ -43,19 +43,22 @@ class TierEvents:
         self._announced: defaultdict[str, dict[BlockKey, bytes]] = defaultdict(dict)
         self._events: list[KVCacheEvent] = []
 
-    def describe(self, request: Any, group: int, index: int, key: BlockKey) -> None:
-        """Remembers what block `index` of `request` in `group` contains, for when it arrives in a tier.
+    def describe(self, request: Any, group: int, first: int, keys: Sequence[BlockKey]) -> None:
+        """Remembers what the blocks from `first` on of `request` in `group` contain, for when they arrive in a tier.
 
         Media, LoRA adapters, cache salts and prompt embeddings are named in the block's extra keys, as the engine
         names them for its own blocks.
         """
-        if not self._enabled:
-            return
+        if self._enabled:
+            for index, key in enumerate(keys, first):
+                self._described[key] = self._description(request, group, index)
+
+    def _description(self, request: Any, group: int, index: int) -> Described:
         size = self._geometry.groups[group].block_tokens
         start = index * size
         extra, _ = generate_block_hash_extra_keys(request, start, start + size, 0)
         first, last = start // self._geometry.hash_tokens, (start + size) // self._geometry.hash_tokens - 1
-        self._described[key] = Described(
+        return Described(
             block_hash=request.block_hashes[last],
             parent=request.block_hashes[first - 1] if start else None,
             token_ids=list(request.all_token_ids[start : start + size]),

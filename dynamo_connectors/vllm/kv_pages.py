@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from dynamo_kernels.block_view import BlockView
+from dynamo_kernels.compression import Codec
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 from dynamo_connectors.errors import ConfigError, UnsupportedLayoutError
 from dynamo_connectors.layout import page_layout
 from dynamo_connectors.vllm.groups import Geometry, Group
+from dynamo_connectors.vllm.kv_heads import check_compressible, planned_compressed_bytes, read_codec
 from dynamo_connectors.vllm.spans import Span, cover, offset_in_row
 
 #: Exactly these: their subclasses keep, drop or share blocks by rules of their own.
@@ -24,15 +26,17 @@ _REMEDY = "start without --kv-connector dynamo"
 
 @dataclass(frozen=True)
 class Pages:
-    """The KV cache of one worker as opaque bytes."""
+    """The KV cache of one worker, as opaque bytes unless there is a codec: then one part is one layer's page."""
 
     view: BlockView
     #: Changes when the bytes of a row would be read differently. Addresses and the number of blocks do not matter.
     fingerprint: str
+    codec: Codec | None = None
 
     @property
     def row_bytes(self) -> int:
-        return sum(self.view.part_bytes)
+        """What a block takes below HBM."""
+        return sum(self.view.part_bytes) if self.codec is None else self.codec.row_bytes
 
 
 def read_geometry(kv_cache_config: Any) -> Geometry:
@@ -72,14 +76,21 @@ def _window(spec: Any) -> int | None:
     )
 
 
-def planned_row_bytes(kv_cache_config: Any) -> int:
-    """Bytes of one block over all layers of one worker, as vLLM plans them: those of its largest group."""
+def planned_row_bytes(kv_cache_config: Any, compression: str | None = None) -> int:
+    """Bytes of one block over all layers of one worker, as vLLM plans them: those of its largest group.
+
+    With `compression`, what they take below HBM. Raises `ConfigError` where that cannot be.
+    """
     groups = kv_cache_config.kv_cache_groups
-    return max(sum(int(spec.page_size_bytes) for spec in _layer_specs(group).values()) for group in groups)
+    if compression is None:
+        return max(sum(int(spec.page_size_bytes) for spec in _layer_specs(group).values()) for group in groups)
+    specs = _layer_specs(groups[0])
+    check_compressible(specs, len(groups))
+    return sum(planned_compressed_bytes(spec) for spec in specs.values())
 
 
-def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> Pages:
-    """Raises `UnsupportedLayoutError` when blocks cannot be copied as opaque bytes."""
+def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, compression: str | None = None) -> Pages:
+    """Raises `UnsupportedLayoutError` when blocks cannot be copied as bytes, `ConfigError` if not compressed."""
     num_blocks = kv_cache_config.num_blocks
     storages: dict[int, torch.UntypedStorage] = {}
     named: list[tuple[str, Span, object]] = []
@@ -92,18 +103,33 @@ def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> P
         span = Span(list(storages).index(address), page.stride_bytes, start, start + page.page_bytes)
         named.append((layer, span, page.order))
     rows = cover([span for _, span, _ in named], num_blocks)
-    device = next(iter(kv_caches.values())).device
-    parts = tuple(_part(list(storages.values())[span.storage], span, num_blocks, device) for span in rows)
     where = [(layer, offset_in_row(rows, span), span.num_bytes, order) for layer, span, order in named]
     groups = [(group.layer_names, repr(group.kv_cache_spec)) for group in kv_cache_config.kv_cache_groups]
-    fingerprint = hashlib.blake2b(repr((where, groups)).encode(), digest_size=8).hexdigest()
-    pages = Pages(BlockView(parts), fingerprint)
-    if pages.row_bytes > planned_row_bytes(kv_cache_config):
+    codec = None
+    if compression is not None:
+        # Layers that share one cache are one part; every other one has its own, also where `cover` would join them.
+        layer_of = {span: layer for layer, span, _ in reversed(named)}
+        rows = list(dict.fromkeys(span for _, span, _ in named))
+        codec = _read_codec(compression, [layer_of[span] for span in rows], kv_caches, kv_cache_config)
+    device = next(iter(kv_caches.values())).device
+    parts = tuple(_part(list(storages.values())[span.storage], span, num_blocks, device) for span in rows)
+    told = (where, groups) if codec is None else (where, groups, codec)
+    pages = Pages(BlockView(parts), hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest(), codec)
+    planned = planned_row_bytes(kv_cache_config, compression)
+    if pages.row_bytes > planned:
         raise UnsupportedLayoutError(
-            f"one block takes {pages.row_bytes} bytes in memory, vLLM planned {planned_row_bytes(kv_cache_config)}; "
+            f"one block takes {pages.row_bytes} bytes in memory, vLLM planned {planned}; "
             f"dynamo cannot tier this layout, {_REMEDY}"
         )
     return pages
+
+
+def _read_codec(
+    compression: str, layers: Sequence[str], kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any
+) -> Codec:
+    (group,) = kv_cache_config.kv_cache_groups
+    specs, tensors = _layer_specs(group), dict(_layers(kv_caches, kv_cache_config))
+    return read_codec(compression, [(layer, specs[layer], tensors[layer]) for layer in layers])
 
 
 def _layers(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,12 +16,22 @@ from dynamo_connectors.vllm.recovery import Find
 
 
 class LastingTiers:
-    """`object_limit`: how many objects the index has room for; no more are listed."""
+    """`object_limit`: how many objects the index has room for; no more are listed.
 
-    def __init__(self, disk: NvmeStore | None, objects: ObjectStore | None, object_limit: int = 0) -> None:
+    `disk_rate`: bytes a second that the disk was read with at start-up, where that was measured.
+    """
+
+    def __init__(
+        self,
+        disk: NvmeStore | None,
+        objects: ObjectStore | None,
+        object_limit: int = 0,
+        disk_rate: float | None = None,
+    ) -> None:
         self._disk = disk
         self._objects = objects
         self._tells_disk = disk is not None
+        self._rates = {} if disk_rate is None else {NVME_SSD: disk_rate}
         self._listed: list[BlockKey] | None = None
         #: What has been told of the object store's failures.
         self._told: Counter[tuple[str, str]] = Counter()
@@ -43,6 +53,11 @@ class LastingTiers:
                 finds[OBJECT_STORE] = Find(1, [(0, chunk) for chunk in self._listed])
                 self._listed = None
         return finds
+
+    def take_rates(self) -> dict[str, float]:
+        """Tier -> bytes a second measured at start-up; told once."""
+        rates, self._rates = self._rates, {}
+        return rates
 
     def take_failures(self) -> Mapping[tuple[str, str], int]:
         """What the object store came to since the last call, by (what, label) as the metrics count it."""

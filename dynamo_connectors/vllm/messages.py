@@ -38,14 +38,19 @@ class WorkerReports(KVConnectorWorkerMetadata):
     moved: dict[int, tuple[Moved, ...]] = field(default_factory=dict)
     #: What workers found in their tiers when they started; each speaks once of each.
     finds: Finds = field(default_factory=dict)
+    #: Tier -> bytes a second that the slowest worker measured at start-up.
+    rates: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reports: Sequence[JobReport], finds: Finds | None = None) -> WorkerReports:
+    def of(
+        cls, reports: Sequence[JobReport], finds: Finds | None = None, rates: dict[str, float] | None = None
+    ) -> WorkerReports:
         return cls(
             ended={report.job_id: 1 for report in reports},
             failed={report.job_id: dict(report.failed) for report in reports if report.failed},
             moved={report.job_id: report.moved for report in reports if report.moved},
             finds=finds or {},
+            rates=rates or {},
         )
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReports:
@@ -60,4 +65,7 @@ class WorkerReports(KVConnectorWorkerMetadata):
         moved = dict(self.moved)
         for job_id, parts in other.moved.items():
             moved[job_id] = moved.get(job_id, ()) + parts
-        return WorkerReports(ended, failed, moved, in_common(self.finds, other.finds))
+        rates = {**other.rates, **self.rates}
+        for tier in self.rates.keys() & other.rates.keys():
+            rates[tier] = min(self.rates[tier], other.rates[tier])
+        return WorkerReports(ended, failed, moved, in_common(self.finds, other.finds), rates)

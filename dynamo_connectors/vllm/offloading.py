@@ -69,7 +69,7 @@ class Offloading:
             # Once per request, not per block: its head came in first, and must not be the first to go.
             self._manager.touch(chain)
             self._manager.offload(chain)
-            last = next((key for key in reversed(chain) if key in self._storing), None)
+            last = next((key for key in reversed(chain) if key in self._storing), None) if self._storing else None
             if last is not None:
                 self._storing[last].ended_chain = chain
             lost = tables[group][offered : self._admitted(live, group, computed_tokens)]
@@ -116,8 +116,7 @@ class Offloading:
         keys = live.chains.keys(group)
         # Blocks that the attention window has left are the engine's null block: their bytes are gone.
         block_of = {keys[index]: table[index] for index in range(start, limit) if table[index] != NULL_BLOCK_ID}
-        for index in range(start, limit):
-            self._events.describe(live.request, group, index, keys[index])
+        self._events.describe(live.request, group, start, keys[start:limit])
         live.offered[group] = limit
         targets = self._manager.reserve(block_of, keys[start - 1] if start else None)
         if targets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from operator import attrgetter
 
 from dynamo_connectors.block_manager import BlockManager, Source
 from dynamo_connectors.verdicts import damaged
@@ -56,19 +57,21 @@ class Onboarding:
             self._counts["wanted_blocks", ""] += max(0, wanted) // self._main_tokens
         if external_tokens == 0:
             return
-        pairs: list[tuple[Source, int]] = []
+        sources: list[Source] = []
+        blocks: list[int] = []
         missing: list[int] = []
         total = live.local_tokens + external_tokens
         for index, group in enumerate(self._geometry.groups):
             needed = group.needed(live.local_tokens, total)
-            sources = self._manager.lease(live.chains.keys(index), needed.start, len(needed))
+            leased = self._manager.lease(live.chains.keys(index), needed.start, len(needed))
             targets = tables[index][needed.start : needed.stop]
-            pairs += zip(sources, targets, strict=False)
-            missing += targets[len(sources) :]
-        assert all(block != NULL_BLOCK_ID for _, block in pairs), "a load into the null block"
-        self._ledger.load(live.request_id, pairs, missing)
+            sources += leased
+            blocks += targets[: len(leased)]
+            missing += targets[len(leased) :]
+        assert NULL_BLOCK_ID not in blocks, "a load into the null block"
+        self._ledger.load(live.request_id, sources, blocks, missing)
         self.loading[live.request_id] = live
-        self._shared.begin(live.request_id, (source.key for source, _ in pairs))
+        self._shared.begin(live.request_id, [source.key for source in sources])
         live.is_disappointed = bool(missing)
         self._counts["load_failures", "evicted"] += len(missing)
 
@@ -81,14 +84,17 @@ class Onboarding:
         self._manager.release(job.loads, damaged=damaged(job.failed))
         if self._gate is not None:
             # What came too late took its time like the rest; other failures say nothing about it.
-            late = Counter(source.tier for source in job.loads if job.failed.get(source.key) == "timeout")
+            late: Counter[str] = Counter()
+            if "timeout" in job.failed.values():
+                late.update(source.tier for source in job.loads if job.failed.get(source.key) == "timeout")
             for tier, num_bytes, seconds in job.moved:
                 self._gate.observe_load(tier, num_bytes + late[tier] * self._limits.block_bytes, seconds)
-        for source in job.loads:
-            if source.key in job.failed:
-                self._counts["load_failures", job.failed[source.key]] += 1
-            else:
-                self._counts["hit_blocks", source.tier] += 1
+        for reason in job.failed.values():
+            self._counts["load_failures", reason] += 1
+        good = [source for source in job.loads if source.key not in job.failed] if job.failed else job.loads
+        hits = Counter(map(attrgetter("tier"), good))
+        for tier, blocks in hits.items():
+            self._counts["hit_blocks", tier] += blocks
 
     def prefetch(self, live: Live) -> None:
         """Brings what lies further down up to host memory, while the request waits for its turn."""
@@ -129,17 +135,18 @@ class Onboarding:
     def _worth_loading(self, live: Live, gate: Gate, total: int) -> int:
         """The part of the prefix up to `total` tokens that is faster to load than to compute."""
         first, last = live.local_tokens // self._main_tokens, total // self._main_tokens
-        run = [self._tier_of(live, block) for block in range(first, last)]
+        run = self._tiers_of(live, first, last)
         admitted = gate.admit(run, self._limits.block_bytes * len(self._geometry.groups), self._main_tokens)
         if admitted >= len(run):
             return total
         self._counts["refused_blocks", ""] += len(run) - admitted
         return self._longest(live, live.local_tokens + admitted * self._main_tokens) if admitted else live.local_tokens
 
-    def _tier_of(self, live: Live, block: int) -> str:
+    def _tiers_of(self, live: Live, first: int, last: int) -> list[str]:
         chain = live.chains.keys(self._main)
-        for tier in self._manager.tiers:
-            place = tier.place_of(chain, block)
-            if place is not None and place.name in tier.index:
-                return tier.name
-        return self._manager.tiers[-1].name  # outside its window: not loaded at all
+        names: list[str] = []
+        while first + len(names) < last:
+            names += self._manager.tiers_of(chain, first + len(names), last)
+            if first + len(names) < last:
+                names.append(self._manager.tiers[-1].name)  # outside its window: not loaded at all
+        return names

@@ -126,6 +126,9 @@ class SchedulerHalf:
 
     def worker_reports(self, reports: WorkerReports) -> None:
         self._recover(reports.finds)
+        if self._gate is not None:
+            for tier, rate in reports.rates.items():
+                self._gate.expect_load(tier, rate)
         for job in self._ledger.hear(reports):
             self._offloading.end(job)
             self._onboarding.end(job)

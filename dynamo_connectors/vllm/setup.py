@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import vllm
+from dynamo_kernels.compression import Compression
 from dynamo_kernels.errors import CopyError
 
 from dynamo_connectors.block_manager import BlockManager, NamedTier
@@ -19,6 +20,7 @@ from dynamo_connectors.load_gate import LoadGate
 from dynamo_connectors.numa import nearest_node
 from dynamo_connectors.pinning import pin_host_memory
 from dynamo_connectors.tiers.chunks import capacity_chunks_for, chunk_blocks_for
+from dynamo_connectors.tiers.disk_probe import read_rate
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
@@ -47,9 +49,10 @@ log = engine_logger(__name__)
 
 #: Offloads may hold at most this share of HBM away from new requests.
 _MAX_HELD_SHARE = 0.25
+_FIRST_WITH_FP8 = (8, 9)
 
 
-def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
+def check_model(vllm_config: Any, kv_cache_config: Any, compression: str | None = None) -> None:
     """Raises `ConfigError` when this model or parallelism cannot be tiered; better no server than a silent no-op."""
     geometry = read_geometry(kv_cache_config)
     if (len(geometry.groups) > 1 or geometry.has_windows) and not tells_block_tables():
@@ -64,11 +67,14 @@ def check_model(vllm_config: Any, kv_cache_config: Any) -> None:
             "start without --kv-connector dynamo"
         )
     refuse_parallelism(vllm_config.parallel_config)
+    if compression is not None:
+        planned_row_bytes(kv_cache_config, compression)
 
 
 def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: Any) -> SchedulerHalf:
     geometry = read_geometry(kv_cache_config)
-    row_bytes, num_workers = planned_row_bytes(kv_cache_config), vllm_config.parallel_config.world_size
+    num_workers = vllm_config.parallel_config.world_size
+    row_bytes = planned_row_bytes(kv_cache_config, config.compression)
     capacities = tier_capacities(config, row_bytes, num_workers)
     tiers = []
     for name, entries in capacities.items():
@@ -101,11 +107,13 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
 def build_worker_half(
     config: KvbmConfig, vllm_config: Any, kv_cache_config: Any, kv_caches: Mapping[str, torch.Tensor]
 ) -> WorkerHalf:
-    pages, geometry = read_pages(kv_caches, kv_cache_config), read_geometry(kv_cache_config)
-    num_workers = vllm_config.parallel_config.world_size
-    capacities = tier_capacities(config, planned_row_bytes(kv_cache_config), num_workers)
+    pages = read_pages(kv_caches, kv_cache_config, config.compression)
+    geometry, num_workers = read_geometry(kv_cache_config), vllm_config.parallel_config.world_size
+    row_bytes = planned_row_bytes(kv_cache_config, config.compression)
+    capacities = tier_capacities(config, row_bytes, num_workers)
+    _refuse_old_gpu(pages)
     if pages.view.device.type == "cuda":
-        _measure_copy_paths(pages.view.device)
+        _measure_copy_paths(pages.view.device, max(pages.view.part_bytes))
     elif pages.view.device.type == "cpu":
         prepare_cpu()
     dram = _host_memory(capacities[HOST_DRAM], pages)
@@ -119,27 +127,41 @@ def build_worker_half(
             log.info("dynamo: disk slab %s, %d blocks of an earlier run", disk.path, len(disk.recovered))
         if OBJECT_STORE in capacities and config.object_url is not None:
             settings = ObjectSettings(config.object_url, config.object_endpoint_url, config.object_deadline_seconds)
-            chunk = chunk_blocks_for(planned_row_bytes(kv_cache_config))
+            chunk = chunk_blocks_for(row_bytes)
             objects = ObjectStore(settings, pages.row_bytes, chunk, space)
     except BaseException:
         for store in (disk, dram):
             if store is not None:
                 store.close()
         raise
-    lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0))
-    return WorkerHalf(pages.view, Stores(dram, disk, objects), lasting, len(geometry.groups))
+    disk_rate = None
+    if disk is not None and config.load_gate:
+        disk_rate = read_rate(disk)
+        log.info("dynamo: the disk tier reads %.2f GB/s", (disk_rate or 0.0) / 1e9)
+    lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0), disk_rate)
+    stores = Stores(dram, disk, objects, codec=pages.codec)
+    return WorkerHalf(pages.view, stores, lasting, len(geometry.groups))
 
 
-def _measure_copy_paths(device: torch.device) -> None:
-    """Once a device and driver; what is known from an earlier start is used at once."""
+def _refuse_old_gpu(pages: Pages) -> None:
+    if pages.codec is None or pages.codec.compression is not Compression.FP8 or pages.view.device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(pages.view.device) < _FIRST_WITH_FP8:
+        raise ConfigError("this GPU has no FP8 (compute capability 8.9 has it); write --kvbm-compression int8")
+
+
+def _measure_copy_paths(device: torch.device, fragment_bytes: int) -> None:
+    """Once a device and driver: what earlier starts found is used at once, some of what is missing is added."""
     from dynamo_kernels.calibration import calibrate
 
     try:
-        found = calibrate(device)
+        found = calibrate(device, fragment_bytes=fragment_bytes)
     except (RuntimeError, OSError, CopyError) as error:
         log.warning("dynamo: copy paths could not be measured (%s); the rules of thumb choose them", error)
     else:
-        log.info("dynamo: copy paths of %s measured in %.1f s", found.device, found.seconds)
+        log.info(
+            "dynamo: copy paths of %s, %d cases, measured in %.1f s", found.device, len(found.figures), found.seconds
+        )
 
 
 def _host_memory(blocks: int, pages: Pages) -> DramStore:
@@ -179,11 +201,12 @@ def namespace(vllm_config: Any, geometry: Geometry, pages: Pages) -> Namespace:
     readers = page_readers(vllm_config, pages.view.device)
     hashes = getattr(cache, "prefix_caching_hash_algo", "")
     rules = (hashes, geometry, vllm.__version__, model.compute_hash(), media, readers)
+    compressed = "" if pages.codec is None else f"/{pages.codec.compression.value}"
     return Namespace(
         engine="vllm",
         model=str(model.model),
         revision=str(model.revision),
-        dtype=f"{model.dtype}/{cache.cache_dtype}/{pages.view.device.type}",
+        dtype=f"{model.dtype}/{cache.cache_dtype}/{pages.view.device.type}{compressed}",
         layout_fingerprint=pages.fingerprint,
         block_size_tokens=geometry.hash_tokens,
         tp_rank=parallel.rank % parallel.tensor_parallel_size,

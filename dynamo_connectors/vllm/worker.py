@@ -79,8 +79,8 @@ class WorkerHalf:
 
     def take_reports(self) -> WorkerReports | None:
         reports, self._reports = self._reports, []
-        finds = self._lasting.take_finds()
-        return WorkerReports.of(reports, finds) if reports or finds else None
+        finds, rates = self._lasting.take_finds(), self._lasting.take_rates()
+        return WorkerReports.of(reports, finds, rates) if reports or finds or rates else None
 
     def take_transfers(self) -> Mapping[tuple[str, str], list[tuple[int, float]]]:
         transferred, self._transferred = self._transferred, defaultdict(list)

@@ -62,7 +62,7 @@ def calibrate(
         typer.echo("no GPU here: nothing to calibrate", err=True)
         raise typer.Exit(1)
     for index in range(torch.cuda.device_count()):
-        made = calibration.calibrate(torch.device("cuda", index), again)
+        made = calibration.calibrate_fully(torch.device("cuda", index), again)
         typer.echo(calibration.as_json(made) if json_ else calibration.table(made))
 
 

@@ -1,4 +1,4 @@
-"""The figures behind the choices: measured once a device and driver, in under two seconds, and kept on disk."""
+"""The figures behind the choices: measured once a device and driver, two seconds a start, and kept on disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,11 +27,13 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 
 Figures = Mapping[Point, tuple[Figure, ...]]
+#: Measures points in their order, as far as time goes.
+Measure = Callable[[Sequence[Point]], Iterator[tuple[Point, tuple[Figure, ...]]]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured on one device. `seconds` is what measuring took."""
+    """What was measured on one device so far. `seconds` is what all starts spent on it, compiling included."""
 
     device: str
     driver: int
@@ -108,20 +110,37 @@ def save(calibration: Calibration, file: FilePath) -> None:
                 os.unlink(temporary)
 
 
-def calibrate(device: torch.device, again: bool = False) -> Calibration:
-    """This device's figures, from disk where they are there, else measured and kept. For start-up: takes seconds."""
-    from dynamo_kernels.measuring import measure
+def calibrate(device: torch.device, again: bool = False, fragment_bytes: int | None = None) -> Calibration:
+    """This device's figures: from disk, and as many of those that are missing there as a start has time for.
+
+    For start-up: takes seconds. `fragment_bytes` is what the engine will copy; figures near to it come first.
+    """
+    from dynamo_kernels.measuring import measure, telling_points
 
     name, driver = torch.cuda.get_device_name(device), copy_driver().version
     file = calibration_file(name, driver, os.environ)
     known = None if again else load(file, name, driver)
-    if known is not None:
-        return known
-    started = time.perf_counter()
-    figures = measure(device)
-    made = Calibration(name, driver, time.perf_counter() - started, figures)
-    save(made, file)
+    made = known or Calibration(name, driver, 0.0, {})
+    for more in completed(made, telling_points(fragment_bytes), partial(measure, device)):
+        save(more, file)  # each as it comes: a start that is cut off has not measured in vain
+        made = more
     return made
+
+
+def calibrate_fully(device: torch.device, again: bool = False) -> Calibration:
+    """All of this device's figures, however long that takes."""
+    made, before = calibrate(device, again), -1
+    while before < len(made.figures):
+        made, before = calibrate(device), len(made.figures)
+    return made
+
+
+def completed(known: Calibration, points: Sequence[Point], measure: Measure) -> Iterator[Calibration]:
+    """`known` with one more of the missing `points` each time."""
+    started, figures = time.perf_counter(), dict(known.figures)
+    for point, found in measure([point for point in points if point not in figures]):
+        figures[point] = found
+        yield Calibration(known.device, known.driver, known.seconds + time.perf_counter() - started, dict(figures))
 
 
 def chooser_for(device: torch.device, setting: str) -> Chooser:

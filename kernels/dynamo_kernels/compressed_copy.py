@@ -6,6 +6,7 @@ brings whole rows into HBM by the copy engines and dequantises them there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,15 +38,20 @@ class _Band:
     page_stride: int
 
 
+def refuse_large_groups(codec: Codec) -> None:
+    """Raises `CopyError` for what kernels could not take in one piece."""
+    for layout in codec.layouts:
+        _, middle, _, width = layout.levels
+        if _power_of_two(middle) * _power_of_two(width) > _LARGEST_GROUP:
+            raise CopyError(f"groups of {middle * width} values are too large to compress; scale more dimensions")
+
+
 class CompressedCopy:
-    """Both directions between one set of pages and one set of compressed rows."""
+    """Both directions between one set of pages and one set of compressed rows. May be used by many threads."""
 
     def __init__(self, codec: Codec, pages: BlockView, rows: BlockView) -> None:
         codec.check_views(pages, rows)
-        for layout in codec.layouts:
-            _, middle, _, width = layout.levels
-            if _power_of_two(middle) * _power_of_two(width) > _LARGEST_GROUP:
-                raise CopyError(f"groups of {middle * width} values are too large to compress; scale more dimensions")
+        refuse_large_groups(codec)
         self._codec, self._pages, self._rows = codec, pages, rows
         alike: dict[tuple[HeadLayout, int], list[int]] = {}
         for number, (layout, part) in enumerate(zip(codec.layouts, pages.parts, strict=True)):
@@ -53,7 +59,9 @@ class CompressedCopy:
         self._bands = [_Band(layout, tuple(numbers), stride) for (layout, stride), numbers in alike.items()]
         #: Part offsets of every band by where the rows' parts lie: rows of one staging buffer are alike.
         self._tables: dict[tuple[int, ...], list[Any]] = {}
-        self._staging: list[torch.Tensor] = []
+        #: Rows on their way through HBM; one load at a time has them.
+        self._staging: list[BlockView] = []
+        self._lock = threading.Lock()
 
     def store(self, page_ids: Sequence[int], row_ids: Sequence[int]) -> None:
         """Compresses pages into rows. The bytes are in place when it returns."""
@@ -72,47 +80,52 @@ class CompressedCopy:
             return
         from_ids, to_ids = checked_ids(self._rows.num_blocks, row_ids, self._pages.num_blocks, page_ids)
         if len(from_ids):
-            self._load_staged(from_ids, to_ids)
-            torch.cuda.current_stream(self._pages.device).synchronize()
+            with self._lock:
+                self._load_staged(from_ids, to_ids)
+                torch.cuda.current_stream(self._pages.device).synchronize()
 
     def _load_staged(self, row_ids: Addresses, page_ids: Addresses) -> None:
-        device, rows = self._pages.device, self._rows.parts[0]
+        device, rows, row_bytes = self._pages.device, self._rows.parts[0], self._codec.row_bytes
         current, multiprocessors = torch.cuda.current_stream(device), torch.cuda.get_device_properties(device)
         lane, driver = torch.cuda.Stream(device, priority=-1), copy_driver()
-        lane.wait_stream(current)
-        at_once = max(1, _STAGING_BYTES // self._codec.row_bytes)
+        at_once = max(1, _STAGING_BYTES // row_bytes)
         if not self._staging:
-            shape = (at_once, self._codec.row_bytes)
-            self._staging = [torch.empty(shape, dtype=torch.uint8, device=device) for _ in range(2)]
+            raw = [torch.empty((at_once, row_bytes), dtype=torch.uint8, device=device) for _ in range(2)]
+            self._staging = [BlockView.of_rows(buffer, self._codec.part_bytes) for buffer in raw]
+        numbers = np.arange(len(row_ids), dtype=np.int64) % at_once
+        # All ids before the first row: between the rows they would queue for the engine that brings those.
+        on_device = self._on_device(np.stack([page_ids, numbers]).astype(np.int32))
+        lane.wait_stream(current)
         free: list[Any] = [None, None]
         for number, start in enumerate(range(0, len(row_ids), at_once)):
-            some, staging = row_ids[start : start + at_once], self._staging[number % 2]
+            some, staging = slice(start, start + at_once), self._staging[number % 2]
             if free[number % 2] is not None:
                 lane.wait_event(free[number % 2])
-            numbers = np.arange(len(some), dtype=np.int64)
-            inside = Side((staging.data_ptr(),), self._codec.row_bytes)
-            across = Band(self._codec.row_bytes, Side((rows.data_ptr(),), rows.stride(0)), inside)
-            driver.copy_fragments(fragments(across, some, numbers), lane.cuda_stream)
+            inside = Side((staging.parts[0].data_ptr(),), row_bytes)
+            across = Band(row_bytes, Side((rows.data_ptr(),), rows.stride(0)), inside)
+            driver.copy_fragments(fragments(across, row_ids[some], numbers[some]), lane.cuda_stream)
             current.wait_event(lane.record_event())
-            view = BlockView.of_rows(staging, self._codec.part_bytes)
-            ctas = int(multiprocessors.multi_processor_count)
-            self.run("dequantise_pages", view, page_ids[start : start + at_once], numbers, ctas)
+            self._launch("dequantise_pages", staging, on_device[:, some], int(multiprocessors.multi_processor_count))
             free[number % 2] = current.record_event()
 
     def run(self, kernel: str, rows: BlockView, page_ids: Addresses, row_ids: Addresses, ctas: int) -> None:
         """Launches one kernel over all parts on the current stream, or in Triton's interpreter."""
+        self._launch(kernel, rows, self._on_device(np.stack([page_ids, row_ids]).astype(np.int32)), ctas)
+
+    def _launch(self, kernel: str, rows: BlockView, ids: torch.Tensor, ctas: int) -> None:
+        """`ids`: (2, blocks) int32 on the device, of pages and of rows."""
         from dynamo_kernels import triton_compression
 
-        ids = self._on_device(np.stack([page_ids, row_ids]).astype(np.int32))
+        blocks = ids.shape[1]
         for band, offsets in zip(self._bands, self._offsets(rows), strict=True):
             layout, first = band.layout, band.numbers[0]
             outer, middle, inner, width = layout.levels
             groups = _groups_at_once(inner, _power_of_two(middle) * _power_of_two(width))
             page_base, row_base = self._pages.parts[first], rows.parts[first]
-            count = len(page_ids) * len(band.numbers) * outer * (inner // groups)
+            count = blocks * len(band.numbers) * outer * (inner // groups)
             getattr(triton_compression, kernel)[(min(ctas, count),)](
                 page_base.view(layout.dtype), row_base, offsets[0], offsets[1], ids[0], ids[1],
-                len(page_ids), len(band.numbers), band.page_stride // layout.dtype.itemsize, row_base.stride(0),
+                blocks, len(band.numbers), band.page_stride // layout.dtype.itemsize, row_base.stride(0),
                 SCALES_AT=layout.scales_offset, OUTER=outer, MIDDLE=middle, INNER=inner, WIDTH=width,
                 GROUPS=groups, MIDDLE_2=_power_of_two(middle), WIDTH_2=_power_of_two(width),
                 FP8=self._codec.compression is Compression.FP8, SMALLEST=SMALLEST_SCALE, num_warps=8,

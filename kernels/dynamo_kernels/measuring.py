@@ -1,27 +1,35 @@
-"""Times every path on this GPU, and how much decode slows down meanwhile: small copies, two seconds in all."""
+"""Times every path on this GPU, and how much decode slows down meanwhile: small copies, two seconds of them a start.
+
+The most telling points first; what there was no time for is measured by the next start.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import log2
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.choices import ENGINES_ALONE_BYTES, Case, Choice, Direction, Figure, Path, Point
-from dynamo_kernels.machine import CudaMachine
+from dynamo_kernels.machine import CudaMachine, Machine
 from dynamo_kernels.plan import CopyPlan
 
-#: What is not measured by then is not measured; the nearest point that was stands for it.
+Clock = Callable[[], float]
+
+#: What one start measures. Kernels that are compiled first, once a machine, are not on it, but bounded all the same.
 _BUDGET_SECONDS = 1.8
+_LONGEST_SECONDS = 12.0
 _MOST_BYTES, _MOST_FRAGMENTS, _FEW_FRAGMENTS = 64 << 20, 4096, 64
 _TIMES = 2
 #: A transfer is longer than these copies: several in a row hide what happens once a call.
 _IN_A_ROW = 2
-#: (fragment, parts a block), the most telling first.
+#: (fragment, parts a block).
 _SHAPES = ((16 << 10, 32), (64 << 10, 32), (2 << 20, 1), (4 << 10, 32))
 #: As long as the decode steps that are timed beside them.
 _ENOUGH_COPIES = 5
@@ -40,11 +48,48 @@ _WIDTH, _BATCH, _MATRICES, _STEPS = 8192, 16, 4, 30
 class _Memory:
     hbm: torch.Tensor
     host: torch.Tensor
-    machine: CudaMachine
+    machine: Machine
 
 
-def measure(device: torch.device) -> dict[Point, tuple[Figure, ...]]:
-    """Figures for both directions, few and many fragments, parts at equal distances (lines) or not."""
+class Bench(Protocol):
+    """One point's copies."""
+
+    def start(self, choice: Choice) -> None:
+        """Enqueues the copy once."""
+
+    def finish(self) -> None:
+        """Waits until all that was enqueued is done."""
+
+    def rate(self, choice: Choice) -> float:
+        """Bytes a second as a caller sees them."""
+
+    def slowdown(self, choice: Choice) -> float:
+        """How much longer decode takes meanwhile, as a fraction."""
+
+
+class Budget:
+    """Seconds that measuring took, and since when."""
+
+    def __init__(
+        self, measuring: float = _BUDGET_SECONDS, longest: float = _LONGEST_SECONDS, clock: Clock = time.perf_counter
+    ) -> None:
+        self._left, self._end, self._clock = measuring, clock() + longest, clock
+
+    @property
+    def is_spent(self) -> bool:
+        return self._left <= 0 or self._clock() >= self._end
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        started = self._clock()
+        yield
+        self._left -= self._clock() - started
+
+
+def measure(device: torch.device, points: Sequence[Point]) -> Iterator[tuple[Point, tuple[Figure, ...]]]:
+    """Figures of `points` in their order, as far as time goes."""
+    if not points:
+        return
     memory = _Memory(
         torch.zeros(_MOST_BYTES, dtype=torch.uint8, device=device),
         torch.zeros(_MOST_BYTES, dtype=torch.uint8, pin_memory=True),
@@ -52,43 +97,73 @@ def measure(device: torch.device) -> dict[Point, tuple[Figure, ...]]:
     )
     lane = torch.cuda.Stream(device, priority=-1)
     decode = _Decode(device)
-    found: dict[Point, tuple[Figure, ...]] = {}
-    started = time.perf_counter()
-    for point, parts in _points():
-        if time.perf_counter() - started > _BUDGET_SECONDS:
-            break
-        with torch.cuda.stream(lane):
-            found[point] = _measure_point(point, parts, memory, decode)
+    with torch.cuda.stream(lane):
+        yield from measure_points(points, lambda point: CopyBench(point, memory, decode.slowdown), Budget())
     torch.cuda.synchronize(device)
-    return found
 
 
-def _points() -> Iterator[tuple[Point, int]]:
+def measure_points(
+    points: Sequence[Point], make: Callable[[Point], Bench], budget: Budget
+) -> Iterator[tuple[Point, tuple[Figure, ...]]]:
+    """A point is measured whole or not at all: half of its paths would look like all there are."""
+    for point in points:
+        if budget.is_spent:
+            return
+        bench = make(point)
+        candidates = [choice for choice in _CANDIDATES if parts_of(point) > 1 or choice.path in _OF_ONE_PART]
+        # The engines first: they have nothing to compile. Then what compiles, so that nothing does on the budget.
+        for choice in candidates:
+            bench.start(choice)
+        bench.finish()
+        with budget.spending():
+            figures = _measure_point(point, candidates, bench)
+        yield point, figures
+
+
+def telling_points(fragment_bytes: int | None = None) -> list[Point]:
+    """All points, the most telling first: nearest to the engine's own fragments, and loads, which are waited for."""
+    wanted = log2(fragment_bytes or _SHAPES[0][0])
+
+    def worth(point: Point) -> tuple[float, bool, bool, bool]:
+        return (
+            abs(log2(point.fragment_bytes) - wanted),
+            point.fragments <= _FEW_FRAGMENTS and parts_of(point) > 1,
+            not point.has_lines and parts_of(point) > 1,
+            point.direction is Direction.D2H,
+        )
+
+    return sorted(_points(), key=worth)
+
+
+def parts_of(point: Point) -> int:
+    return next(parts for fragment, parts in _SHAPES if fragment == point.fragment_bytes)
+
+
+def _points() -> Iterator[Point]:
     for fragment, parts in _SHAPES:
         for direction in Direction:
             many = min(_MOST_FRAGMENTS, _MOST_BYTES // fragment)
             # Only short parts are copied as lines, so only for them the distances matter.
             for has_lines in (True, False) if parts > 1 and fragment < ENGINES_ALONE_BYTES else (parts > 1,):
-                yield Point(direction, fragment, many, has_lines), parts
+                yield Point(direction, fragment, many, has_lines)
             if fragment == _SHAPES[0][0]:
-                yield Point(direction, fragment, _FEW_FRAGMENTS, True), parts
+                yield Point(direction, fragment, _FEW_FRAGMENTS, True)
 
 
-def _measure_point(point: Point, parts: int, memory: _Memory, decode: _Decode) -> tuple[Figure, ...]:
-    bench = _Bench(point, parts, memory)
-    rates = [(choice, bench.rate(choice)) for choice in _CANDIDATES if parts > 1 or choice.path in _OF_ONE_PART]
+def _measure_point(point: Point, candidates: Sequence[Choice], bench: Bench) -> tuple[Figure, ...]:
+    rates = [(choice, bench.rate(choice)) for choice in candidates]
     promising = 0.8 * max(rate for _, rate in rates)
-    many = point.fragments > _FEW_FRAGMENTS or parts == 1
+    many = point.fragments > _FEW_FRAGMENTS or parts_of(point) == 1
     return tuple(
-        Figure(choice, rate, decode.slowdown(bench, choice) if many and rate >= promising else None)
-        for choice, rate in rates
+        Figure(choice, rate, bench.slowdown(choice) if many and rate >= promising else None) for choice, rate in rates
     )
 
 
-class _Bench:
+class CopyBench:
     """One point's views and ids: pages of the parts at equal distances, or with two parts exchanged."""
 
-    def __init__(self, point: Point, parts: int, memory: _Memory) -> None:
+    def __init__(self, point: Point, memory: _Memory, slowdown: Callable[[Bench, Choice], float]) -> None:
+        parts = parts_of(point)
         blocks = point.fragments // parts
         size = blocks * parts * point.fragment_bytes
         pages = list(memory.hbm[:size].view(parts, blocks, point.fragment_bytes).unbind(0))
@@ -98,7 +173,7 @@ class _Bench:
         hbm = BlockView.of_pages(pages, sizes)
         rows = BlockView.of_rows(memory.host[:size].view(blocks, -1), sizes)
         views = (hbm, rows) if point.direction is Direction.D2H else (rows, hbm)
-        self._choice = Choice(Path.DMA)
+        self._choice, self._current, self._slowdown = Choice(Path.DMA), memory.machine.current, slowdown
         self._plan = CopyPlan(*views, point.direction, memory.machine, self._chosen)
         self._bytes = size
         # Neighbours must not be copied as one: every other block first, then the rest.
@@ -111,15 +186,21 @@ class _Bench:
         self._choice = choice
         self._plan.enqueue(self._ids, self._ids[::-1])
 
+    def finish(self) -> None:
+        self._current().synchronize()
+
+    def slowdown(self, choice: Choice) -> float:
+        return self._slowdown(self, choice)
+
     def rate(self, choice: Choice) -> float:
-        """Bytes a second as a caller sees them: from the call to the last byte."""
+        """From the call to the last byte."""
         seconds = []
         for _ in range(1 + _TIMES):
-            torch.cuda.current_stream().synchronize()
+            self.finish()
             started = time.perf_counter()
             for _ in range(_IN_A_ROW):
                 self.start(choice)
-            torch.cuda.current_stream().synchronize()
+            self.finish()
             seconds.append(time.perf_counter() - started)
         return self._bytes * _IN_A_ROW / median(seconds[1:])
 
@@ -140,12 +221,12 @@ class _Decode:
                 self._outputs = [torch.mm(batch, weights) for _ in range(_MATRICES)]
         self._alone = median(self._step_seconds() for _ in range(5))
 
-    def slowdown(self, bench: _Bench, choice: Choice) -> float:
+    def slowdown(self, bench: Bench, choice: Choice) -> float:
         """How much longer a step takes while copies run, as a fraction."""
         for _ in range(_ENOUGH_COPIES):
             bench.start(choice)
         seconds = self._step_seconds()
-        torch.cuda.current_stream().synchronize()
+        bench.finish()
         return seconds / self._alone - 1
 
     def _step_seconds(self) -> float:

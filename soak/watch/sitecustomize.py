@@ -61,7 +61,7 @@ def _arm(engine: Any) -> None:
         outcome = load(self, job, *rest)
         for item in job.items:
             if item.key not in outcome.failed:
-                parts = [part[item.block].numpy().tobytes() for part in self._hbm.parts]
+                parts = [part[item.block].numpy().tobytes() for part in self._copy._hbm.parts]
                 compare(f"loaded from {item.tier}", item.key, b"".join(parts))
         return outcome
 

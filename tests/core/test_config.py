@@ -15,6 +15,7 @@ TIERS, DRAM, RATIO = "kvbm_storage_tiers", "kvbm_host_dram_gb", "kvbm_offload_ra
 PATH, DISK = "kvbm_nvme_path", "kvbm_nvme_gb"
 URL, ENDPOINT, SPACE = "kvbm_object_url", "kvbm_object_endpoint_url", "kvbm_object_gb"
 DEADLINE, POLICY, GATE = "kvbm_object_deadline_ms", "kvbm_eviction_policy", "kvbm_load_gate"
+COMPRESSION = "kvbm_compression"
 TOUCHES = ("kvbm_dram_min_touches", "kvbm_nvme_min_touches", "kvbm_object_min_touches")
 ALL = "hbm,host_dram,nvme_ssd"
 NVME = {TIERS: ALL, PATH: "/data/kv", DISK: 10}
@@ -43,6 +44,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({DRAM: ""}, "--kvbm-host-dram-gb", "number"),
     ({DRAM: True}, "--kvbm-host-dram-gb", "number"),
     ({TIERS: "hbm", DRAM: 4}, "--kvbm-host-dram-gb", "add host_dram there, or drop the flag"),
+    ({COMPRESSION: "fp4"}, "--kvbm-compression", "write off or fp8 or int8"),
+    ({COMPRESSION: "on"}, "--kvbm-compression", "write off or fp8 or int8"),
+    ({TIERS: "hbm", COMPRESSION: "fp8"}, "--kvbm-compression", "add host_dram there, or drop the flag"),
     ({RATIO: 0}, "--kvbm-offload-ratio", "above 0"),
     ({RATIO: 1.01}, "--kvbm-offload-ratio", "above 1"),
     ({RATIO: "half"}, "--kvbm-offload-ratio", "number"),
@@ -168,7 +172,7 @@ def test_the_record_cannot_be_changed() -> None:
 
 
 def test_every_setting_has_its_help() -> None:
-    known = {TIERS, DRAM, RATIO, PATH, DISK, URL, ENDPOINT, SPACE, DEADLINE, POLICY, GATE, *TOUCHES}
+    known = {TIERS, DRAM, RATIO, PATH, DISK, URL, ENDPOINT, SPACE, DEADLINE, POLICY, GATE, COMPRESSION, *TOUCHES}
     assert set(SETTINGS) == known
     assert all(text.endswith(".") for text in SETTINGS.values())
 
@@ -178,3 +182,10 @@ def test_a_home_directory_is_found_without_a_shell(monkeypatch: pytest.MonkeyPat
     assert parse_config({TIERS: "hbm,host_dram,nvme_ssd", PATH: "~/slabs", DISK: 1}).nvme_path == Path("/srv/kv/slabs")
     with pytest.raises(ConfigError, match="--kvbm-nvme-path ~nobody-here/slabs"):
         parse_config({TIERS: "hbm,host_dram,nvme_ssd", PATH: "~nobody-here/slabs", DISK: 1})
+
+
+def test_compression_is_off_unless_asked_for() -> None:
+    assert parse_config({}).compression is None
+    assert parse_config({COMPRESSION: False}).compression is None  # a bare `off` in YAML
+    assert parse_config({COMPRESSION: "off"}).compression is None
+    assert parse_config({COMPRESSION: " int8 "}).compression == "int8"

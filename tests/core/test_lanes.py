@@ -9,6 +9,8 @@ import time
 from concurrent.futures import CancelledError, wait
 
 import pytest
+import torch
+from dynamo_kernels import BlockView
 
 from dynamo_connectors.lanes import Lane
 from dynamo_connectors.staging import StagingRows
@@ -118,7 +120,7 @@ def test_a_task_that_hangs_for_ever_does_not_keep_the_process() -> None:
 
 
 def test_staging_rows_are_never_handed_out_twice() -> None:
-    staging = StagingRows(DramStore(4, 8), [8])
+    staging = StagingRows(DramStore(4, 8), BlockView.of_pages([torch.zeros((2, 8), dtype=torch.uint8)], [8]))
     first, second = staging.take(3), staging.take(3)
     assert sorted(first + second) == [0, 1, 2, 3]
     assert staging.take(1) == []

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_connectors.load_gate import EXPLORE_BLOCKS, EXPLORE_ONE_IN, LEAST_SAMPLES, WINDOW, LoadGate
+from dynamo_connectors.load_gate import (
+    DOUBT,
+    EXPLORE_BLOCKS,
+    EXPLORE_ONE_IN,
+    EXPLORE_YOUNG_ONE_IN,
+    LEAST_SAMPLES,
+    WINDOW,
+    LoadGate,
+)
 
 BLOCK_BYTES, BLOCK_TOKENS = 2_000_000, 16
 PREFILL = 1e-4  # seconds a token: a block takes 1.6 ms
@@ -35,6 +43,11 @@ def admit(gate: LoadGate, *run: tuple[str, int]) -> int:
     return gate.admit([tier for tier, blocks in run for _ in range(blocks)], BLOCK_BYTES, BLOCK_TOKENS)
 
 
+def expected_load_seconds(gate: LoadGate, run: list[str]) -> float:
+    """A tier met twice is waited for once; tiers that nothing is known of count as free."""
+    return sum(gate._loading(tier, run.count(tier) * BLOCK_BYTES) or 0.0 for tier in dict.fromkeys(run))
+
+
 def test_before_anything_is_learnt_everything_is_admitted() -> None:
     gate = LoadGate()
     assert admit(gate, ("disk", 100)) == 100
@@ -42,9 +55,71 @@ def test_before_anything_is_learnt_everything_is_admitted() -> None:
     assert admit(gate, ("disk", 100)) == 100, "nothing is known about prefill"
     other = gate_with_prefill()
     assert admit(other, ("disk", 100)) == 100, "nothing is known about the disk"
-    teach(other, "disk", SLOW, samples=LEAST_SAMPLES - 1)
-    assert admit(other, ("disk", 100)) == 100, "too little is known about the disk"
     assert admit(other) == 0
+
+
+def test_one_load_that_took_clearly_longer_than_computing_is_the_last() -> None:
+    gate = LoadGate()
+    gate.observe_prefill(2048, 2048 * PREFILL)
+    gate.observe_load("disk", 100 * BLOCK_BYTES, 100 * BLOCK_BYTES / SLOW)
+    assert admit(gate, ("disk", 100)) == 0
+    assert admit(gate, ("disk", 10)) == 0
+    # Ten times as much may take no longer: the one sample may have been all latency.
+    assert admit(gate, ("disk", 1000)) == 1000
+
+
+def test_a_tier_measured_at_start_up_is_refused_before_its_first_load() -> None:
+    gate = gate_with_prefill()
+    gate.expect_load("disk", SLOW)
+    assert admit(gate, ("disk", 100)) == 0
+    gate.expect_load("fast", FAST)
+    assert admit(gate, ("fast", 100)) == 100
+    nothing = gate_with_prefill()
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        nothing.expect_load("disk", wrong)
+    assert admit(nothing, ("disk", 100)) == 100
+
+
+def test_a_first_load_that_was_slow_by_accident_is_doubted_soon() -> None:
+    """Kernels are compiled in it, for example."""
+    gate = gate_with_prefill()
+    gate.observe_load("dram", 8 * BLOCK_BYTES, 1.0)
+    asked = 0
+    while (admitted := admit(gate, ("dram", 8))) < 8:
+        if admitted:
+            gate.observe_load("dram", admitted * BLOCK_BYTES, admitted * BLOCK_BYTES / FAST)
+        asked += 1
+        assert asked <= EXPLORE_YOUNG_ONE_IN
+
+
+@given(speed=speeds, factors=st.lists(noise, min_size=1, max_size=6), blocks=st.integers(1, 3000), probed=st.booleans())
+def test_from_the_second_load_on_none_is_clearly_slower_than_computing(
+    speed: float, factors: list[float], blocks: int, probed: bool
+) -> None:
+    """With a measurement at start-up from the first one on. Loads of one size; the tries of a few blocks are apart."""
+    gate = gate_with_prefill()
+    if probed:
+        gate.expect_load("disk", speed)
+    computing = blocks * BLOCK_TOKENS * PREFILL
+    slower = []
+    for factor in factors:
+        admitted = admit(gate, ("disk", blocks))
+        if admitted == blocks > EXPLORE_BLOCKS:
+            seconds = blocks * BLOCK_BYTES / speed * factor
+            gate.observe_load("disk", blocks * BLOCK_BYTES, seconds)
+            # Noise of a tenth in either direction on top of the doubt.
+            slower.append(seconds > DOUBT * computing * 1.25)
+        gate.check()
+    assert not any(slower if probed else slower[1:])
+
+
+@given(speed=speeds, blocks=st.integers(1, 3000), samples=st.integers(0, LEAST_SAMPLES))
+def test_what_is_clearly_faster_is_admitted_from_the_first_load_on(speed: float, blocks: int, samples: int) -> None:
+    gate = gate_with_prefill()
+    gate.expect_load("disk", speed)
+    teach(gate, "disk", speed, samples=samples)
+    if 1.1 * blocks * BLOCK_BYTES / speed < blocks * BLOCK_TOKENS * PREFILL:
+        assert admit(gate, ("disk", blocks)) == blocks
 
 
 def test_a_faster_tier_is_read_and_a_slower_one_computed() -> None:
@@ -69,7 +144,7 @@ def test_a_tier_met_twice_is_waited_for_once() -> None:
     gate = gate_with_prefill()
     teach(gate, "object", FAST, latency=0.05)
     teach(gate, "dram", FAST)
-    assert gate.expected_load_seconds(["object", "dram", "object"], BLOCK_BYTES) == pytest.approx(0.0503, rel=0.01)
+    assert expected_load_seconds(gate, ["object", "dram", "object"]) == pytest.approx(0.0503, rel=0.01)
     assert admit(gate, ("object", 35), ("dram", 2), ("object", 5)) == 42
 
 
@@ -81,7 +156,7 @@ def test_what_cannot_be_measured_is_left_out(seconds: float) -> None:
         gate.observe_prefill(1000, seconds)
         gate.observe_load("disk", 0, 0.1)
         gate.observe_prefill(0, 0.1)
-    assert gate.expected_load_seconds(["disk"], BLOCK_BYTES) == 0
+    assert expected_load_seconds(gate, ["disk"]) == 0
     assert gate.expected_prefill_seconds(1000) == pytest.approx(1000 * PREFILL)
 
 
@@ -128,12 +203,10 @@ def test_what_is_expected_to_be_slower_is_admitted_only_to_explore(
     for run in runs:
         admitted = admit(gate, *run)
         taken = [tier for tier, blocks in run for _ in range(blocks)][:admitted]
-        slower_by = gate.expected_load_seconds(taken, BLOCK_BYTES) - gate.expected_prefill_seconds(
-            admitted * BLOCK_TOKENS
-        )
+        slower_by = expected_load_seconds(gate, taken) - gate.expected_prefill_seconds(admitted * BLOCK_TOKENS)
         if slower_by > 1e-9:
             explored += 1
-            known = gate.expected_load_seconds(taken[:-EXPLORE_BLOCKS], BLOCK_BYTES)
+            known = expected_load_seconds(gate, taken[:-EXPLORE_BLOCKS])
             assert known <= gate.expected_prefill_seconds(max(0, admitted - EXPLORE_BLOCKS) * BLOCK_TOKENS) + 1e-9
         gate.check()
     assert explored <= len(runs) // EXPLORE_ONE_IN * 3, "three tiers were refused and tried too often"

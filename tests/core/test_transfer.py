@@ -13,7 +13,7 @@ import pytest
 import torch
 from dynamo_kernels import BlockView, ComputeFence
 
-from dynamo_connectors import loads, transfer
+from dynamo_connectors import transfer
 from dynamo_connectors.blocks import BlockKey, Namespace
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.jobs import JobReport, LoadItem, LoadJob, MoveItem, MoveJob, StoreItem, StoreJob
@@ -235,11 +235,12 @@ def test_a_thread_that_dies_costs_its_job_and_the_next_one_runs(
     names, slots = keys(4), [0, 1, 2, 3]
     rig.store(names, slots, slots)
     rig.offload(names[:2], slots[:2], slots[:2])
+    staging = rig.engine._below[NVME_SSD].staging
     jobs: dict[str, tuple[object, str, Callable[[], JobReport]]] = {
-        "copy": (transfer, "copy_blocks", lambda: rig.store(names, slots, slots)),
+        "copy": (rig.engine._copy, "down", lambda: rig.store(names, slots, slots)),
         "disk_read": (rig.disk, "read_run", lambda: rig.load(names[:2], NVME_SSD, [0, 1], [8, 9])),
         "disk_write": (rig.disk, "write_run", lambda: rig.offload(names[2:], [2, 3], [2, 3])),
-        "copy_after_disk": (loads, "copy_blocks", lambda: rig.load(names[:2], NVME_SSD, [0, 1], [8, 9])),
+        "copy_after_disk": (staging.copy, "up", lambda: rig.load(names[:2], NVME_SSD, [0, 1], [8, 9])),
     }
     owner, name, job = jobs[place]
 
@@ -288,8 +289,9 @@ def test_a_disk_that_hangs_costs_its_loads_and_never_their_memory(
     for number in range(6):  # enough to want every staging row
         rig.start(load_job(number, names, NVME_SSD, slots, slots))
     assert hang.started.wait(20)
-    assert not rig.load(names[:3], HOST_DRAM, [0, 1, 2], [60, 61, 62]).failed, "host memory waits for the disk"
-    reports = rig.reports(6)
+    rig.start(load_job(99, names[:3], HOST_DRAM, [0, 1, 2], [60, 61, 62]))
+    reports = rig.reports(7)  # the disk still hangs
+    assert not reports.pop(99).failed, "host memory waits for the disk"
     assert {reason for report in reports.values() for reason in report.failed.values()} == {"timeout"}
     assert all(len(report.failed) == 40 for report in reports.values())
     waits = [moved for report in reports.values() for moved in report.moved]

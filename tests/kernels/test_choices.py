@@ -86,6 +86,9 @@ def test_the_nearest_point_decides_by_size_then_by_count_never_by_the_other_dire
         (4 << 20, 4096, Path.ZERO_COPY),
     ):
         assert choose(Case(Direction.H2D, fragment, count), table).path is path
+    # One known point says nothing about fragments of another size.
+    for fragment in (64 << 10, 512 << 10):
+        assert choose(Case(Direction.H2D, fragment, 4096), table).why.startswith("rule: ")
     assert choose(STORE, table).path is Path.SPLIT
     assert choose(replace(STORE, has_lines=False), table).why.startswith("rule: ")
 

@@ -55,6 +55,34 @@ def test_every_value_is_within_the_stated_error(
     assert ((there - here).abs() <= bound(there, largest, compression)).all()
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    compression=st.sampled_from(list(Compression)),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    exponent=st.integers(-12, 12),
+    spread=st.floats(0, 12),
+    seed=st.integers(0, 2**31),
+)
+def test_errors_do_not_pile_up_when_blocks_go_down_again_and_again(
+    compression: Compression, dtype: torch.dtype, exponent: int, spread: float, seed: int
+) -> None:
+    """What has come back may be compressed once more, from HBM. That moves it once, then by rounding alone."""
+    layout = HeadLayout(dtype, (4, 2, 64), (1,))
+    random = torch.Generator().manual_seed(seed)
+    size = (2, layout.elements)
+    values = (
+        torch.randn(size, generator=random) * 2.0**exponent * torch.exp(-spread * torch.rand(size, generator=random))
+    )
+    passes = [values.to(dtype)]
+    for _ in range(4):
+        passes.append(dequantise(*quantise(passes[-1], layout, compression), layout, compression))
+    first, second, fourth = (passes[number].double().reshape(-1, *layout.levels) for number in (0, 2, 4))
+    largest = first.abs().amax(dim=(2, 4), keepdim=True)
+    rounding = torch.finfo(dtype).eps * second.abs() + largest * 2.0**-20
+    assert ((fourth - second).abs() <= rounding).all()
+    assert ((fourth - first).abs() <= 2 * bound(first, largest, compression) + 3 * rounding).all()
+
+
 @pytest.mark.parametrize("compression", Compression)
 def test_the_bound_is_nearly_reached(compression: Compression) -> None:
     """A bound that nothing comes near to says nothing."""

@@ -1,0 +1,43 @@
+"""Copies between HBM pages and one slab of host rows: as they are, or compressed on the way down and expanded going up.
+
+A slab holds one kind of rows for its whole life, and every tier below holds copies of them, so a process never meets
+both kinds; that another one's are not met on disk or in an object store is the namespace's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from dynamo_kernels.block_view import BlockView
+from dynamo_kernels.compressed_copy import CompressedCopy
+from dynamo_kernels.compression import Codec
+from dynamo_kernels.copy import copy_blocks
+
+
+class RowCopy:
+    """`rows` is (slots, row_bytes) uint8. The bytes are in place when a call returns. Many threads may call at once."""
+
+    def __init__(self, hbm: BlockView, rows: npt.NDArray[np.uint8], codec: Codec | None = None) -> None:
+        self._hbm = hbm
+        # One view for good, because the copy engine prepares a plan for every new one.
+        self._rows = BlockView.of_rows(torch.from_numpy(rows), hbm.part_bytes if codec is None else codec.part_bytes)
+        self._compressed = None if codec is None else CompressedCopy(codec, hbm, self._rows)
+
+    @property
+    def device(self) -> torch.device:
+        return self._hbm.device
+
+    def down(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        if self._compressed is None:
+            copy_blocks(self._hbm, blocks, self._rows, slots)
+        else:
+            self._compressed.store(blocks, slots)
+
+    def up(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        if self._compressed is None:
+            copy_blocks(self._rows, slots, self._hbm, blocks)
+        else:
+            self._compressed.load(slots, blocks)

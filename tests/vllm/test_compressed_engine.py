@@ -1,0 +1,106 @@
+"""`--kvbm-compression` on a real vLLM: evicted, reloaded, counted, and never mixed with bytes of another kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo_connectors.tiers.nvme import slot_bytes, slot_offset
+from dynamo_connectors.tiers.slot_header import HEADER_BYTES
+from tests.vllm.client import Answer, VllmClient, prompt, wait_until
+from tools.server_process import ServerProcess
+from tools.vllm_server import VllmOptions, vllm_server
+
+pytestmark = pytest.mark.engine
+
+#: 28 blocks a prompt: six prompts fill the 160 blocks of HBM, ten the 304 of DRAM.
+BLOCKS_PER_PROMPT = 28
+#: 4 layers, 2 heads of 64, 32 tokens: one byte for each of K and V, and 16 bytes of scales a layer.
+ROW_BYTES = 4 * (2 * 2 * 64 * 32 + 16)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of both kinds, one after the other."""
+    return tmp_path_factory.mktemp("compressed")
+
+
+@pytest.fixture(scope="module", params=["fp8", "int8"])
+def served(
+    request: pytest.FixtureRequest, tiny_model: Path, logs: Path, directory: Path
+) -> Iterator[tuple[ServerProcess, Path]]:
+    """The engine and its slab. It has half of what `test_engine` has below HBM, and room for as many blocks."""
+    before = set(directory.glob("*.slab"))
+    tiers = ["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd"]
+    sizes = ["--kvbm-host-dram-gb", "0.01", "--kvbm-nvme-path", str(directory), "--kvbm-nvme-gb", "0.025"]
+    rules = ["--kvbm-nvme-min-touches", "1", "--kvbm-load-gate", "off", "--kvbm-compression", request.param]
+    log = logs / f"vllm-{request.param}.log"
+    server = vllm_server(f"vllm-{request.param}", tiny_model, log, VllmOptions(extra=[*tiers, *sizes, *rules]))
+    try:
+        server.start().wait_ready()
+        (slab,) = set(directory.glob("*.slab")) - before
+        yield server, slab
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def client(served: tuple[ServerProcess, Path]) -> VllmClient:
+    return VllmClient(served[0].url)
+
+
+def hits(client: VllmClient, tier: str) -> float:
+    return client.metric("dynamo_kvbm_hit_blocks_total", tier=tier)
+
+
+def fill(client: VllmClient, first_seed: int, count: int) -> list[Answer]:
+    return [client.complete(prompt(seed)) for seed in range(first_seed, first_seed + count)]
+
+
+def test_what_the_other_kind_left_on_this_disk_is_not_found(
+    client: VllmClient, served: tuple[ServerProcess, Path]
+) -> None:
+    assert client.metric("dynamo_kvbm_recovered_blocks_total") == 0
+    capacity = served[1].stat().st_size // slot_bytes(ROW_BYTES)
+    assert capacity == 25_000_000 // slot_bytes(ROW_BYTES) > 600, "capacities do not follow the compressed size"
+
+
+def test_blocks_come_back_from_both_tiers_near_what_they_were_and_every_time_the_same(client: VllmClient) -> None:
+    cold = fill(client, 1000, 8)
+    dram, disk, read = hits(client, "host_dram"), hits(client, "nvme_ssd"), _read(client)
+    from_dram = fill(client, 1000, 8)
+    assert hits(client, "host_dram") - dram == 8 * BLOCKS_PER_PROMPT
+    assert hits(client, "nvme_ssd") == disk
+    assert _read(client) - read == 8 * BLOCKS_PER_PROMPT * ROW_BYTES
+    fill(client, 1100, 12)
+    disk = hits(client, "nvme_ssd")
+    assert fill(client, 1000, 4) == from_dram[:4]
+    assert hits(client, "nvme_ssd") - disk == 4 * BLOCKS_PER_PROMPT
+    # By chance one in 512 would. Random weights as wide as this model's make much of little: see docs/benchmarks.md.
+    same = sum(one.tokens[0] == other.tokens[0] for one, other in zip(cold, from_dram, strict=True))
+    assert same >= 2, "the answers have little to do with the computed ones"
+    assert from_dram != cold, "nothing was compressed"
+
+
+def test_damaged_compressed_bytes_are_computed_and_counted(
+    client: VllmClient, served: tuple[ServerProcess, Path]
+) -> None:
+    cold = fill(client, 3000, 18)
+    wait_until(lambda: client.metric("vllm:kv_cache_usage_perc") == 0.0, "no HBM block is in use")
+    with served[1].open("r+b") as file:
+        first, step = slot_offset(0, ROW_BYTES) + HEADER_BYTES + 777, slot_bytes(ROW_BYTES)
+        for offset in range(first, served[1].stat().st_size, step):
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 0x40]))
+    before = client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum")
+    assert fill(client, 3000, 2) == cold[:2]
+    assert client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum") > before
+    assert "Traceback" not in served[0].log.read_text()
+
+
+def _read(client: VllmClient) -> float:
+    return client.metric("dynamo_kvbm_onboarded_bytes_total")
