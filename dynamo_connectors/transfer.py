@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from dynamo_kernels.copy import copy_blocks
 from dynamo_kernels.fence import ComputeFence, CopyLane
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, PEER
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
 from dynamo_connectors.lanes import Lane
@@ -56,6 +56,8 @@ class Stores:
     dram: DramStore
     disk: NvmeStore | None = None
     object_store: ObjectStore | None = None
+    #: Makes the peer tier, which reads into this slab and no other memory.
+    peer: Callable[[DramStore], LowerTier] | None = None
 
 
 @dataclass
@@ -73,10 +75,12 @@ class _Outcome:
 class _Below:
     """A tier below host memory, with the threads and the memory that loads from it take."""
 
-    def __init__(self, name: str, tier: LowerTier, dram: DramStore, part_bytes: Sequence[int]) -> None:
-        self.tier = tier
+    def __init__(
+        self, name: str, make: Callable[[DramStore], LowerTier], dram: DramStore, part_bytes: Sequence[int]
+    ) -> None:
         rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // dram.row_bytes)
         self.staging = StagingRows(dram.another(min(rows, 4 * _MIN_STAGING_ROWS)), part_bytes)
+        self.tier = make(self.staging.store)
         self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
 
 
@@ -101,10 +105,13 @@ class TransferEngine:
         self._load_lane = Lane("kvbm-load", 1)
         #: Fastest first.
         self._below: dict[str, _Below] = {}
-        if stores.disk is not None:
-            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores.dram, hbm.part_bytes)
-        if stores.object_store is not None:
-            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores.dram, hbm.part_bytes)
+        disk, objects = stores.disk, stores.object_store
+        if disk is not None:
+            self._below[NVME_SSD] = _Below(NVME_SSD, lambda _: NvmeTier(disk), stores.dram, hbm.part_bytes)
+        if objects is not None:
+            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, lambda _: objects, stores.dram, hbm.part_bytes)
+        if stores.peer is not None:
+            self._below[PEER] = _Below(PEER, stores.peer, stores.dram, hbm.part_bytes)
 
     def submit(self, job: Job, fence: ComputeFence) -> None:
         """Starts `job` once the compute before `fence` is done. Its report comes out of `poll`, always."""

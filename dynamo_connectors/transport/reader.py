@@ -318,7 +318,8 @@ class Reader:
         peer = self._peers[name]
         peer.state, peer.reason, peer.retry_at = "refused", "unreachable", now + _SILENT_SECONDS
         self.complaints.append(
-            f"peer {name} does not answer: nobody listens there, or it has another --kvbm-peer-secret-file"
+            f"peer {name} does not answer: nobody listens there, it has another --kvbm-peer-secret-file, or another "
+            "version of dynamo-connectors"
         )
         for read in self._waiting_for(name):
             self._finish(read, "unreachable")
