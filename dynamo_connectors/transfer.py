@@ -25,7 +25,7 @@ from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, PEER
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
 from dynamo_connectors.lanes import Lane
-from dynamo_connectors.loads import LoadFromBelow, reasons
+from dynamo_connectors.loads import MOST_ROWS, LoadFromBelow, reasons
 from dynamo_connectors.staging import StagingRows
 from dynamo_connectors.tiers.base import Batch, LowerTier, Place
 from dynamo_connectors.tiers.dram import DramStore
@@ -78,8 +78,10 @@ class _Below:
     def __init__(
         self, name: str, make: Callable[[DramStore], LowerTier], dram: DramStore, part_bytes: Sequence[int]
     ) -> None:
-        rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // dram.row_bytes)
-        self.staging = StagingRows(dram.another(min(rows, 4 * _MIN_STAGING_ROWS)), part_bytes)
+        # Every read of a peer is confirmed by a message or two, so there larger ones pay.
+        self.scale = 2 if name == PEER else 1
+        rows = min(max(_MIN_STAGING_ROWS, _STAGING_BYTES // dram.row_bytes), 4 * _MIN_STAGING_ROWS)
+        self.staging = StagingRows(dram.another(rows * self.scale), part_bytes)
         self.tier = make(self.staging.store)
         self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
 
@@ -204,7 +206,7 @@ class TransferEngine:
             self._load_from_dram(by_tier.pop(HOST_DRAM), outcome)
         for name, items in by_tier.items():
             started, below = time.monotonic(), self._below[name]
-            load = LoadFromBelow(below.tier, below.staging, self._hbm)
+            load = LoadFromBelow(below.tier, below.staging, self._hbm, MOST_ROWS * below.scale)
             limit = below.tier.deadline_seconds
             left = limit - queued_seconds
             good = load.run(items, left if left > limit * _LEAST_TIME_LEFT else 0.0, outcome.failed)
