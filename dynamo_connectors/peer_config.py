@@ -39,6 +39,11 @@ class PeerConfig:
         return self.role in (PREFILL, BOTH)
 
     @property
+    def is_local(self) -> bool:
+        """Without a secret nobody beyond this host is believed."""
+        return self.secret_file is None
+
+    @property
     def reads(self) -> bool:
         return self.role in (DECODE, BOTH)
 
@@ -58,8 +63,10 @@ def parse_peer_config(ours: Mapping[str, object], has_tiers: bool) -> PeerConfig
             "--kvbm-role needs the host_dram tier: blocks pass through it; add it to --kvbm-storage-tiers"
         )
     host = str(ours.get("kvbm_peer_host", "127.0.0.1")).strip()
+    if host in ("", "0.0.0.0", "::"):
+        raise ConfigError(f"--kvbm-peer-host {host!r} leads nowhere; write the address that other engines reach")
     secret = ours.get("kvbm_peer_secret_file")
-    if secret is None and not _is_this_host(host):
+    if secret is None and not is_this_host(host):
         raise ConfigError(
             f"--kvbm-peer-host {host} is open to other hosts: give every engine the same --kvbm-peer-secret-file"
         )
@@ -72,7 +79,8 @@ def parse_peer_config(ours: Mapping[str, object], has_tiers: bool) -> PeerConfig
     )
 
 
-def _is_this_host(host: str) -> bool:
+def is_this_host(host: str) -> bool:
+    """Whether an address can be nobody's but this host's."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from socket import SOCK_STREAM, getaddrinfo
 from typing import Any
 
 import zmq
@@ -109,12 +110,13 @@ class PeerServer:
         socket: zmq.Socket[Any] = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.MAXMSGSIZE, MOST_FRAME_BYTES)
         socket.setsockopt(zmq.LINGER, 0)
-        if ":" in settings.host:
-            socket.setsockopt(zmq.IPV6, 1)
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
-            socket.bind(f"tcp://{host}:{settings.port}")
-        except zmq.ZMQError as error:
+            # By address: ZeroMQ takes a name here for that of a network card.
+            address = str(getaddrinfo(settings.host, settings.port, type=SOCK_STREAM)[0][4][0])
+            if ":" in address:
+                socket.setsockopt(zmq.IPV6, 1)
+            socket.bind(f"tcp://[{address}]:{settings.port}" if ":" in address else f"tcp://{address}:{settings.port}")
+        except (zmq.ZMQError, OSError) as error:
             raise ConfigError(
                 f"peers cannot be served at {settings.host}:{settings.port} ({error}); "
                 "choose another --kvbm-peer-port or --kvbm-peer-host"

@@ -14,6 +14,7 @@ from dynamo_connectors.block_manager import BlockManager, Source
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, PEER
 from dynamo_connectors.errors import StoreError
+from dynamo_connectors.peer_config import is_this_host
 from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 
@@ -39,8 +40,11 @@ class Offered(NamedTuple):
     ticket: BlockKey
 
 
-def offered(params: object) -> tuple[Offered | None, str]:
-    """What `kv_transfer_params` offer, and one line when they offer something that cannot be used."""
+def offered(params: object, local_only: bool = False) -> tuple[Offered | None, str]:
+    """What `kv_transfer_params` offer, and one line when they offer something that cannot be used.
+
+    They come from whoever may send requests: with `local_only`, because there is no secret, no other host is asked.
+    """
     if not isinstance(params, Mapping) or not params.get("do_remote_prefill"):
         return None, ""
     lease, tokens = params.get(LEASE), params.get("remote_num_tokens")
@@ -54,6 +58,8 @@ def offered(params: object) -> tuple[Offered | None, str]:
         Ticket.decode(encoded)
     except (StoreError, ValueError, TypeError) as error:
         return None, f"its ticket cannot be used ({error}); it is computed here"
+    if local_only and not is_this_host(ticket.host):
+        return None, f"its KV lies at {ticket.host}, and without --kvbm-peer-secret-file no other host is asked"
     return Offered(tokens, BlockKey(encoded)), ""
 
 

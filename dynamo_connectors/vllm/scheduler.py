@@ -64,14 +64,14 @@ class SchedulerHalf:
         self._forget_next = False
         self._was_reset = False
         #: Whether blocks of peers may be loaded.
-        self._reads = False
+        self._reads = self._local_only = False
 
     def bind_holds(self, holds: Holds) -> None:
         self._offloading.holds = holds
 
-    def take_role(self, identity: Identity | None, reads: bool) -> None:
+    def take_role(self, identity: Identity | None, reads: bool, local_only: bool = False) -> None:
         """`identity`: where peers may read this engine's blocks; `reads`: this engine may read theirs."""
-        self._reads = reads
+        self._reads, self._local_only = reads, local_only
         if identity is not None:
             self._exports = Exports(identity, self._manager, self._ledger, partial(os.urandom, LEASE_BYTES))
 
@@ -222,7 +222,7 @@ class SchedulerHalf:
             chains = Chains(geometry, request.block_hashes, self._adapters.name_of(request))
             live = Live(request, chains, hints, [0] * len(geometry.groups))
             if self._reads:
-                live.offer, problem = offered(request.kv_transfer_params)
+                live.offer, problem = offered(request.kv_transfer_params, self._local_only)
                 if problem:
                     log.warning("dynamo: request %s: %s", request.request_id, problem)
                     self._counts["ignored_hints", ""] += 1

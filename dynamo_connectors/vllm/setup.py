@@ -91,7 +91,7 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
     gate = LoadGate() if config.load_gate else None
     check_role(config, vllm_config, geometry)
     half = SchedulerHalf(BlockManager(tiers, config.min_touches), limits, events, gate, time.monotonic)
-    half.take_role(identity_of(config, vllm_config), config.peer.reads)
+    half.take_role(identity_of(config, vllm_config), config.peer.reads, config.peer.is_local)
     return half
 
 

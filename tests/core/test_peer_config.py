@@ -20,7 +20,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({PORT: 5700}, "--kvbm-peer-port", "add it, or drop the flag"),
     ({ROLE: "both", "kvbm_storage_tiers": "hbm"}, "--kvbm-role", "add it to --kvbm-storage-tiers"),
     ({ROLE: "both", HOST: "10.0.0.1"}, "--kvbm-peer-host", "--kvbm-peer-secret-file"),
-    ({ROLE: "both", HOST: "0.0.0.0"}, "--kvbm-peer-host", "--kvbm-peer-secret-file"),
+    ({ROLE: "both", HOST: "0.0.0.0", SECRET: "x"}, "--kvbm-peer-host", "other engines reach"),
     ({ROLE: "both", HOST: "prefill-1"}, "--kvbm-peer-host", "--kvbm-peer-secret-file"),
     ({ROLE: "both", PORT: 0}, "--kvbm-peer-port", "whole number from 1 to 65535"),
     ({ROLE: "both", PORT: 70000}, "--kvbm-peer-port", "whole number from 1 to 65535"),

@@ -133,6 +133,14 @@ def test_what_no_tier_here_holds_comes_from_the_peer() -> None:
     assert half.take_counts()["hit_blocks", PEER] == 2
 
 
+def test_without_a_secret_a_client_cannot_send_this_engine_to_another_host() -> None:
+    _, params, _ = prefilled(prefill_half())
+    half, _ = make()
+    half.take_role(None, reads=True, local_only=True)
+    assert half.matched_tokens(decode_request(params), 0) == 0
+    assert half.matched_tokens(FakeRequest("e", request("a", 3).block_hashes, {**params, "remote_host": "::1"}), 0)
+
+
 def test_a_hand_off_that_fails_is_not_tried_again() -> None:
     _, params, _ = prefilled(prefill_half())
     half = decode_half()
