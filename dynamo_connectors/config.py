@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.peer_config import PEER_SETTINGS, PeerConfig, parse_peer_config
 
 GIGABYTE = 10**9
 #: Less would not hold one block of any served model.
 SMALLEST_TIER_BYTES = 10**6
 HBM, HOST_DRAM, NVME_SSD, OBJECT_STORE = "hbm", "host_dram", "nvme_ssd", "object_store"
+#: Other engines' blocks. Not among the tiers that keep blocks: a request brings the ticket to what it may read.
+PEER = "peer"
 #: In order of speed. KV reaches every tier below through host memory; the disk and the object store may be left out.
 TIER_ORDER = (HBM, HOST_DRAM, NVME_SSD, OBJECT_STORE)
 LRU, ARC = "lru", "arc"
@@ -51,6 +54,7 @@ SETTINGS = {
     "kvbm_object_deadline_ms": (
         f"Longest wait for the object store in ms; later is a miss (default {DEFAULT_OBJECT_DEADLINE_MS:g})."
     ),
+    **PEER_SETTINGS,
 }
 #: A setting means nothing without its tier.
 _TIER_OF_PREFIX = {
@@ -87,6 +91,7 @@ class KvbmConfig:
     object_bytes: int = 0
     object_min_touches: int = 2
     object_deadline_seconds: float = DEFAULT_OBJECT_DEADLINE_MS / 1000
+    peer: PeerConfig = field(default_factory=PeerConfig)
 
     @property
     def has_tiers(self) -> bool:
@@ -139,6 +144,7 @@ def parse_config(settings: Mapping[str, object]) -> KvbmConfig:
         object_bytes=_parse_bytes(ours, "kvbm_object_gb", 1.0) if OBJECT_STORE in tiers else 0,
         object_min_touches=touches["object"],
         object_deadline_seconds=deadline_ms / 1000,
+        peer=parse_peer_config(ours, len(tiers) > 1),
     )
 
 

@@ -9,6 +9,10 @@ from pathlib import Path
 
 from dynamo_connectors.config import GIGABYTE, KvbmConfig
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.peer_config import PeerConfig
+from dynamo_connectors.transport.agent import require_nixl
+
+_LEAST_SECRET_BYTES = 16
 
 
 def physical_memory_bytes() -> int:
@@ -25,6 +29,28 @@ def check_host(config: KvbmConfig) -> None:
         )
     if config.nvme_path is not None:
         _check_directory(config.nvme_path, config.nvme_bytes)
+    if config.peer.role:
+        read_secret(config.peer)
+        require_nixl()
+
+
+def read_secret(peer: PeerConfig) -> bytes:
+    """What the fleet shares. Raises `ConfigError`. Without a file only this host is spoken to."""
+    if peer.secret_file is None:
+        return b"this host alone"
+    try:
+        secret = peer.secret_file.read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"--kvbm-peer-secret-file {peer.secret_file} cannot be read ({error.strerror}); name a file with the "
+            "fleet's secret"
+        ) from None
+    if len(secret) < _LEAST_SECRET_BYTES:
+        raise ConfigError(
+            f"--kvbm-peer-secret-file {peer.secret_file} holds less than {_LEAST_SECRET_BYTES} bytes; put a random "
+            "secret in, the same for every engine"
+        )
+    return secret
 
 
 def _check_directory(directory: Path, wanted_bytes: int) -> None:

@@ -1,7 +1,8 @@
 """What the owner of the index asks the owner of the bytes to do, and what it hears back. Plain records, picklable.
 
 Tiers go by name (`config.TIER_ORDER`). An object of the object_store tier is a chunk of blocks: `chunk` is its name and
-`row` the place of the block in it; in the other tiers a slot says it all.
+`row` the place of the block in it; in the peer tier `chunk` is the ticket that says who holds the block and under which
+lease; in the other tiers a slot says it all.
 """
 
 from __future__ import annotations
@@ -72,6 +73,15 @@ class EraseJob:
     job_id: int
     tier: str
     chunks: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """Lets the peer that holds `lease` read host_dram slots; ends with the lease, however that ends."""
+
+    job_id: int
+    lease: bytes
+    slots: tuple[tuple[BlockKey, int], ...]
 
 
 class Moved(NamedTuple):

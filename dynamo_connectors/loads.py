@@ -19,7 +19,7 @@ from dynamo_connectors.tiers.base import LowerTier, Place
 log = logging.getLogger(__name__)
 
 #: Rows that one load may hold: enough to keep a disk busy, few enough that several loads share them.
-_MOST_ROWS = 16
+MOST_ROWS = 16
 
 
 class _Read(NamedTuple):
@@ -30,7 +30,8 @@ class _Read(NamedTuple):
 class LoadFromBelow:
     """One load from one tier, on a thread of the transfer engine."""
 
-    def __init__(self, tier: LowerTier, staging: StagingRows) -> None:
+    def __init__(self, tier: LowerTier, staging: StagingRows, most_rows: int = MOST_ROWS) -> None:
+        self._most_rows = most_rows
         self._tier = tier
         self._staging = staging
         self._reads: dict[Future[Sequence[StoreError | None]], _Read] = {}
@@ -56,7 +57,7 @@ class LoadFromBelow:
 
     def _start(self, waiting: Sequence[LoadItem], deadline: float) -> int:
         """Starts reading the first of `waiting`, as many as there are rows for."""
-        room = _MOST_ROWS - sum(len(read.rows) for read in self._reads.values())
+        room = self._most_rows - sum(len(read.rows) for read in self._reads.values())
         # Who holds rows does not wait for more, so those who wait are served in the end.
         patience = 0.0 if self._reads else max(0.0, deadline - time.monotonic())
         rows = self._staging.take(min(room, len(waiting)), patience) if waiting and room else []

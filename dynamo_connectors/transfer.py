@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +20,11 @@ from dynamo_kernels.compression import Codec
 from dynamo_kernels.fence import ComputeFence, CopyLane
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, PEER
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
 from dynamo_connectors.lanes import Lane
-from dynamo_connectors.loads import LoadFromBelow, reasons
+from dynamo_connectors.loads import MOST_ROWS, LoadFromBelow, reasons
 from dynamo_connectors.row_copy import RowCopy
 from dynamo_connectors.staging import StagingRows
 from dynamo_connectors.tiers.base import Batch, LowerTier, Place
@@ -58,6 +58,8 @@ class Stores:
     object_store: ObjectStore | None = None
     #: How the rows of host memory, and so of every tier below it, are compressed.
     codec: Codec | None = None
+    #: Makes the peer tier, which reads into this slab and no other memory.
+    peer: Callable[[DramStore], LowerTier] | None = None
 
 
 @dataclass
@@ -75,10 +77,12 @@ class _Outcome:
 class _Below:
     """A tier below host memory, with the threads and the memory that loads from it take."""
 
-    def __init__(self, name: str, tier: LowerTier, stores: Stores, hbm: BlockView) -> None:
-        self.tier = tier
-        rows = max(_MIN_STAGING_ROWS, _STAGING_BYTES // stores.dram.row_bytes)
-        self.staging = StagingRows(stores.dram.another(min(rows, 4 * _MIN_STAGING_ROWS)), hbm, stores.codec)
+    def __init__(self, name: str, make: Callable[[DramStore], LowerTier], stores: Stores, hbm: BlockView) -> None:
+        # Every read of a peer is confirmed by a message or two, so there larger ones pay.
+        self.scale = 2 if name == PEER else 1
+        rows = min(max(_MIN_STAGING_ROWS, _STAGING_BYTES // stores.dram.row_bytes), 4 * _MIN_STAGING_ROWS)
+        self.staging = StagingRows(stores.dram.another(rows * self.scale), hbm, stores.codec)
+        self.tier = make(self.staging.store)
         self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
 
 
@@ -102,10 +106,13 @@ class TransferEngine:
         self._load_lane = Lane("kvbm-load", 1)
         #: Fastest first.
         self._below: dict[str, _Below] = {}
-        if stores.disk is not None:
-            self._below[NVME_SSD] = _Below(NVME_SSD, NvmeTier(stores.disk), stores, hbm)
-        if stores.object_store is not None:
-            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, stores.object_store, stores, hbm)
+        disk, objects = stores.disk, stores.object_store
+        if disk is not None:
+            self._below[NVME_SSD] = _Below(NVME_SSD, lambda _: NvmeTier(disk), stores, hbm)
+        if objects is not None:
+            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, lambda _: objects, stores, hbm)
+        if stores.peer is not None:
+            self._below[PEER] = _Below(PEER, stores.peer, stores, hbm)
 
     def submit(self, job: Job, fence: ComputeFence) -> None:
         """Starts `job` once the compute before `fence` is done. Its report comes out of `poll`, always."""
@@ -198,7 +205,7 @@ class TransferEngine:
             self._load_from_dram(by_tier.pop(HOST_DRAM), outcome)
         for name, items in by_tier.items():
             started, below = time.monotonic(), self._below[name]
-            load = LoadFromBelow(below.tier, below.staging)
+            load = LoadFromBelow(below.tier, below.staging, MOST_ROWS * below.scale)
             limit = below.tier.deadline_seconds
             left = limit - queued_seconds
             good = load.run(items, left if left > limit * _LEAST_TIME_LEFT else 0.0, outcome.failed)

@@ -42,6 +42,8 @@ class DramStore:
                 "lower --kvbm-host-dram-gb"
             ) from error
         self._keys: list[BlockKey | None] = [None] * capacity_blocks
+        #: How often each slot was filled: who reads it from outside (`transport`) sees whether it changed meanwhile.
+        self._generations = [0] * capacity_blocks
         #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
         self.rows: npt.NDArray[np.uint8] = np.frombuffer(slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
         with contextlib.suppress(OSError):  # a system without huge pages
@@ -57,14 +59,20 @@ class DramStore:
 
     def set_key(self, slot: int, key: BlockKey | None) -> None:
         """Names what `slot` holds: None while the copy engine fills the row, the key when it is complete."""
+        if key is None:
+            self._generations[slot] += 1
         self._keys[slot] = key
 
     def holds(self, slot: int, key: BlockKey) -> bool:
         return self._keys[slot] == key
 
+    def generation_of(self, slot: int) -> int:
+        """Another number after every fill that has begun."""
+        return self._generations[slot]
+
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
         self._refuse_outside(slot)
-        self._keys[slot] = None
+        self.set_key(slot, None)
         # Assigned as memory, not as an array: numpy would spread a single byte over the row.
         memoryview(self.rows[slot])[:] = row
         self._keys[slot] = key

@@ -76,6 +76,11 @@ def tokens_in_flight(request: Any) -> int:
     return int(request.num_output_placeholders if in_flight is None else in_flight)
 
 
+def is_answered(request: Any) -> bool:
+    """Whether a request that has ended has an answer: it was not aborted, refused or failed."""
+    return getattr(request.status, "name", "") in ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
+
+
 def hashes_end_with_process(algorithm: str) -> bool:
     """Whether block hashes start from a random number here, so that no later process finds what is kept under them.
 

@@ -22,6 +22,7 @@ from dynamo_connectors.vllm.compat import (
     BlockTables,
     HbmHolds,
     engine_logger,
+    is_answered,
     is_surely_computed,
     log_where_the_engine_logs,
     tokens_in_flight,
@@ -102,10 +103,11 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        if self._scheduler is not None:
-            computed = max(0, request.num_computed_tokens - tokens_in_flight(request))
-            self._scheduler.finished(request, block_ids, computed)
-        return False, None
+        if self._scheduler is None:
+            return False, None
+        computed = max(0, request.num_computed_tokens - tokens_in_flight(request))
+        self._scheduler.finished(request, block_ids, computed)
+        return False, self._scheduler.hand_off(request, computed) if is_answered(request) else None
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.has_work
@@ -168,7 +170,8 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             stats = KvbmStats.of_scheduler(self._scheduler.take_counts(), self._scheduler.tier_stats())
         elif self._worker is not None:
-            stats = KvbmStats.of_worker(self._worker.take_transfers(), self._worker.take_failures())
+            worker = self._worker
+            stats = KvbmStats.of_worker(worker.take_transfers(), worker.take_failures(), worker.levels())
         else:
             return None
         return None if stats.is_empty() else stats

@@ -9,13 +9,24 @@ from itertools import chain, count
 from dynamo_connectors.block_manager import Erasure, Move, Source, Target
 from dynamo_connectors.blocks import BlockKey, records
 from dynamo_connectors.cascade import jobs_of
-from dynamo_connectors.jobs import EraseJob, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreItem, StoreJob
+from dynamo_connectors.config import HOST_DRAM
+from dynamo_connectors.jobs import (
+    EraseJob,
+    ExportJob,
+    LoadItem,
+    LoadJob,
+    Moved,
+    MoveItem,
+    MoveJob,
+    StoreItem,
+    StoreJob,
+)
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 
 
 @dataclass
 class Running:
-    """A job that workers have not all ended yet. It stores, loads, moves or erases."""
+    """A job that workers have not all ended yet. It stores, loads, moves, erases or exports."""
 
     workers_left: int
     failed: dict[BlockKey, str] = field(default_factory=dict)
@@ -24,6 +35,9 @@ class Running:
     loads: tuple[Source, ...] = ()
     moves: tuple[Move, ...] = ()
     erasures: tuple[Erasure, ...] = ()
+    exports: tuple[Source, ...] = ()
+    #: Nobody waits for its end.
+    is_patient: bool = False
     moved: list[Moved] = field(default_factory=list)
     #: The request that waits for `loads`.
     loading: str | None = None
@@ -40,6 +54,10 @@ class JobLedger:
         self._stores: list[StoreJob] = []
         self._moves: list[MoveJob] = []
         self._erasures: list[EraseJob] = []
+        self._exports: list[ExportJob] = []
+        self._announced: list[bytes] = []
+        self._watch: list[bytes] = []
+        self._unwatch: list[bytes] = []
 
     def store(self, stores: tuple[tuple[Target, int], ...]) -> None:
         items = tuple(StoreItem(key, block, slot) for (key, slot), block in stores)
@@ -64,12 +82,39 @@ class JobLedger:
     def erase(self, erasures: Sequence[Erasure]) -> None:
         for tier in dict.fromkeys(erasure.tier for erasure in erasures):
             parts = tuple(erasure for erasure in erasures if erasure.tier == tier)
-            job_id = self._start(Running(self._num_workers, erasures=parts))
+            job_id = self._start(Running(self._num_workers, erasures=parts, is_patient=True))
             self._erasures.append(EraseJob(job_id, tier, tuple(part.key for part in parts)))
 
+    def announce(self, lease: bytes) -> None:
+        self._announced.append(lease)
+
+    def export(self, lease: bytes, sources: tuple[Source, ...]) -> None:
+        """Lets a peer read leased blocks of host memory."""
+        assert all(source.tier == HOST_DRAM for source in sources), "peers read host memory only"
+        job_id = self._start(Running(self._num_workers, exports=sources, is_patient=True))
+        self._exports.append(ExportJob(job_id, lease, tuple((source.key, source.slot) for source in sources)))
+
+    def watch(self, ticket: bytes) -> None:
+        self._watch.append(ticket)
+
+    def unwatch(self, ticket: bytes) -> None:
+        self._unwatch.append(ticket)
+
     def take_plan(self, forget: bool, is_idle: bool) -> StepPlan:
-        plan = StepPlan(self._loads, self._stores, self._moves, self._erasures, forget, is_idle)
+        plan = StepPlan(
+            loads=self._loads,
+            stores=self._stores,
+            moves=self._moves,
+            erasures=self._erasures,
+            exports=self._exports,
+            announced=self._announced,
+            watch=self._watch,
+            unwatch=self._unwatch,
+            forget=forget,
+            is_idle=is_idle,
+        )
         self._loads, self._stores, self._moves, self._erasures = [], [], [], []
+        self._exports, self._announced, self._watch, self._unwatch = [], [], [], []
         return plan
 
     def hear(self, reports: WorkerReports) -> Iterator[Running]:
@@ -85,8 +130,12 @@ class JobLedger:
 
     @property
     def has_urgent(self) -> bool:
-        """Whether somebody waits for a job to end. Nobody does for an erasure: its store may never be reached."""
-        return any(not job.erasures for job in self._jobs.values())
+        """Whether somebody waits for a job to end, or for workers to hear of something.
+
+        Nobody waits for the end of an erasure, whose store may never be reached, nor of an export.
+        """
+        told_late = self._exports or self._announced or self._unwatch
+        return bool(told_late) or any(not job.is_patient for job in self._jobs.values())
 
     def loading_requests(self) -> set[str]:
         return {job.loading for job in self._jobs.values() if job.loading is not None}
@@ -100,8 +149,8 @@ class JobLedger:
         for job_id, job in self._jobs.items():
             assert 0 < job.workers_left <= self._num_workers, f"job {job_id}: {job.workers_left} workers left"
 
-    def _planned(self) -> Iterator[LoadJob | StoreJob | MoveJob | EraseJob]:
-        return chain(self._loads, self._stores, self._moves, self._erasures)
+    def _planned(self) -> Iterator[LoadJob | StoreJob | MoveJob | EraseJob | ExportJob]:
+        return chain(self._loads, self._stores, self._moves, self._erasures, self._exports)
 
     def _start(self, job: Running) -> int:
         job_id = next(self._ids)

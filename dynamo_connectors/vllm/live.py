@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias
 from dynamo_connectors.block_manager import Change
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.vllm.groups import Chains, Geometry
+from dynamo_connectors.vllm.handoff import Offered
 from dynamo_connectors.vllm.hints import Hints
 
 #: The HBM block ids of a request, one table per KV cache group.
@@ -77,6 +78,8 @@ class Live:
     is_early: bool = False
     #: A load for it failed: it computes the rest, however long a store takes to recover.
     is_disappointed: bool = False
+    #: What another engine has computed for it.
+    offer: Offered | None = None
 
     @property
     def request_id(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.jobs import EraseJob, JobReport, LoadJob, Moved, MoveJob, StoreJob
+from dynamo_connectors.jobs import EraseJob, ExportJob, JobReport, LoadJob, Moved, MoveJob, StoreJob
 from dynamo_connectors.vllm.recovery import Finds, in_common
 
 
@@ -20,6 +20,12 @@ class StepPlan(KVConnectorMetadata):
     stores: list[StoreJob] = field(default_factory=list)
     moves: list[MoveJob] = field(default_factory=list)
     erasures: list[EraseJob] = field(default_factory=list)
+    exports: list[ExportJob] = field(default_factory=list)
+    #: Leases that will be exported, so that their readers wait.
+    announced: list[bytes] = field(default_factory=list)
+    #: Tickets of requests that will want a peer's blocks, and of those that want them no more.
+    watch: list[bytes] = field(default_factory=list)
+    unwatch: list[bytes] = field(default_factory=list)
     #: Before any of them: what lies in the tiers now, and what this process still puts there, outlives nobody.
     forget: bool = False
     #: Nothing is computed in this step, so a worker may wait a moment for a job to end instead of spinning.

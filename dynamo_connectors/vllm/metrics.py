@@ -28,7 +28,21 @@ _COUNTERS = {
     "refused_blocks": ("dynamo_kvbm_gate_refused_blocks", None, "Blocks computed again because that is faster."),
     "shared_loads": ("dynamo_kvbm_shared_loads", None, "Requests that waited for another request's load."),
     "early_requests": ("dynamo_kvbm_early_requests", None, "Requests that came before a store had told what it holds."),
+    "nixl_read_bytes": ("dynamo_nixl_read_bytes", None, "Bytes of peers that were read and proven."),
+    "nixl_read_blocks": ("dynamo_nixl_read_blocks", None, "Blocks of peers that were read and proven."),
+    "nixl_reads": ("dynamo_nixl_reads", None, "READs of peers that ended, well or badly."),
+    "nixl_late_reads": ("dynamo_nixl_late_reads", None, "READs that were not over at their deadline."),
+    "nixl_fences_refused": ("dynamo_nixl_fences_refused", "reason", "READs whose bytes were not what was granted."),
+    "nixl_leases_ended": ("dynamo_nixl_leases_ended", "reason", "Leases of this engine's blocks that ended."),
+    "nixl_refused_peers": ("dynamo_nixl_refused_peers", "reason", "Handshakes that were refused."),
+    "nixl_refused_messages": ("dynamo_nixl_refused_messages", "reason", "Messages that were hostile, old or garbled."),
+    "nixl_restarts": ("dynamo_nixl_restarts", None, "Times the NIXL agent was made anew to fence late READs."),
     "ignored_hints": ("dynamo_kvbm_ignored_hints", None, "Hints in kv_transfer_params that made no sense."),
+}
+#: What stands at a level on a worker -> (metric name, help). Summed over workers.
+_LEVELS = {
+    "nixl_open_leases": ("dynamo_nixl_open_leases", "Leases that peers hold on this engine's blocks."),
+    "nixl_quarantined_bytes": ("dynamo_nixl_quarantined_bytes", "Host memory that late READs may still write to."),
 }
 #: What a transfer does -> (metric name, help). Labelled with the tier it reads (up) or writes (down).
 _BYTES = {
@@ -46,6 +60,7 @@ class KvbmStats(KVConnectorStats):
     """Keys of `data`, each of them optional and a dict whose keys are "what|label":
 
     counts: amounts to add. transfers: lists of [bytes, seconds]. used: share of a tier, 0 to 1. pinned: blocks there.
+    levels: see `_LEVELS`.
     """
 
     data: dict[str, Any]
@@ -61,9 +76,11 @@ class KvbmStats(KVConnectorStats):
         return cls(data=data)
 
     @classmethod
-    def of_worker(cls, transfers: Transfers, counts: Mapping[tuple[str, str], int]) -> KvbmStats:
+    def of_worker(
+        cls, transfers: Transfers, counts: Mapping[tuple[str, str], int], levels: Mapping[str, int] | None = None
+    ) -> KvbmStats:
         moved = {"|".join(key): [list(one) for one in all_] for key, all_ in transfers.items()}
-        return cls(data={"transfers": moved, "counts": _named(counts)})
+        return cls(data={"transfers": moved, "counts": _named(counts), "levels": dict(levels or {})})
 
     def reset(self) -> None:
         self.data = {}
@@ -75,7 +92,9 @@ class KvbmStats(KVConnectorStats):
         for key, moved in other.data.get("transfers", {}).items():
             transfers.setdefault(key, []).extend(moved)
         latest = {what: {**self.data.get(what, {}), **other.data.get(what, {})} for what in ("used", "pinned")}
-        return KvbmStats(data={"counts": dict(counts), "transfers": transfers, **latest})
+        levels: Counter[str] = Counter(self.data.get("levels", {}))
+        levels.update(other.data.get("levels", {}))
+        return KvbmStats(data={"counts": dict(counts), "transfers": transfers, "levels": dict(levels), **latest})
 
     def reduce(self) -> dict[str, int | float]:
         moved = {f"{key} bytes": sum(one[0] for one in all_) for key, all_ in self.data.get("transfers", {}).items()}
@@ -83,7 +102,7 @@ class KvbmStats(KVConnectorStats):
         return {**self.data.get("counts", {}), **moved, **shares}
 
     def is_empty(self) -> bool:
-        return not self.data.get("counts") and not self.data.get("transfers")
+        return not any(self.data.get(part) for part in ("counts", "transfers", "levels"))
 
 
 def _named(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
@@ -118,6 +137,10 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
         self._pinned = gauge(
             name="dynamo_kvbm_pinned_blocks", documentation="Blocks that are read, moved or pinned.", **latest
         )
+        self._levels = {
+            what: gauge(name=name, documentation=text, multiprocess_mode="mostrecent", labelnames=labelnames)
+            for what, (name, text) in _LEVELS.items()
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         engine = self.per_engine_labelvalues[engine_idx]
@@ -134,3 +157,5 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
             self._used.labels(*engine, tier).set(100 * share)
         for tier, blocks in transfer_stats_data.get("pinned", {}).items():
             self._pinned.labels(*engine, tier).set(blocks)
+        for what, level in transfer_stats_data.get("levels", {}).items():
+            self._levels[what].labels(*engine).set(level)

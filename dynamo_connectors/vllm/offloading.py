@@ -101,6 +101,10 @@ class Offloading:
         for chain in filter(None, ended):
             self._manager.offload(chain)
 
+    def on_their_way(self, keys: Sequence[BlockKey]) -> set[BlockKey]:
+        """Those of `keys` that are being copied to host memory."""
+        return set(keys) & self._storing.keys()
+
     def _admitted(self, live: Live, group: int, computed_tokens: int) -> int:
         """How many of the group's first blocks may be offloaded by now."""
         block_tokens = self._limits.geometry.groups[group].block_tokens

@@ -7,8 +7,10 @@ from functools import partial
 from operator import attrgetter
 
 from dynamo_connectors.block_manager import BlockManager, Source
+from dynamo_connectors.config import PEER
 from dynamo_connectors.verdicts import damaged
 from dynamo_connectors.vllm.compat import NULL_BLOCK_ID
+from dynamo_connectors.vllm.handoff import Reach
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 from dynamo_connectors.vllm.live import Gate, Limits, Live, Tables
 from dynamo_connectors.vllm.sharing import SharedLoads
@@ -63,7 +65,7 @@ class Onboarding:
         total = live.local_tokens + external_tokens
         for index, group in enumerate(self._geometry.groups):
             needed = group.needed(live.local_tokens, total)
-            leased = self._manager.lease(live.chains.keys(index), needed.start, len(needed))
+            leased = self._reach(live).lease(live.chains.keys(index), needed.start, len(needed))
             targets = tables[index][needed.start : needed.stop]
             sources += leased
             blocks += targets[: len(leased)]
@@ -81,7 +83,9 @@ class Onboarding:
         live = self.loading.pop(job.loading)
         live.is_disappointed |= bool(job.failed)
         self._shared.end(job.loading)
-        self._manager.release(job.loads, damaged=damaged(job.failed))
+        here = [source for source in job.loads if source.tier != PEER]
+        self._manager.release(here, damaged=damaged(job.failed))
+        self._let_go(live)
         if self._gate is not None:
             # What came too late took its time like the rest; other failures say nothing about it.
             late: Counter[str] = Counter()
@@ -102,9 +106,16 @@ class Onboarding:
             if group.window_tokens is None:
                 self._manager.prefetch(live.chains.keys(index))
 
-    def leave(self, request_id: str) -> None:
+    def welcome(self, live: Live) -> None:
+        """The request is new: a peer that has blocks for it keeps them while it waits for its turn."""
+        if live.offer is not None:
+            self._ledger.watch(live.offer.ticket)
+
+    def leave(self, live: Live) -> None:
         """The request is gone. Who waits for its load goes on: what it loads now will not stay in HBM."""
-        self._shared.leave(request_id)
+        self._shared.leave(live.request_id)
+        if live.request_id not in self.loading:
+            self._let_go(live)
 
     def check(self) -> None:
         self._shared.check()
@@ -130,7 +141,16 @@ class Onboarding:
         return self._geometry.longest_prefix(live.local_tokens, limit, partial(self._readable, live))
 
     def _readable(self, live: Live, group: int, start: int, stop: int) -> int:
-        return min(stop - start, self._manager.match(live.chains.keys(group), start))
+        return min(stop - start, self._reach(live).match(live.chains.keys(group), start))
+
+    def _reach(self, live: Live) -> Reach:
+        return Reach(self._manager, live.offer, self._main_tokens)
+
+    def _let_go(self, live: Live) -> None:
+        """The peer may have its blocks back."""
+        offer, live.offer = live.offer, None
+        if offer is not None:
+            self._ledger.unwatch(offer.ticket)
 
     def _worth_loading(self, live: Live, gate: Gate, total: int) -> int:
         """The part of the prefix up to `total` tokens that is faster to load than to compute."""
@@ -148,5 +168,6 @@ class Onboarding:
         while first + len(names) < last:
             names += self._manager.tiers_of(chain, first + len(names), last)
             if first + len(names) < last:
-                names.append(self._manager.tiers[-1].name)  # outside its window: not loaded at all
+                # A peer has it; or it is outside its window and not loaded at all.
+                names.append(PEER if live.offer is not None else self._manager.tiers[-1].name)
         return names

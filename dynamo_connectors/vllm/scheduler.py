@@ -7,17 +7,21 @@ Life of a move:     plan (take_moves, MoveJob) -> worker_reports (end_move)
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index import IndexStats
+from dynamo_connectors.transport.messages import LEASE_BYTES
 from dynamo_connectors.verdicts import is_damage, may_have_been_sent
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.groups import Chains
+from dynamo_connectors.vllm.handoff import Exports, Identity, offered, wants_handoff
 from dynamo_connectors.vllm.hints import parse_hints
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 from dynamo_connectors.vllm.live import ChangeSink, Gate, Holds, Limits, Live, Tables
@@ -52,6 +56,7 @@ class SchedulerHalf:
         self._ledger = JobLedger(limits.num_workers)
         self._onboarding = Onboarding(manager, limits, self._ledger, gate, self._counts)
         self._offloading = Offloading(manager, limits, self._ledger, events, self._counts)
+        self._exports: Exports | None = None
         self._recovery = Recovery(limits.num_workers, limits.lasting_tiers)
         #: Until when requests wait for it, from the first one on.
         self._finds_due: float | None = None
@@ -60,12 +65,21 @@ class SchedulerHalf:
         #: Workers still have to hear of a reset; what they found from before it must not come back.
         self._forget_next = False
         self._was_reset = False
+        #: Whether blocks of peers may be loaded.
+        self._reads = self._local_only = False
 
     def bind_holds(self, holds: Holds) -> None:
         self._offloading.holds = holds
 
+    def take_role(self, identity: Identity | None, reads: bool, local_only: bool = False) -> None:
+        """`identity`: where peers may read this engine's blocks; `reads`: this engine may read theirs."""
+        self._reads, self._local_only = reads, local_only
+        if identity is not None:
+            self._exports = Exports(identity, self._manager, self._ledger, partial(os.urandom, LEASE_BYTES))
+
     def new_request(self, request: Any) -> None:
         live = self._live(request)
+        self._onboarding.welcome(live)
         if live.hints.prefetch or any(other.is_queued for other in self._requests.values() if other is not live):
             self._onboarding.prefetch(live)
 
@@ -94,11 +108,23 @@ class SchedulerHalf:
         request_id = request.request_id
         self.offer(request_id, computed_tokens, 0, lambda: tables)
         live = self._requests.pop(request_id, None)
-        self._onboarding.leave(request_id)
-        if live is not None and request_id not in self._onboarding.loading:
+        if live is None:
+            return
+        self._onboarding.leave(live)
+        if request_id not in self._onboarding.loading:
             self._offloading.finish(live, computed_tokens, tables)
             if live.hints.pin_ttl_seconds:
                 self._offloading.pin(live, self._clock() + live.hints.pin_ttl_seconds)
+
+    def hand_off(self, request: Any, computed_tokens: int) -> dict[str, Any] | None:
+        """After `finished`: what an engine that shall decode on must know, for `kv_transfer_params`."""
+        if self._exports is None or not wants_handoff(request.kv_transfer_params):
+            return None
+        geometry = self._limits.geometry
+        block_tokens = geometry.groups[0].block_tokens
+        keys = Chains(geometry, request.block_hashes, self._adapters.name_of(request)).keys(0)
+        chain = list(keys[: computed_tokens // block_tokens])
+        return self._exports.begin(chain, self._offloading.on_their_way(chain), block_tokens)
 
     def step_planned(self, computed: Mapping[str, int], scheduled: Mapping[str, int]) -> None:
         """Tokens of each request that were computed before the step, and that are computed in it."""
@@ -133,6 +159,9 @@ class SchedulerHalf:
             self._offloading.end(job)
             self._onboarding.end(job)
             self._end_moves(job)
+            if self._exports is not None:
+                self._exports.end(job)
+                self._exports.stored({target.key for target, _ in job.stores})
             for erasure in job.erasures:
                 self._manager.end_erasure(erasure)
         self._publish()
@@ -184,6 +213,8 @@ class SchedulerHalf:
         self._ledger.check()
         self._onboarding.check()
         self._recovery.check()
+        if self._exports is not None:
+            self._exports.check()
         assert self.held_blocks == self._ledger.held_blocks(), "HBM holds and running stores disagree"
 
     def _live(self, request: Any) -> Live:
@@ -196,6 +227,11 @@ class SchedulerHalf:
             geometry = self._limits.geometry
             chains = Chains(geometry, request.block_hashes, self._adapters.name_of(request))
             live = Live(request, chains, hints, [0] * len(geometry.groups))
+            if self._reads:
+                live.offer, problem = offered(request.kv_transfer_params, self._local_only)
+                if problem:
+                    log.warning("dynamo: request %s: %s", request.request_id, problem)
+                    self._counts["ignored_hints", ""] += 1
             self._requests[request.request_id] = live
         return live
 

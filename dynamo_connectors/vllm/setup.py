@@ -41,6 +41,7 @@ from dynamo_connectors.vllm.kv_pages import Pages, planned_row_bytes, read_geome
 from dynamo_connectors.vllm.lasting import LastingTiers
 from dynamo_connectors.vllm.launch_flags import refuse_parallelism
 from dynamo_connectors.vllm.live import Limits
+from dynamo_connectors.vllm.peers import check_role, identity_of, worker_peers
 from dynamo_connectors.vllm.scheduler import SchedulerHalf
 from dynamo_connectors.vllm.worker import WorkerHalf
 from dynamo_connectors.weights import can_be_met_again, weights_identity
@@ -101,7 +102,10 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
     events_config = vllm_config.kv_events_config
     events = TierEvents(geometry, events_config is not None and events_config.enable_kv_cache_events)
     gate = LoadGate() if config.load_gate else None
-    return SchedulerHalf(BlockManager(tiers, config.min_touches), limits, events, gate, time.monotonic)
+    check_role(config, vllm_config, geometry)
+    half = SchedulerHalf(BlockManager(tiers, config.min_touches), limits, events, gate, time.monotonic)
+    half.take_role(identity_of(config, vllm_config), config.peer.reads, config.peer.is_local)
+    return half
 
 
 def build_worker_half(
@@ -129,18 +133,22 @@ def build_worker_half(
             settings = ObjectSettings(config.object_url, config.object_endpoint_url, config.object_deadline_seconds)
             chunk = chunk_blocks_for(row_bytes)
             objects = ObjectStore(settings, pages.row_bytes, chunk, space)
+        peers = worker_peers(config, vllm_config, space, dram)
     except BaseException:
         for store in (disk, dram):
             if store is not None:
                 store.close()
+        if objects is not None:
+            objects.close(time.monotonic() + 1)
         raise
     disk_rate = None
     if disk is not None and config.load_gate:
         disk_rate = read_rate(disk)
         log.info("dynamo: the disk tier reads %.2f GB/s", (disk_rate or 0.0) / 1e9)
     lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0), disk_rate)
-    stores = Stores(dram, disk, objects, codec=pages.codec)
-    return WorkerHalf(pages.view, stores, lasting, len(geometry.groups))
+    make_peer_tier = peers.make_tier if peers is not None and config.peer.reads else None
+    stores = Stores(dram, disk, objects, codec=pages.codec, peer=make_peer_tier)
+    return WorkerHalf(pages.view, stores, lasting, len(geometry.groups), peers)
 
 
 def _refuse_old_gpu(pages: Pages) -> None:

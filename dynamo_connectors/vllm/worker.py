@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from dynamo_kernels.block_view import BlockView
@@ -15,6 +15,7 @@ from dynamo_connectors.transfer import Stores, TransferEngine
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.lasting import LastingTiers
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
+from dynamo_connectors.vllm.peers import WorkerPeers
 
 log = engine_logger(__name__)
 
@@ -28,10 +29,18 @@ class WorkerHalf:
     With several KV cache groups a block id alone does not say whose block failed, so vLLM wants the request instead.
     """
 
-    def __init__(self, hbm: BlockView, stores: Stores, lasting: LastingTiers, num_groups: int = 1) -> None:
+    def __init__(
+        self,
+        hbm: BlockView,
+        stores: Stores,
+        lasting: LastingTiers,
+        num_groups: int = 1,
+        peers: WorkerPeers | None = None,
+    ) -> None:
         self._device = hbm.device
         self._lasting = lasting
         self._num_groups = num_groups
+        self._peers = peers
         self._transfers = TransferEngine(hbm, stores)
         self._loads: dict[int, LoadJob] = {}
         #: job -> what it does, for the metrics.
@@ -44,6 +53,8 @@ class WorkerHalf:
         self._transferred: defaultdict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
 
     def start_loads(self, plan: StepPlan) -> None:
+        if self._peers is not None:
+            self._peers.start(plan)
         if plan.forget:
             self._lasting.forget()
         for load in plan.loads:
@@ -79,6 +90,8 @@ class WorkerHalf:
 
     def take_reports(self) -> WorkerReports | None:
         reports, self._reports = self._reports, []
+        if self._peers is not None:
+            reports += self._peers.take_reports()
         finds, rates = self._lasting.take_finds(), self._lasting.take_rates()
         return WorkerReports.of(reports, finds, rates) if reports or finds or rates else None
 
@@ -87,13 +100,21 @@ class WorkerHalf:
         return transferred
 
     def take_failures(self) -> Mapping[tuple[str, str], int]:
-        return self._lasting.take_failures()
+        failures = Counter(self._lasting.take_failures())
+        return failures + self._peers.take_counts() if self._peers is not None else failures
+
+    def levels(self) -> Mapping[str, int]:
+        """What stands at a level now, by metric."""
+        return self._peers.levels() if self._peers is not None else {}
 
     @property
     def num_running(self) -> int:
         return len(self._running)
 
     def close(self) -> None:
+        # First, so that nobody reads host memory that is given back.
+        if self._peers is not None:
+            self._peers.close()
         self._transfers.close()
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from dynamo_connectors.config import GIGABYTE, SETTINGS, KvbmConfig, parse_config
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.peer_config import PEER_SETTINGS
 
 TIERS, DRAM, RATIO = "kvbm_storage_tiers", "kvbm_host_dram_gb", "kvbm_offload_ratio"
 PATH, DISK = "kvbm_nvme_path", "kvbm_nvme_gb"
@@ -173,6 +174,7 @@ def test_the_record_cannot_be_changed() -> None:
 
 def test_every_setting_has_its_help() -> None:
     known = {TIERS, DRAM, RATIO, PATH, DISK, URL, ENDPOINT, SPACE, DEADLINE, POLICY, GATE, COMPRESSION, *TOUCHES}
+    known |= set(PEER_SETTINGS)
     assert set(SETTINGS) == known
     assert all(text.endswith(".") for text in SETTINGS.values())
 

@@ -1,0 +1,135 @@
+"""NIXL as the transport needs it: memory that is registered once, peers, and READs that end or do not. One thread.
+
+Facts of NIXL 1.5 behind it: errors are raised; a peer that is stopped keeps its READs in PROC for ever; releasing such
+a READ, or its memory, or the peer does not keep late bytes away. So a READ is over when NIXL says DONE or that the peer
+is disconnected, and at no other time; destroying the agent ends all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynamo_connectors.errors import ConfigError, StoreError
+
+#: Either may be installed alone; both do the same in host memory.
+_BUILDS = ("nixl_cu13", "nixl_cu12")
+_DRAM = "DRAM"
+
+
+class Region(NamedTuple):
+    """Host memory."""
+
+    address: int
+    num_bytes: int
+
+    def holds(self, address: int, num_bytes: int) -> bool:
+        return self.address <= address and address + num_bytes <= self.address + self.num_bytes
+
+
+class TransferEndedError(StoreError):
+    """A READ failed, and nothing of it will arrive any more."""
+
+
+class TransferUnknownError(StoreError):
+    """A READ failed, and bytes of it may still arrive."""
+
+
+def installed_build(cuda_major: int | None = None) -> str | None:
+    """The NIXL build to import: the one for that CUDA if it is there."""
+    present = [name for name in _BUILDS if importlib.util.find_spec(name) is not None]
+    return next((name for name in present if name == f"nixl_cu{cuda_major}"), present[-1] if present else None)
+
+
+def require_nixl() -> str:
+    """The build to import. Raises `ConfigError` when there is none."""
+    build = installed_build()
+    if build is None:
+        raise ConfigError("--kvbm-role needs NIXL, which is not installed: pip install 'dynamo-connectors[nixl]'")
+    return build
+
+
+class Agent:
+    """`name` must be unlike that of any peer's agent, ever."""
+
+    def __init__(self, name: str, regions: list[Region], build: str | None = None) -> None:
+        build = build or require_nixl()
+        api, self._errors = importlib.import_module(f"{build}._api"), importlib.import_module(f"{build}._bindings")
+        self._disconnected: type[Exception] = self._errors.nixlRemoteDisconnectError
+        try:
+            self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
+            for region in regions:
+                rows = np.array([[region.address, region.num_bytes, 0]], dtype=np.uint64)
+                self._agent.register_memory(rows, _DRAM, backends=["UCX"])
+        except Exception as error:
+            raise ConfigError(
+                f"NIXL cannot serve host memory over UCX here ({error}); run `dynamo-connectors doctor`, or start "
+                "without --kvbm-role"
+            ) from error
+
+    @property
+    def metadata(self) -> bytes:
+        return bytes(self._agent.get_agent_metadata())
+
+    def connect(self, metadata: bytes) -> str:
+        """Meets a peer, or its next run. Raises `StoreError` for metadata that is none."""
+        try:
+            name = self._agent.add_remote_agent(metadata)
+            name = name.decode() if isinstance(name, bytes) else str(name)
+            self._agent.make_connection(name)
+        except Exception as error:
+            raise StoreError("bad_metadata", f"NIXL cannot use what the peer says of itself ({error})") from error
+        return name
+
+    def forget(self, peer: str) -> None:
+        """The peer's run is over. Not a fence."""
+        try:
+            self._agent.remove_remote_agent(peer)
+        except Exception as error:  # noqa: BLE001 - it is gone, which was the point
+            del error
+
+    def post(self, peer: str, local: list[int], remote: list[int], num_bytes: int) -> Any:
+        """Starts a READ of pieces of `num_bytes` each. Raises `TransferEndedError` or `TransferUnknownError`."""
+        try:
+            here = self._agent.get_xfer_descs(_pieces(local, num_bytes), _DRAM)
+            there = self._agent.get_xfer_descs(_pieces(remote, num_bytes), _DRAM)
+            handle = self._agent.initialize_xfer("READ", here, there, peer)
+        except Exception as error:  # nothing was started
+            raise TransferEndedError("disconnected", f"NIXL refuses the READ ({error})") from error
+        self._act(self._agent.transfer, handle)
+        return handle
+
+    def is_done(self, handle: Any) -> bool:
+        """Raises `TransferEndedError` or `TransferUnknownError`."""
+        return bool(self._act(self._agent.check_xfer_state, handle) == "DONE")
+
+    def release(self, handle: Any) -> None:
+        """Of a READ that is over."""
+        self._agent.release_xfer_handle(handle)
+
+    def close(self) -> None:
+        """Ends every READ: afterwards nothing writes to the regions. The caller holds no handle any more."""
+        self._agent = None
+        gc.collect()
+
+    def _act(self, what: Any, handle: Any) -> str:
+        try:
+            state = what(handle)
+        except self._disconnected as error:
+            raise TransferEndedError("disconnected", str(error)) from error
+        except Exception as error:
+            raise TransferUnknownError("transfer_failed", str(error)) from error
+        if state not in ("DONE", "PROC"):
+            raise TransferUnknownError("transfer_failed", f"NIXL says {state}")
+        return str(state)
+
+
+def _pieces(addresses: list[int], num_bytes: int) -> Any:
+    pieces = np.zeros((len(addresses), 3), dtype=np.uint64)
+    pieces[:, 0] = addresses
+    pieces[:, 1] = num_bytes
+    return pieces

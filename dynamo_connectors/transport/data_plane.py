@@ -1,0 +1,125 @@
+"""The reader's READs: which are under way, from whom, and which have ended. One thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+from dynamo_connectors.errors import ConfigError, StoreError
+from dynamo_connectors.transport.agent import Agent, Region, TransferEndedError, TransferUnknownError
+from dynamo_connectors.transport.messages import Welcome
+
+log = logging.getLogger(__name__)
+
+#: A fresh agent may need a moment for the sockets of the one before it.
+_RESTART_SECONDS = 10.0
+
+
+class _Known(NamedTuple):
+    agent: str
+    welcome: Welcome
+
+
+class DataPlane:
+    """One agent at a time. READs go into `regions`, in pieces of `row_bytes`."""
+
+    def __init__(self, name: str, regions: list[Region], row_bytes: int) -> None:
+        self._name = name
+        self._regions = regions
+        self._row_bytes = row_bytes
+        self._runs = count(1)
+        self._agent: Agent | None = None
+        self._peers: dict[str, _Known] = {}
+        #: Read -> its handle and its peer's agent. None: NIXL has failed over it, and it never ends by itself.
+        self._transfers: dict[int, tuple[Any, str]] = {}
+        self._start()
+
+    @property
+    def transfers_under_way(self) -> int:
+        return len(self._transfers)
+
+    def connect(self, peer: str, welcome: Welcome) -> str | None:
+        """None, or why this peer cannot be read."""
+        if self._agent is None:
+            return "NIXL could not be started again"
+        try:
+            self._peers[peer] = _Known(self._agent.connect(welcome.metadata), welcome)
+        except StoreError as error:
+            return str(error)
+        return None
+
+    def disconnect(self, peer: str) -> None:
+        known = self._peers.pop(peer, None)
+        if known is None or self._agent is None or any(agent == known.agent for _, agent in self._transfers.values()):
+            return
+        self._agent.forget(known.agent)
+
+    def post(self, read: int, peer: str, local: Sequence[int], slots: Sequence[int]) -> str | None:
+        """Starts a READ; None, or why nothing of it will arrive."""
+        known = self._peers.get(peer)
+        if known is None or self._agent is None:
+            return "unavailable"
+        if not all(any(region.holds(address, self._row_bytes) for region in self._regions) for address in local):
+            return "internal_error"
+        remote = [known.welcome.base + slot * self._row_bytes for slot in slots]
+        try:
+            handle = self._agent.post(known.agent, list(local), remote, self._row_bytes)
+        except TransferEndedError as error:
+            return error.reason
+        except TransferUnknownError as error:
+            log.warning("dynamo: a READ from %s failed in a way that may still end (%s)", peer, error)
+            handle = None
+        self._transfers[read] = (handle, known.agent)
+        return None
+
+    def poll(self) -> list[tuple[int, str | None]]:
+        """READs that are over: their numbers, each with None or a reason."""
+        ended: list[tuple[int, str | None]] = []
+        for read, (handle, agent) in list(self._transfers.items()):
+            if handle is None or self._agent is None:
+                continue
+            try:
+                if not self._agent.is_done(handle):
+                    continue
+                ended.append((read, None))
+            except TransferEndedError as error:
+                ended.append((read, error.reason))
+            except TransferUnknownError as error:
+                log.warning("dynamo: a READ failed in a way that may still end (%s)", error)
+                self._transfers[read] = (None, agent)
+                continue
+            del self._transfers[read]
+            self._agent.release(handle)
+        return ended
+
+    def restart(self) -> None:
+        """Every READ is over, and every peer a stranger."""
+        self._stop()
+        deadline = time.monotonic() + _RESTART_SECONDS
+        while self._agent is None:
+            try:
+                self._start()
+            except ConfigError as error:
+                log.warning("dynamo: NIXL does not start again (%s)", error)
+                if time.monotonic() > deadline:
+                    return
+
+    def close(self) -> None:
+        self._stop()
+
+    def check(self) -> None:
+        """Asserts every invariant."""
+        assert self._agent is not None or not self._transfers, "READs are under way without an agent"
+
+    def _start(self) -> None:
+        self._agent = Agent(f"{self._name}-{next(self._runs)}", self._regions)
+
+    def _stop(self) -> None:
+        self._transfers.clear()
+        self._peers.clear()
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None

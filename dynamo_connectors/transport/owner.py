@@ -1,0 +1,215 @@
+"""The owner's half of the protocol: which blocks readers may read, and whether what they read was still that. Pure.
+
+Life of a lease: announced (its blocks are on their way to host memory) -> exported (they can be read) -> ended, because
+its reader is done, because it expired, or because the owner forgets its blocks. While a lease is exported its slots are
+pinned by whoever exported it: expiry waits for every READ that was granted, until the reader itself has given it up.
+
+The pin is for the hit; what makes wrong bytes impossible is the fence. Every slot counts how often it was filled. A
+grant tells that generation, and the reader asks after its READ whether the lease is open and the generations are the
+same. Nothing else counts as an answer, so messages may be lost, doubled, delayed and reordered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.transport.messages import (
+    Ask,
+    Check,
+    End,
+    Grant,
+    Hello,
+    Refuse,
+    Renew,
+    Reply,
+    Request,
+    Verdict,
+    Welcome,
+)
+
+#: How long a lease lives without a word from its reader.
+DEFAULT_LEASE_SECONDS = 30.0
+#: A reader counts its deadline from before its question was sent; clocks run apart a little.
+_GRACE_SECONDS = 1.0
+#: Ended leases that are remembered, so that a late reader hears at once that there is nothing to wait for.
+_MOST_REMEMBERED = 4096
+#: READs of one lease that may be granted at a time.
+_MOST_GRANTS = 1024
+
+
+class Holdings(Protocol):
+    """What the slots hold now (`tiers.dram.DramStore`)."""
+
+    def holds(self, slot: int, key: BlockKey) -> bool: ...
+    def generation_of(self, slot: int) -> int: ...
+
+
+class Offer(NamedTuple):
+    """What a reader must know to read, and what it must have in common with the owner."""
+
+    epoch: bytes
+    namespace: bytes
+    metadata: bytes
+    base: int
+    rows: int
+    row_bytes: int
+
+
+@dataclass
+class _Lease:
+    expires_at: float
+    #: None while it is only announced.
+    slots: Mapping[BlockKey, int] | None = None
+    #: READ -> when its reader has given it up.
+    grants: dict[tuple[bytes, int], float] = field(default_factory=dict)
+
+
+class Owner:
+    """One per worker. Messages in, at most one answer out; `now` is in seconds."""
+
+    def __init__(self, offer: Offer, holdings: Holdings, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
+        self._offer = offer
+        self._holdings = holdings
+        self._lease_seconds = lease_seconds
+        self._leases: dict[bytes, _Lease] = {}
+        self._remembered: OrderedDict[bytes, None] = OrderedDict()
+        self._ended: list[bytes] = []
+        #: What happened since the last `take_counts`, by (what, label).
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    # -- the engine's side -------------------------------------------------------------------------------------------
+
+    def announce(self, lease: bytes, now: float) -> None:
+        """Its blocks will be exported: a reader that asks for them shall wait."""
+        if lease not in self._leases and lease not in self._remembered:
+            self._leases[lease] = _Lease(now + self._lease_seconds)
+
+    def export(self, lease: bytes, slots: Mapping[BlockKey, int], now: float) -> None:
+        """These slots are pinned until `take_ended` names the lease, which it does once, however it ends."""
+        if lease in self._remembered:  # its reader is gone already
+            self._ended.append(lease)
+            return
+        known = self._leases.setdefault(lease, _Lease(0.0))
+        if known.slots is not None:
+            raise AssertionError("a lease is exported twice")
+        known.slots, known.expires_at = dict(slots), now + self._lease_seconds
+
+    def revoke_all(self) -> None:
+        """The blocks shall not be served any more: READs under way end as stale."""
+        for lease in list(self._leases):
+            self._end(lease, "revoked")
+
+    def expire(self, now: float) -> None:
+        for name, lease in list(self._leases.items()):
+            lease.grants = {read: until for read, until in lease.grants.items() if until > now}
+            if lease.expires_at <= now and not lease.grants:
+                self._end(name, "expired")
+
+    def take_ended(self) -> list[bytes]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    @property
+    def open_leases(self) -> int:
+        return len(self._leases)
+
+    # -- the readers' side -------------------------------------------------------------------------------------------
+
+    def receive(self, message: Request, now: float) -> Reply | None:
+        if isinstance(message, Hello):
+            return self._hello(message)
+        if isinstance(message, Ask):
+            return self._ask(message, now)
+        if isinstance(message, Check):
+            return self._check(message, now)
+        if isinstance(message, Renew):
+            self._renew(message.lease, now)
+        elif isinstance(message, End):
+            self._end(message.lease, "done")
+        return None
+
+    def check(self) -> None:
+        """Asserts every invariant."""
+        assert not self._leases.keys() & self._remembered.keys(), "a lease is open and ended"
+        for lease in self._leases.values():
+            assert lease.slots is not None or not lease.grants, "a READ was granted before there was anything to read"
+            assert len(lease.grants) <= _MOST_GRANTS, "too many READs of one lease"
+        assert len(self._remembered) <= _MOST_REMEMBERED, "too many ended leases are remembered"
+
+    def _hello(self, hello: Hello) -> Reply:
+        offer = self._offer
+        if hello.namespace != offer.namespace:
+            self.counts["nixl_refused_peers", "other_model"] += 1
+            detail = (
+                "the two engines do not compute the same KV: model, revision, weights, dtype, attention backend, block "
+                "size, tensor parallelism and engine version must be equal; start both with the same arguments"
+            )
+            return Refuse(hello.nonce, "other_model", detail)
+        if hello.row_bytes != offer.row_bytes:
+            self.counts["nixl_refused_peers", "other_block_size"] += 1
+            detail = f"a block has {offer.row_bytes} bytes here and {hello.row_bytes} there; use the same --block-size"
+            return Refuse(hello.nonce, "other_block_size", detail)
+        return Welcome(hello.nonce, offer.epoch, offer.metadata, offer.base, offer.rows, offer.row_bytes)
+
+    def _ask(self, ask: Ask, now: float) -> Grant:
+        epoch, lease = self._offer.epoch, self._leases.get(ask.lease)
+        if ask.epoch != epoch:
+            return Grant(ask.read, epoch, "restarted")
+        if lease is None:
+            return Grant(ask.read, epoch, "gone" if ask.lease in self._remembered else "unknown")
+        self._renew(ask.lease, now)
+        if lease.slots is None or (len(lease.grants) >= _MOST_GRANTS and (ask.reader, ask.read) not in lease.grants):
+            return Grant(ask.read, epoch, "pending")
+        lease.grants[ask.reader, ask.read] = now + ask.seconds + _GRACE_SECONDS
+        places = [self._place(lease.slots, BlockKey(key)) for key in ask.keys]
+        return Grant(
+            ask.read, epoch, "granted", tuple(slot for slot, _ in places), tuple(generation for _, generation in places)
+        )
+
+    def _place(self, slots: Mapping[BlockKey, int], key: BlockKey) -> tuple[int, int]:
+        slot = slots.get(key, -1)
+        if slot < 0:
+            return -1, 0
+        # In this order: whoever starts to fill the slot in between has a younger generation, which the fence sees.
+        generation = self._holdings.generation_of(slot)
+        return (slot, generation) if self._holdings.holds(slot, key) else (-1, 0)
+
+    def _check(self, check: Check, now: float) -> Verdict:
+        reason = self._why_not(check)
+        lease = self._leases.get(check.lease)
+        if lease is not None:
+            lease.grants.pop((check.reader, check.read), None)
+            self._renew(check.lease, now)
+        if reason:
+            self.counts["nixl_fences_refused", reason] += 1
+        return Verdict(check.read, self._offer.epoch, not reason, reason)
+
+    def _why_not(self, check: Check) -> str:
+        if check.epoch != self._offer.epoch:
+            return "restarted"
+        if check.lease not in self._leases:
+            return "lease_ended"
+        if len(check.slots) != len(check.generations) or any(not 0 <= slot < self._offer.rows for slot in check.slots):
+            return "garbled"
+        now = [self._holdings.generation_of(slot) for slot in check.slots]
+        return "" if now == list(check.generations) else "other_generation"
+
+    def _renew(self, name: bytes, now: float) -> None:
+        lease = self._leases.get(name)
+        if lease is not None:
+            lease.expires_at = max(lease.expires_at, now + self._lease_seconds)
+
+    def _end(self, name: bytes, reason: str) -> None:
+        lease = self._leases.pop(name, None)
+        if lease is None:
+            return
+        self.counts["nixl_leases_ended", reason] += 1
+        self._remembered[name] = None
+        if len(self._remembered) > _MOST_REMEMBERED:
+            self._remembered.popitem(last=False)
+        if lease.slots is not None:
+            self._ended.append(name)

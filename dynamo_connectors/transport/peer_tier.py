@@ -1,0 +1,259 @@
+"""The peer tier: other engines' blocks, read over NIXL into host rows. A reader's machine, sockets, an agent, a thread.
+
+A `Place` names its ticket (`tickets.Ticket`, encoded) as `chunk`; its slot means nothing, because the owner tells it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import numpy as np
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.errors import StoreError
+from dynamo_connectors.tiers.base import Batch, Buffer, Place
+from dynamo_connectors.transport.agent import Region
+from dynamo_connectors.transport.data_plane import DataPlane
+from dynamo_connectors.transport.messages import Codec, MessageError
+from dynamo_connectors.transport.reader import Reader
+from dynamo_connectors.transport.reader_state import Common, Connect, Disconnect, Finish, Post, Restart, Send
+from dynamo_connectors.transport.sockets import PeerSockets
+from dynamo_connectors.transport.tickets import Ticket
+
+log = logging.getLogger(__name__)
+
+#: How long the thread sleeps between looks at READs under way.
+_POLL_SECONDS = 0.0002
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """`rank` is this worker's: it reads from the same worker of the owner."""
+
+    rank: int
+    namespace: bytes
+    row_bytes: int
+    secret: bytes
+    deadline_seconds: float = 10.0
+    #: Late READs may hold so many bytes of host rows; beyond it the data plane is made anew.
+    quarantine_bytes: int = 16 << 20
+
+
+@dataclass
+class _Call:
+    """A read as its caller sees it."""
+
+    keys: list[BlockKey]
+    addresses: list[int]
+    outcome: Future[Sequence[StoreError | None]]
+    started: float
+
+
+class PeerTier:
+    """A `LowerTier`. Nothing can be written to it. Reads go into `regions`, which outlive it."""
+
+    def __init__(self, settings: PeerSettings, regions: Sequence[Region]) -> None:
+        self.deadline_seconds = settings.deadline_seconds
+        self._settings = settings
+        self._regions = list(regions)
+        self._codec = Codec(settings.secret)
+        name = os.urandom(8)
+        self._reader = Reader(Common(name, settings.namespace, settings.row_bytes, settings.quarantine_bytes))
+        self._plane = DataPlane(f"dynamo-reader-{name.hex()}", self._regions, settings.row_bytes)
+        try:
+            self._sockets = PeerSockets()
+        except BaseException:
+            self._plane.close()
+            raise
+        self._numbers = count(1)
+        #: What the engine's threads ask of ours.
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: dict[int, _Call] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._quarantined_bytes = 0
+        self._thread = threading.Thread(target=self._run, name="kvbm-peer", daemon=True)
+        self._thread.start()
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Batch]:
+        """One batch per ticket. Cancelling an outcome changes nothing: its buffers are in use until it is there."""
+        by_ticket: dict[bytes, list[int]] = {}
+        for at, place in enumerate(places):
+            by_ticket.setdefault(bytes(place.chunk or b""), []).append(at)
+        batches: list[Batch] = []
+        for encoded, positions in by_ticket.items():
+            outcome: Future[Sequence[StoreError | None]] = Future()
+            outcome.set_running_or_notify_cancel()
+            keys = [places[at].key for at in positions]
+            addresses = [np.frombuffer(into[at], dtype=np.uint8).ctypes.data for at in positions]
+            self._submit(partial(self._start, encoded, _Call(keys, addresses, outcome, time.monotonic())))
+            batches.append(Batch(positions, outcome))
+        return batches
+
+    def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:
+        outcome: Future[Sequence[StoreError | None]] = Future()
+        outcome.set_result([StoreError("read_only", "blocks of a peer are read, never written")] * len(places))
+        return [Batch(range(len(places)), outcome)]
+
+    def watch(self, ticket: Ticket) -> None:
+        """A request will want these blocks: keeps its lease alive, and meets the peer meanwhile."""
+        self._submit(lambda: self._reader.watch(self._address(ticket), ticket.lease, time.monotonic()))
+
+    def unwatch(self, ticket: Ticket) -> None:
+        """No request wants these blocks any more: the owner may have them back."""
+        self._submit(lambda: self._reader.unwatch(ticket.lease, time.monotonic()))
+
+    def take_counts(self) -> Counter[tuple[str, str]]:
+        """What happened since the last call, by (what, label)."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+            return counts
+
+    @property
+    def quarantined_bytes(self) -> int:
+        return self._quarantined_bytes
+
+    def close(self, deadline: float) -> bool:
+        """Ends all reads, those under way too. False when the thread is still busy at `deadline`. Idempotent."""
+        self._closed = True
+        self._sockets.wake()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            return False
+        self._sockets.close()
+        return True
+
+    def check(self) -> None:
+        assert self._quarantined_bytes >= 0, "a negative number of bytes is quarantined"
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        self._tasks.put(task)
+        self._sockets.wake()
+
+    # -- our thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                self._step()
+        except BaseException:
+            log.exception("dynamo: the peer tier has failed; this engine reads from no peer any more")
+        # The fence: from here on nothing writes to anybody's buffers.
+        self._plane.close()
+        self._closed = True
+        self._drain_tasks()
+        for call in self._calls.values():
+            call.outcome.set_result([StoreError("closed", "the peer tier is closed")] * len(call.keys))
+        self._calls.clear()
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        busy = self._plane.transfers_under_way
+        wait = _POLL_SECONDS if busy else self._reader.next_due(now) - now
+        frames = self._sockets.receive(max(0.0, wait))
+        now = time.monotonic()
+        self._drain_tasks()
+        for peer, frame in frames:
+            try:
+                reply = self._codec.reply(frame)
+            except MessageError as error:
+                self._count("nixl_refused_messages", error.reason)
+                continue
+            self._reader.receive(peer, reply, now)
+            self._obey()
+        for number, why in self._plane.poll():
+            self._reader.transfer_ended(number, why, time.monotonic())
+            self._obey()
+        self._reader.tick(time.monotonic())
+        self._obey()
+        self._tell()
+
+    def _drain_tasks(self) -> None:
+        while True:
+            try:
+                task = self._tasks.get_nowait()
+            except queue.Empty:
+                return
+            task()
+            if not self._closed:
+                self._obey()
+
+    def _start(self, encoded: bytes, call: _Call) -> None:
+        number = next(self._numbers)
+        self._calls[number] = call
+        if self._closed:
+            return  # ended with all others
+        try:
+            ticket = Ticket.decode(encoded)
+        except StoreError as error:
+            self._finish(number, [error.reason] * len(call.keys))
+            return
+        deadline = call.started + self.deadline_seconds
+        self._reader.read(number, self._address(ticket), ticket.lease, call.keys, deadline, time.monotonic())
+
+    def _address(self, ticket: Ticket) -> str:
+        return ticket.address_of(self._settings.rank)
+
+    def _obey(self) -> None:
+        while instructions := self._reader.take():
+            for step in instructions:
+                if isinstance(step, Send):
+                    self._sockets.send(step.peer, self._codec.encode(step.message))
+                elif isinstance(step, Connect):
+                    error = self._plane.connect(step.peer, step.welcome)
+                    self._reader.connected(step.peer, step.welcome.epoch, error, time.monotonic())
+                elif isinstance(step, Disconnect):
+                    self._plane.disconnect(step.peer)
+                elif isinstance(step, Post):
+                    self._post(step)
+                elif isinstance(step, Finish):
+                    self._finish(step.read, step.reasons)
+                elif isinstance(step, Restart):
+                    log.warning("dynamo: READs of peers that hang hold too much memory; the NIXL agent is made anew")
+                    self._plane.restart()
+                    self._reader.restarted(time.monotonic())
+
+    def _post(self, step: Post) -> None:
+        addresses = self._calls[step.read].addresses
+        error = self._plane.post(step.read, step.peer, [addresses[row] for row in step.rows], step.slots)
+        if error is not None:
+            self._reader.transfer_ended(step.read, error, time.monotonic())
+
+    def _finish(self, number: int, reasons: Sequence[str | None]) -> None:
+        call = self._calls.pop(number)
+        good = sum(reason is None for reason in reasons)
+        with self._lock:
+            self._counts["nixl_read_bytes", ""] += good * self._settings.row_bytes
+            self._counts["nixl_read_blocks", ""] += good
+            self._counts["nixl_reads", ""] += 1
+        call.outcome.set_result(
+            [None if reason is None else StoreError(reason, "a peer's block did not arrive") for reason in reasons]
+        )
+
+    def _count(self, what: str, label: str) -> None:
+        with self._lock:
+            self._counts[what, label] += 1
+
+    def _tell(self) -> None:
+        """What the machine has to say to the operator and the metrics."""
+        for line in self._reader.complaints:
+            log.warning("dynamo: %s", line)
+        self._reader.complaints.clear()
+        self._quarantined_bytes = self._reader.quarantined_bytes
+        if self._reader.counts:
+            with self._lock:
+                self._counts.update(self._reader.counts)
+            self._reader.counts.clear()

@@ -1,0 +1,349 @@
+"""The reader's half of the protocol: from "these blocks, please" to bytes that are proven, or to a miss. Pure.
+
+Life of a read:  connecting -> asking -> reading -> checking -> ended
+                 reading, and out of time: late -> ended
+
+Calls and messages are events; what is to be done comes out as instructions (`take`). A block counts as loaded only
+after the owner has said, in answer to a question that was asked after the READ, that it still held what it granted.
+Memory that a READ may write to is quarantined until the READ has ended: a read that is late keeps its buffers, and its
+peer gets no new READs, until NIXL says DONE or that the peer is gone. When late reads hold more bytes than the budget,
+the data plane is restarted, which fences all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.transport.messages import (
+    Ask,
+    Check,
+    End,
+    Grant,
+    Hello,
+    Refuse,
+    Renew,
+    Reply,
+    Request,
+    Verdict,
+    Welcome,
+)
+from dynamo_connectors.transport.reader_state import (
+    LAST_RESEND_SECONDS,
+    Common,
+    Connect,
+    Disconnect,
+    Finish,
+    Instruction,
+    KnownPeer,
+    Peer,
+    Post,
+    Read,
+    Restart,
+    Send,
+    Timer,
+    Watch,
+)
+
+#: An owner that has never heard of a lease may hear of it any moment; after so long it has lost it.
+_UNKNOWN_SECONDS = 1.0
+#: A peer that does not answer for so long is not waited for: others would be, until their deadline.
+_CONNECT_SECONDS = 5.0
+#: A peer that refused is asked again after so long, one that was silent after so little.
+_REFUSED_SECONDS = 10.0
+_SILENT_SECONDS = 3.0
+_RENEW_SECONDS = 5.0
+_END_REPEATS = 3
+
+
+class Reader:
+    """One per worker. `now` is in seconds and never runs backwards."""
+
+    def __init__(self, common: Common) -> None:
+        self._common = common
+        self._peers: dict[Peer, KnownPeer] = {}
+        self._reads: dict[int, Read] = {}
+        self._watches: dict[bytes, Watch] = {}
+        self._out: list[Instruction] = []
+        self._nonce = 0
+        self._restarting = False
+        #: What happened since the last look, by (what, label).
+        self.counts: Counter[tuple[str, str]] = Counter()
+        #: Lines for the operator: a peer that refuses us, and why.
+        self.complaints: list[str] = []
+
+    def take(self) -> list[Instruction]:
+        out, self._out = self._out, []
+        return out
+
+    @property
+    def quarantined_bytes(self) -> int:
+        return sum(len(read.rows) for read in self._reads.values() if read.state == "late") * self._common.row_bytes
+
+    @property
+    def reads_under_way(self) -> int:
+        return len(self._reads)
+
+    # -- the engine's side -------------------------------------------------------------------------------------------
+
+    def read(
+        self, number: int, peer: Peer, lease: bytes, keys: Sequence[BlockKey], deadline: float, now: float
+    ) -> None:
+        """`number` is new for every read. Ends with one `Finish`."""
+        read = Read(number, peer, lease, tuple(keys), now, deadline, Timer(now))
+        read.reasons = [None] * len(keys)
+        self._reads[number] = read
+        if any(other.state == "late" for other in self._reads.values() if other.peer == peer):
+            self._finish(read, "unavailable")
+        elif (why := self._greet(peer, now)) is not None:
+            self._finish(read, why)
+        elif self._peers[peer].state == "ready":
+            self._start_asking(read, now)
+
+    def watch(self, peer: Peer, lease: bytes, now: float) -> None:
+        """Keeps a lease alive while its request waits for its turn, and meets its owner meanwhile."""
+        self._watches.setdefault(lease, Watch(peer, now))
+        self._greet(peer, now)
+        self.tick(now)
+
+    def unwatch(self, lease: bytes, now: float) -> None:
+        """The owner may have its blocks back."""
+        watch = self._watches.get(lease)
+        if watch is not None and not watch.ends_left:
+            watch.ends_left, watch.renew_at = _END_REPEATS, now
+            self.tick(now)
+
+    def tick(self, now: float) -> None:
+        """What is due by now. Call it at least at `next_due`."""
+        for name, peer in self._peers.items():
+            if peer.state == "greeting" and now - peer.asked_at >= _CONNECT_SECONDS:
+                self._silent(name, now)
+            elif peer.state == "greeting" and peer.timer.is_due(now):
+                self._send(name, Hello(peer.nonce, self._common.namespace, self._common.row_bytes))
+        for read in list(self._reads.values()):
+            if read.state != "late" and now >= read.deadline:
+                self._out_of_time(read)
+            elif read.state == "asking" and read.timer.is_due(now):
+                self._ask(read, now)
+            elif read.state == "checking" and read.timer.is_due(now):
+                self._ask_verdict(read)
+        for lease, watch in list(self._watches.items()):
+            self._tick_watch(lease, watch, now)
+
+    def next_due(self, now: float) -> float:
+        """When `tick` has something to do, a second ahead at most."""
+        due = [now + 1.0]
+        due += [peer.timer.due for peer in self._peers.values() if peer.state == "greeting"]
+        for read in self._reads.values():
+            if read.state != "late":
+                due.append(read.deadline)
+            if read.state in ("asking", "checking"):
+                due.append(read.timer.due)
+        due += [watch.renew_at for watch in self._watches.values()]
+        return min(due)
+
+    # -- the peers' side ---------------------------------------------------------------------------------------------
+
+    def receive(self, peer: Peer, reply: Reply, now: float) -> None:
+        if isinstance(reply, (Welcome, Refuse)):
+            self._answered(peer, reply, now)
+            return
+        read = self._reads.get(reply.read)
+        if read is None or read.peer != peer:
+            return  # an answer that came twice, or too late
+        if reply.epoch != read.epoch:
+            self._lost(read.peer, read, "restarted")
+        elif isinstance(reply, Grant) and read.state == "asking":
+            self._granted(read, reply, now)
+        elif isinstance(reply, Verdict) and read.state == "checking":
+            if not reply.held:
+                self.counts["nixl_fences_refused", reply.reason or "refused"] += 1
+            self._finish(read, None if reply.held else "stale")
+
+    def connected(self, peer: Peer, epoch: bytes, error: str | None, now: float) -> None:
+        """The data plane has loaded the metadata of that run of the peer, or why it could not."""
+        known = self._peers.get(peer)
+        if known is None or known.state != "loading" or known.epoch != epoch:
+            return
+        if error is not None:
+            self._refused(peer, "bad_metadata", error, now + _REFUSED_SECONDS)
+            return
+        known.state = "ready"
+        for read in self._waiting_for(peer):
+            self._start_asking(read, now)
+
+    def transfer_ended(self, number: int, error: str | None, now: float) -> None:
+        """A READ is over for good: nothing writes to its buffers any more."""
+        read = self._reads.get(number)
+        if read is None:
+            return
+        if read.state == "late":
+            self._finish(read, "timeout")
+        elif read.state == "reading" and error is None:
+            read.state, read.timer = "checking", Timer(now)
+            self._ask_verdict(read)
+            read.timer.is_due(now)
+        elif read.state == "reading":
+            self._lost(read.peer, read, error or "disconnected")
+
+    def restarted(self, now: float) -> None:
+        """All READs have ended with the old data plane."""
+        self._restarting = False
+        for read in list(self._reads.values()):
+            if read.state in ("reading", "late"):
+                self._finish(read, "timeout" if read.state == "late" else "unavailable")
+        for peer in self._peers.values():
+            if peer.state in ("ready", "loading"):
+                peer.state = "absent"
+        for read in list(self._reads.values()):  # still connecting, asking or checking
+            if read.state == "checking":
+                continue  # its bytes are here
+            read.state = "connecting"
+            why = self._greet(read.peer, now)
+            if why is not None:
+                self._finish(read, why)
+
+    def check(self) -> None:
+        """Asserts every invariant."""
+        for read in self._reads.values():
+            posted = read.state in ("reading", "checking", "late")
+            assert posted == bool(read.slots), f"a read is {read.state} with {len(read.slots)} slots"
+            assert len(read.slots) == len(read.generations) == len(read.rows), "slots, generations and rows differ"
+        over = self.quarantined_bytes > self._common.quarantine_bytes
+        assert not over or self._restarting, "late reads hold more than the budget and nothing is done about it"
+
+    # -- peers -------------------------------------------------------------------------------------------------------
+
+    def _greet(self, name: Peer, now: float) -> str | None:
+        """Sees to it that a connection is on its way; the reason when there is none to be had now."""
+        peer = self._peers.setdefault(name, KnownPeer())
+        if peer.state == "refused":
+            if now < peer.retry_at:
+                return peer.reason
+            peer.state = "absent"
+        if peer.state == "absent":
+            self._nonce += 1
+            peer.state, peer.nonce, peer.timer, peer.asked_at = "greeting", self._nonce, Timer(now), now
+            peer.timer.is_due(now)
+            self._send(name, Hello(peer.nonce, self._common.namespace, self._common.row_bytes))
+        return None
+
+    def _answered(self, name: Peer, reply: Welcome | Refuse, now: float) -> None:
+        peer = self._peers.get(name)
+        if peer is None or peer.state != "greeting" or peer.nonce != reply.nonce:
+            return
+        if isinstance(reply, Refuse):
+            self._refused(name, reply.reason, reply.detail, now + _REFUSED_SECONDS)
+        elif reply.row_bytes != self._common.row_bytes:
+            self._refused(name, "other_block_size", f"its blocks have {reply.row_bytes} bytes", now + _REFUSED_SECONDS)
+        else:
+            peer.state, peer.epoch, peer.rows = "loading", reply.epoch, reply.rows
+            self._out.append(Connect(name, reply))
+
+    def _refused(self, name: Peer, reason: str, detail: str, retry_at: float) -> None:
+        peer = self._peers[name]
+        peer.state, peer.reason, peer.retry_at = "refused", "refused", retry_at
+        self.counts["nixl_refused_peers", reason] += 1
+        self.complaints.append(f"peer {name} cannot be read: {detail}")
+        for read in self._waiting_for(name):
+            self._finish(read, "refused")
+
+    def _lost(self, name: Peer, read: Read, reason: str) -> None:
+        """The peer is not who it was, or gone: the next read meets it anew."""
+        peer = self._peers[name]
+        if peer.state == "ready" and peer.epoch == read.epoch:
+            peer.state = "absent"
+            self._out.append(Disconnect(name))
+        self._finish(read, reason)
+
+    def _waiting_for(self, name: Peer) -> list[Read]:
+        return [read for read in self._reads.values() if read.peer == name and read.state == "connecting"]
+
+    # -- reads -------------------------------------------------------------------------------------------------------
+
+    def _start_asking(self, read: Read, now: float) -> None:
+        read.state, read.epoch, read.timer = "asking", self._peers[read.peer].epoch, Timer(now)
+        read.timer.is_due(now)
+        self._ask(read, now)
+
+    def _ask(self, read: Read, now: float) -> None:
+        seconds = max(0.0, min(600.0, read.deadline - now))
+        name = self._common.name
+        self._send(read.peer, Ask(name, read.number, read.epoch, read.lease, read.keys, seconds))
+
+    def _ask_verdict(self, read: Read) -> None:
+        check = Check(self._common.name, read.number, read.epoch, read.lease, read.slots, read.generations)
+        self._send(read.peer, check)
+
+    def _granted(self, read: Read, grant: Grant, now: float) -> None:
+        if grant.status == "pending" or (grant.status == "unknown" and now - read.started < _UNKNOWN_SECONDS):
+            return  # asked again when the timer says so
+        if grant.status != "granted":
+            self._finish(read, "gone" if grant.status == "unknown" else grant.status)
+            return
+        peer = self._peers[read.peer]
+        if peer.state != "ready" or peer.epoch != read.epoch:  # we have met its next run meanwhile
+            self._finish(read, "restarted")
+            return
+        rows = peer.rows
+        if not len(grant.slots) == len(grant.generations) == len(read.keys) or any(
+            slot >= rows for slot in grant.slots
+        ):
+            self._finish(read, "bad_answer")
+            return
+        read.reasons = ["gone" if slot < 0 else None for slot in grant.slots]
+        read.rows = tuple(row for row, slot in enumerate(grant.slots) if slot >= 0)
+        read.slots = tuple(grant.slots[row] for row in read.rows)
+        read.generations = tuple(grant.generations[row] for row in read.rows)
+        if not read.rows:
+            self._finish(read, None)
+            return
+        read.state = "reading"
+        self._out.append(Post(read.number, read.peer, read.rows, read.slots))
+
+    def _out_of_time(self, read: Read) -> None:
+        if read.state != "reading":
+            self._finish(read, "timeout")
+            return
+        read.state = "late"
+        self.counts["nixl_late_reads", ""] += 1
+        if self.quarantined_bytes > self._common.quarantine_bytes and not self._restarting:
+            self._restarting = True
+            self.counts["nixl_restarts", ""] += 1
+            self._out.append(Restart())
+
+    def _silent(self, name: Peer, now: float) -> None:
+        """Nobody answered in all that time. It is asked again soon, but requests do not wait for it meanwhile."""
+        peer = self._peers[name]
+        peer.state, peer.reason, peer.retry_at = "refused", "unreachable", now + _SILENT_SECONDS
+        self.complaints.append(
+            f"peer {name} does not answer: nobody listens there, it has another --kvbm-peer-secret-file, or another "
+            "version of dynamo-connectors"
+        )
+        for read in self._waiting_for(name):
+            self._finish(read, "unreachable")
+
+    def _finish(self, read: Read, reason: str | None) -> None:
+        del self._reads[read.number]
+        if reason is not None:
+            read.reasons = [reason if known is None else known for known in read.reasons]
+        self._out.append(Finish(read.number, tuple(read.reasons)))
+
+    # -- leases ------------------------------------------------------------------------------------------------------
+
+    def _tick_watch(self, lease: bytes, watch: Watch, now: float) -> None:
+        if now < watch.renew_at:
+            return
+        if not watch.ends_left:
+            watch.renew_at = now + _RENEW_SECONDS
+            self._send(watch.peer, Renew(lease))
+            return
+        # Not answered, so said a few times; what is lost all the same expires.
+        watch.renew_at, watch.ends_left = now + LAST_RESEND_SECONDS, watch.ends_left - 1
+        self._send(watch.peer, End(lease))
+        if not watch.ends_left:
+            del self._watches[lease]
+
+    def _send(self, peer: Peer, message: Request) -> None:
+        self._out.append(Send(peer, message))

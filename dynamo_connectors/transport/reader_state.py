@@ -1,0 +1,116 @@
+"""What the reader's machine remembers, and the instructions that it gives. Plain records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.transport.messages import Request, Welcome
+
+#: A message is sent again when its answer takes longer.
+FIRST_RESEND_SECONDS = 0.02
+LAST_RESEND_SECONDS = 0.5
+
+Peer: TypeAlias = str
+
+
+class Send(NamedTuple):
+    peer: Peer
+    message: Request
+
+
+class Connect(NamedTuple):
+    """Load the peer's metadata; answer with `connected`."""
+
+    peer: Peer
+    welcome: Welcome
+
+
+class Disconnect(NamedTuple):
+    peer: Peer
+
+
+class Post(NamedTuple):
+    """Start a READ of `slots` into the places `rows` of the read's buffers; answer with `transfer_ended`."""
+
+    read: int
+    peer: Peer
+    rows: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+class Finish(NamedTuple):
+    """For each block of the read why it is missing, or None. Its buffers are nobody's any more."""
+
+    read: int
+    reasons: tuple[str | None, ...]
+
+
+class Restart(NamedTuple):
+    """Destroy the data plane and make a new one; answer with `restarted`."""
+
+
+Instruction: TypeAlias = Send | Connect | Disconnect | Post | Finish | Restart
+
+
+class Common(NamedTuple):
+    """What this reader is, and what it must have in common with its peers."""
+
+    name: bytes
+    namespace: bytes
+    row_bytes: int
+    quarantine_bytes: int
+
+
+@dataclass
+class Timer:
+    """When to send again, ever more seldom."""
+
+    due: float
+    pause: float = FIRST_RESEND_SECONDS
+
+    def is_due(self, now: float) -> bool:
+        if now < self.due:
+            return False
+        self.pause = min(2 * self.pause, LAST_RESEND_SECONDS)
+        self.due = now + self.pause
+        return True
+
+
+@dataclass
+class Read:
+    number: int
+    peer: Peer
+    lease: bytes
+    keys: tuple[BlockKey, ...]
+    started: float
+    deadline: float
+    timer: Timer
+    state: str = "connecting"
+    epoch: bytes = b""
+    reasons: list[str | None] = field(default_factory=list)
+    rows: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
+    generations: tuple[int, ...] = ()
+
+
+@dataclass
+class KnownPeer:
+    #: absent, greeting, loading (its metadata), ready or refused.
+    state: str = "absent"
+    nonce: int = 0
+    timer: Timer = field(default_factory=lambda: Timer(0.0))
+    epoch: bytes = b""
+    rows: int = 0
+    reason: str = ""
+    #: Refused: when it is asked again.
+    retry_at: float = 0.0
+    asked_at: float = 0.0
+
+
+@dataclass
+class Watch:
+    peer: Peer
+    renew_at: float
+    ends_left: int = 0

@@ -1,0 +1,164 @@
+"""Serves one worker's host rows to peers: the owner's machine, a socket, an agent, and the thread they live on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from socket import SOCK_STREAM, getaddrinfo
+from typing import Any
+
+import zmq
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.tiers.dram import DramStore
+from dynamo_connectors.transport.agent import Agent, Region
+from dynamo_connectors.transport.messages import MOST_FRAME_BYTES, Codec, MessageError
+from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Offer, Owner
+
+log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.25
+_CLOSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    host: str
+    port: int
+    namespace: bytes
+    secret: bytes
+    lease_seconds: float = DEFAULT_LEASE_SECONDS
+
+
+class PeerServer:
+    """The engine's thread exports leases and hears how they ended; readers are served on a thread of its own."""
+
+    def __init__(self, settings: ServerSettings, dram: DramStore) -> None:
+        self._codec = Codec(settings.secret)
+        epoch = os.urandom(8)
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._refused: Counter[tuple[str, str]] = Counter()
+        self._context: zmq.Context[Any] = zmq.Context()
+        try:
+            self._socket = self._bind(settings)
+            region = Region(dram.rows.ctypes.data, dram.rows.nbytes)
+            self._agent: Agent | None = Agent(f"dynamo-owner-{epoch.hex()}", [region])
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        offer = Offer(
+            epoch, settings.namespace, self._agent.metadata, region.address, dram.capacity_blocks, dram.row_bytes
+        )
+        self._owner = Owner(offer, dram, settings.lease_seconds)
+        self._thread = threading.Thread(target=self._serve, name="kvbm-peer-server", daemon=True)
+        self._thread.start()
+
+    def announce(self, lease: bytes) -> None:
+        with self._lock:
+            self._owner.announce(lease, time.monotonic())
+
+    def export(self, lease: bytes, slots: Mapping[BlockKey, int]) -> None:
+        """The slots are pinned until `take_ended` names the lease."""
+        with self._lock:
+            self._owner.export(lease, slots, time.monotonic())
+
+    def revoke_all(self) -> None:
+        with self._lock:
+            self._owner.revoke_all()
+
+    def take_ended(self) -> list[bytes]:
+        with self._lock:
+            return self._owner.take_ended()
+
+    def take_counts(self) -> Counter[tuple[str, str]]:
+        """What happened since the last call, by (what, label)."""
+        with self._lock:
+            counts = self._owner.counts + self._refused
+            self._owner.counts.clear()
+            self._refused.clear()
+            return counts
+
+    @property
+    def open_leases(self) -> int:
+        with self._lock:
+            return self._owner.open_leases
+
+    def close(self) -> bool:
+        """False when the thread did not end in time; what it uses stays then. Idempotent."""
+        self._stopping = True
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            return False
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+        self._context.destroy(linger=0)
+        return True
+
+    def check(self) -> None:
+        with self._lock:
+            self._owner.check()
+
+    def _bind(self, settings: ServerSettings) -> zmq.Socket[Any]:
+        socket: zmq.Socket[Any] = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.MAXMSGSIZE, MOST_FRAME_BYTES)
+        socket.setsockopt(zmq.LINGER, 0)
+        try:
+            # By address: ZeroMQ takes a name here for that of a network card.
+            address = str(getaddrinfo(settings.host, settings.port, type=SOCK_STREAM)[0][4][0])
+            if ":" in address:
+                socket.setsockopt(zmq.IPV6, 1)
+            socket.bind(f"tcp://[{address}]:{settings.port}" if ":" in address else f"tcp://{address}:{settings.port}")
+        except (zmq.ZMQError, OSError) as error:
+            raise ConfigError(
+                f"peers cannot be served at {settings.host}:{settings.port} ({error}); "
+                "choose another --kvbm-peer-port or --kvbm-peer-host"
+            ) from None
+        return socket
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        expiry = 0.0
+        while not self._stopping:
+            heard = bool(poller.poll(int(_TICK_SECONDS * 1000)))
+            now = time.monotonic()
+            if now >= expiry:
+                expiry = now + _TICK_SECONDS
+                with self._lock:
+                    self._owner.expire(now)
+            if not heard:
+                continue
+            try:
+                self._answer(now)
+            except Exception:
+                log.exception("dynamo: a peer's message could not be answered")
+
+    def _answer(self, now: float) -> None:
+        parts = self._socket.recv_multipart()
+        try:
+            if len(parts) != 2:
+                raise MessageError("garbled", f"{len(parts)} parts")
+            request = self._codec.request(parts[1])
+        except MessageError as error:
+            with self._lock:
+                first = not self._refused["nixl_refused_messages", error.reason]
+                self._refused["nixl_refused_messages", error.reason] += 1
+            if first:
+                log.warning("dynamo: a message to the peer port was refused (%s)", error)
+            return
+        with self._lock:
+            reply = self._owner.receive(request, now)
+        if reply is not None:
+            # A reader that reads nothing loses answers, and asks again.
+            try:
+                self._socket.send_multipart([parts[0], self._codec.encode(reply)], zmq.NOBLOCK)
+            except zmq.Again:
+                return

@@ -1,0 +1,89 @@
+"""The reader's side of the control connections: one socket per peer, and a bell for other threads. One thread."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import zmq
+
+from dynamo_connectors.transport.messages import MOST_FRAME_BYTES
+
+#: Frames that wait for a peer that does not listen; what comes beyond is dropped, and said again by the protocol.
+_MOST_WAITING = 256
+#: Peers that a reader is connected to. One is dropped for the next, and met anew when it is needed again.
+_MOST_PEERS = 256
+
+
+class PeerSockets:
+    """Peers go by their address, `tcp://host:port`."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._sockets: dict[str, zmq.Socket[Any]] = {}
+        self._poller = zmq.Poller()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._bell, zmq.POLLIN)
+        self._is_open = True
+
+    def wake(self) -> None:
+        """From any thread: `receive` returns."""
+        if self._is_open:
+            os.eventfd_write(self._bell, 1)
+
+    def send(self, peer: str, frame: bytes) -> None:
+        socket = self._sockets.get(peer)
+        if socket is None:
+            socket = self._connect(peer)
+        if socket is None:
+            return
+        try:
+            socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return  # the protocol says it again
+
+    def receive(self, seconds: float) -> list[tuple[str, bytes]]:
+        """Frames that have come, by peer. Waits at most so long for the first one, or for `wake`."""
+        if seconds < 0.001:  # less than the poller can wait
+            time.sleep(seconds)
+            seconds = 0.0
+        ready = dict(self._poller.poll(int(seconds * 1000)))
+        if self._bell in ready:
+            os.eventfd_read(self._bell)
+        frames: list[tuple[str, bytes]] = []
+        for peer, socket in self._sockets.items():
+            if socket not in ready:
+                continue
+            try:
+                while True:
+                    frames.append((peer, socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                continue
+        return frames
+
+    def close(self) -> None:
+        if not self._is_open:
+            return
+        self._is_open = False
+        os.close(self._bell)
+        self._context.destroy(linger=0)
+
+    def _connect(self, peer: str) -> zmq.Socket[Any] | None:
+        if len(self._sockets) >= _MOST_PEERS:
+            oldest = next(iter(self._sockets))
+            self._poller.unregister(self._sockets[oldest])
+            self._sockets.pop(oldest).close(linger=0)
+        socket: zmq.Socket[Any] = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MOST_FRAME_BYTES)
+        socket.setsockopt(zmq.SNDHWM, _MOST_WAITING)
+        socket.setsockopt(zmq.IPV6, 1)
+        try:
+            socket.connect(peer)
+        except zmq.ZMQError:  # no address at all: the protocol finds that nobody answers
+            socket.close(linger=0)
+            return None
+        self._sockets[peer] = socket
+        self._poller.register(socket, zmq.POLLIN)
+        return socket

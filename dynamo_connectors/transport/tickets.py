@@ -1,0 +1,34 @@
+"""What a reader needs to find the blocks that an owner keeps for it. Pure."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from dynamo_connectors.errors import StoreError
+from dynamo_connectors.transport.messages import Lease
+
+
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """`port` is that of the owner's first worker; the others listen on the next ones."""
+
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9_.:-]+$")]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    lease: Lease
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> Ticket:
+        """Raises `StoreError`."""
+        try:
+            return msgspec.msgpack.decode(encoded, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise StoreError("bad_ticket", str(error)) from None
+
+    def address_of(self, rank: int) -> str:
+        """Where worker `rank` of the owner listens."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{self.port + rank}"

@@ -1,0 +1,158 @@
+"""Prefill and decode apart, under vLLM's own `kv_transfer_params`: what the two schedulers tell each other.
+
+The prefill side answers a request that asks for it (`do_remote_decode`) with a ticket; the proxy passes it verbatim to
+the decode side (`do_remote_prefill`), which may load the blocks that it names. Blocks go by their keys, so a ticket
+that comes with another prompt gives nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dynamo_connectors.block_manager import BlockManager, Source
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.config import HOST_DRAM, PEER
+from dynamo_connectors.errors import StoreError
+from dynamo_connectors.peer_config import is_this_host
+from dynamo_connectors.transport.tickets import Ticket
+from dynamo_connectors.vllm.job_ledger import JobLedger, Running
+
+#: Beside the engine's own names: the lease, in hexadecimal.
+LEASE = "dynamo_lease"
+#: More would not be a prompt.
+_MOST_TOKENS = 1 << 24
+
+
+class Identity(NamedTuple):
+    """Where the workers of this engine serve peers, in the words of `kv_transfer_params`."""
+
+    engine_id: str
+    host: str
+    port: int
+    num_workers: int
+
+
+class Offered(NamedTuple):
+    """What a decode request brought with it: up to `tokens` of its prompt can be read with `ticket`."""
+
+    tokens: int
+    ticket: BlockKey
+
+
+def offered(params: object, local_only: bool = False) -> tuple[Offered | None, str]:
+    """What `kv_transfer_params` offer, and one line when they offer something that cannot be used.
+
+    They come from whoever may send requests: with `local_only`, because there is no secret, no other host is asked.
+    """
+    if not isinstance(params, Mapping) or not params.get("do_remote_prefill"):
+        return None, ""
+    lease, tokens = params.get(LEASE), params.get("remote_num_tokens")
+    if not isinstance(lease, str):
+        return None, "its KV lies at an engine without --kvbm-role prefill; it is computed here"
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens <= _MOST_TOKENS:
+        return None, f"remote_num_tokens {tokens!r:.80} is no number of tokens; it is computed here"
+    try:
+        ticket = Ticket(params.get("remote_host"), params.get("remote_port"), bytes.fromhex(lease))  # type: ignore[arg-type]
+        encoded = ticket.encode()
+        Ticket.decode(encoded)
+    except (StoreError, ValueError, TypeError) as error:
+        return None, f"its ticket cannot be used ({error}); it is computed here"
+    if local_only and not is_this_host(ticket.host):
+        return None, f"its KV lies at {ticket.host}, and without --kvbm-peer-secret-file no other host is asked"
+    return Offered(tokens, BlockKey(encoded)), ""
+
+
+def wants_handoff(params: object) -> bool:
+    """Whether another engine shall decode this request."""
+    return isinstance(params, Mapping) and bool(params.get("do_remote_decode"))
+
+
+class Exports:
+    """The prefill side. A hand-off waits until its blocks have arrived in host memory, and is then a job."""
+
+    def __init__(
+        self, identity: Identity, manager: BlockManager, ledger: JobLedger, new_lease: Callable[[], bytes]
+    ) -> None:
+        self._identity = identity
+        self._manager = manager
+        self._ledger = ledger
+        self._new_lease = new_lease
+        #: Lease -> the chain to export, and those of its blocks that may still be on their way.
+        self._waiting: dict[bytes, tuple[Sequence[BlockKey], set[BlockKey]]] = {}
+
+    def begin(self, chain: Sequence[BlockKey], storing: set[BlockKey], block_tokens: int) -> dict[str, Any]:
+        """The answer for the proxy. `storing`: blocks of the chain that are being copied to host memory."""
+        lease = self._new_lease()
+        self._ledger.announce(lease)
+        self._waiting[lease] = chain, storing
+        self._export_what_is_ready(lease)
+        return {
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_block_ids": [list(range(len(chain)))],
+            "remote_engine_id": self._identity.engine_id,
+            "remote_request_id": lease.hex(),
+            "remote_host": self._identity.host,
+            "remote_port": self._identity.port,
+            "tp_size": self._identity.num_workers,
+            "remote_num_tokens": len(chain) * block_tokens,
+            LEASE: lease.hex(),
+        }
+
+    def stored(self, keys: set[BlockKey]) -> None:
+        """These blocks are no longer on their way: they have arrived, or never will."""
+        for lease, (_, storing) in list(self._waiting.items()):
+            storing -= keys
+            self._export_what_is_ready(lease)
+
+    def end(self, job: Running) -> None:
+        if job.exports:
+            self._manager.release(job.exports)
+
+    def check(self) -> None:
+        assert all(storing for _, storing in self._waiting.values()), "a hand-off waits for nothing"
+
+    def _export_what_is_ready(self, lease: bytes) -> None:
+        chain, storing = self._waiting[lease]
+        if storing:
+            return
+        del self._waiting[lease]
+        sources: list[Source] = []
+        while len(sources) < len(chain):
+            found = self._manager.lease(chain, len(sources), 1)
+            if not found or found[0].tier != HOST_DRAM:  # evicted meanwhile; peers read host memory only
+                self._manager.release(found)
+                break
+            sources += found
+        self._ledger.export(lease, tuple(sources))
+
+
+class Reach:
+    """The decode side: what a request can load, of the tiers here and of its ticket. One per request."""
+
+    def __init__(self, manager: BlockManager, offer: Offered | None, block_tokens: int) -> None:
+        self._manager = manager
+        self._ticket = offer.ticket if offer is not None else None
+        self._blocks = offer.tokens // block_tokens if offer is not None else 0
+
+    def match(self, chain: Sequence[BlockKey], start: int) -> int:
+        """Length of the run of `chain` from `start` on that can be loaded. Changes nothing."""
+        here = self._manager.match(chain, start)
+        end = start + here
+        while end < min(self._blocks, len(chain)):
+            end += max(1, self._manager.match(chain, end))
+        return end - start
+
+    def lease(self, chain: Sequence[BlockKey], start: int, count: int) -> list[Source]:
+        """Like `BlockManager.lease`: blocks that lie in no tier here come from the peer."""
+        sources: list[Source] = []
+        while len(sources) < count:
+            found = self._manager.lease(chain, start + len(sources), count - len(sources))
+            sources += found
+            at = start + len(sources)
+            if len(sources) < count and not found:
+                if self._ticket is None or at >= self._blocks:
+                    break
+                sources.append(Source(chain[at], PEER, 0, self._ticket))
+        return sources

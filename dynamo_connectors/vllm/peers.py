@@ -1,0 +1,145 @@
+"""A worker's part in the fleet: lets peers read what it is told to export, and reads what peers keep for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from dynamo_connectors.blocks import Namespace
+from dynamo_connectors.config import KvbmConfig
+from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.host_limits import read_secret
+from dynamo_connectors.jobs import JobReport
+from dynamo_connectors.peer_config import PeerConfig
+from dynamo_connectors.tiers.base import LowerTier
+from dynamo_connectors.tiers.dram import DramStore
+from dynamo_connectors.transport.agent import Region
+from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
+from dynamo_connectors.transport.server import PeerServer, ServerSettings
+from dynamo_connectors.transport.tickets import Ticket
+from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process
+from dynamo_connectors.vllm.groups import Geometry
+from dynamo_connectors.vllm.handoff import Identity
+from dynamo_connectors.vllm.messages import StepPlan
+
+log = engine_logger(__name__)
+
+#: Late READs may hold this share of the rows that loads from peers pass through.
+_QUARANTINE_SHARE = 0.5
+
+
+class WorkerPeers:
+    """Called by the worker half only. The transports have threads of their own."""
+
+    def __init__(self, peer: PeerConfig, rank: int, space: Namespace, dram: DramStore) -> None:
+        self._peer = peer
+        self._rank = rank
+        # Equal ranks read each other; which one it is, the port says.
+        self._namespace = replace(space, tp_rank=0).digest + b"%d" % space.tp_rank
+        self._secret = read_secret(peer)
+        self._tier: PeerTier | None = None
+        self._server: PeerServer | None = None
+        #: Lease -> the job that exports it.
+        self._exports: dict[bytes, int] = {}
+        if peer.serves:
+            settings = ServerSettings(peer.host, peer.port + rank, self._namespace, self._secret)
+            self._server = PeerServer(settings, dram)
+            log.info("dynamo: peers may read this worker's host memory at %s:%d", peer.host, peer.port + rank)
+
+    def make_tier(self, staging: DramStore) -> LowerTier:
+        """The peer tier, which reads into `staging`."""
+        region = Region(staging.rows.ctypes.data, staging.rows.nbytes)
+        settings = PeerSettings(
+            rank=self._rank,
+            namespace=self._namespace,
+            row_bytes=staging.row_bytes,
+            secret=self._secret,
+            deadline_seconds=self._peer.deadline_seconds,
+            quarantine_bytes=int(region.num_bytes * _QUARANTINE_SHARE),
+        )
+        self._tier = PeerTier(settings, [region])
+        return self._tier
+
+    def start(self, plan: StepPlan) -> None:
+        if self._server is not None:
+            for lease in plan.announced:
+                self._server.announce(lease)
+            for job in plan.exports:
+                self._exports[job.lease] = job.job_id
+                self._server.export(job.lease, dict(job.slots))
+            if plan.forget:  # the plan's own exports, too: they may be of before
+                self._server.revoke_all()
+        if self._tier is not None:
+            for encoded in plan.watch:
+                self._tier.watch(Ticket.decode(encoded))
+            for encoded in plan.unwatch:
+                self._tier.unwatch(Ticket.decode(encoded))
+
+    def take_reports(self) -> list[JobReport]:
+        """Exports that have ended."""
+        if self._server is None:
+            return []
+        return [JobReport(self._exports.pop(lease), {}) for lease in self._server.take_ended()]
+
+    def take_counts(self) -> Counter[tuple[str, str]]:
+        counts: Counter[tuple[str, str]] = Counter()
+        for part in (self._server, self._tier):
+            if part is not None:
+                counts += part.take_counts()
+        return counts
+
+    def levels(self) -> dict[str, int]:
+        """What stands at a level now, by metric."""
+        levels = {}
+        if self._server is not None:
+            levels["nixl_open_leases"] = self._server.open_leases
+        if self._tier is not None:
+            levels["nixl_quarantined_bytes"] = self._tier.quarantined_bytes
+        return levels
+
+    def close(self) -> None:
+        """The server only: the tier belongs to the transfer engine."""
+        if self._server is not None and not self._server.close():
+            log.error("dynamo: peers are still served while this worker ends")
+
+    def check(self) -> None:
+        assert self._server is not None or not self._exports, "blocks are exported and nobody serves them"
+
+
+def identity_of(config: KvbmConfig, vllm_config: Any) -> Identity | None:
+    """Where this engine serves peers; None when it does not."""
+    if not config.peer.serves:
+        return None
+    parallel = vllm_config.parallel_config
+    engine_id = str(vllm_config.kv_transfer_config.engine_id)
+    return Identity(engine_id, config.peer.host, _first_port(config, parallel), parallel.world_size)
+
+
+def worker_peers(config: KvbmConfig, vllm_config: Any, space: Namespace, dram: DramStore) -> WorkerPeers | None:
+    if not config.peer.role:
+        return None
+    parallel = vllm_config.parallel_config
+    peer = replace(config.peer, port=_first_port(config, parallel))
+    return WorkerPeers(peer, parallel.rank, space, dram)
+
+
+def check_role(config: KvbmConfig, vllm_config: Any, geometry: Geometry) -> None:
+    """Raises `ConfigError` when this engine cannot hand KV over."""
+    if not config.peer.role:
+        return
+    if len(geometry.groups) > 1 or geometry.has_windows:
+        raise ConfigError(
+            "--kvbm-role needs a model with one kind of attention: dynamo does not hand over the KV of sliding windows "
+            "or several KV cache groups yet; start without --kvbm-role"
+        )
+    if hashes_end_with_process(vllm_config.cache_config.prefix_caching_hash_algo):
+        raise ConfigError(
+            "--kvbm-role needs engines that name blocks alike, and this vLLM names them anew at every start; "
+            "set PYTHONHASHSEED to the same number for all of them"
+        )
+
+
+def _first_port(config: KvbmConfig, parallel: Any) -> int:
+    """Each data-parallel engine has its own ports."""
+    return config.peer.port + int(getattr(parallel, "data_parallel_index", 0) or 0) * int(parallel.world_size)

@@ -1,0 +1,70 @@
+"""The part that an engine plays in a fleet: what users may write, and the one line they get when they may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_connectors.config import parse_config
+from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.host_limits import check_host, read_secret
+from dynamo_connectors.peer_config import PeerConfig
+
+ROLE, HOST, PORT = "kvbm_role", "kvbm_peer_host", "kvbm_peer_port"
+SECRET, DEADLINE = "kvbm_peer_secret_file", "kvbm_peer_deadline_ms"
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({ROLE: "prefil"}, "--kvbm-role", "write prefill, decode or both"),
+    ({PORT: 5700}, "--kvbm-peer-port", "add it, or drop the flag"),
+    ({ROLE: "both", "kvbm_storage_tiers": "hbm"}, "--kvbm-role", "add it to --kvbm-storage-tiers"),
+    ({ROLE: "both", HOST: "10.0.0.1"}, "--kvbm-peer-host", "--kvbm-peer-secret-file"),
+    ({ROLE: "both", HOST: "0.0.0.0", SECRET: "x"}, "--kvbm-peer-host", "other engines reach"),
+    ({ROLE: "both", HOST: "prefill-1"}, "--kvbm-peer-host", "--kvbm-peer-secret-file"),
+    ({ROLE: "both", PORT: 0}, "--kvbm-peer-port", "whole number from 1 to 65535"),
+    ({ROLE: "both", PORT: 70000}, "--kvbm-peer-port", "whole number from 1 to 65535"),
+    ({ROLE: "both", PORT: 1.5}, "--kvbm-peer-port", "whole number from 1 to 65535"),
+    ({ROLE: "both", DEADLINE: "soon"}, "--kvbm-peer-deadline-ms", "number from 1 to 600000"),
+    ({ROLE: "both", DEADLINE: "nan"}, "--kvbm-peer-deadline-ms", "number from 1 to 600000"),
+]
+
+
+@pytest.mark.parametrize(("settings", "flag", "remedy"), BAD)
+def test_a_mistake_is_one_line_that_names_the_flag_and_the_remedy(
+    settings: dict[str, Any], flag: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        parse_config(settings)
+    line = str(wrong.value)
+    assert flag in line
+    assert remedy in line
+    assert "\n" not in line
+
+
+def test_every_setting_at_once() -> None:
+    settings = {ROLE: "decode", HOST: "::1", PORT: "6000", SECRET: "/run/secret", DEADLINE: "2500"}
+    peer = parse_config(settings).peer
+    assert peer == PeerConfig("decode", "::1", 6000, Path("/run/secret"), 2.5)
+    assert (peer.reads, peer.serves) == (True, False)
+    both = parse_config({ROLE: "both"}).peer
+    assert (both.reads, both.serves) == (True, True)
+    assert not parse_config({}).peer.role
+
+
+def test_the_secret_is_read_and_must_be_one(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    config = parse_config({ROLE: "both", HOST: "10.0.0.1", SECRET: str(file)})
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_secret(config.peer)
+    file.write_bytes(b"short\n")
+    with pytest.raises(ConfigError, match="random secret"):
+        read_secret(config.peer)
+    file.write_bytes(b"0123456789abcdef\n")
+    assert read_secret(config.peer) == b"0123456789abcdef"
+
+
+def test_a_role_without_nixl_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo_connectors.transport.agent.installed_build", lambda: None)
+    with pytest.raises(ConfigError, match=r"pip install 'dynamo-connectors\[nixl\]'"):
+        check_host(parse_config({ROLE: "prefill", "kvbm_host_dram_gb": 0.01}))

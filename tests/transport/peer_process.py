@@ -1,0 +1,154 @@
+"""One side of a transfer in a process of its own: obeys one JSON object per line, and answers each with one.
+
+Every block's row follows from its key, so a reader knows what it should have got.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.errors import DynamoConnectorsError, StoreError
+from dynamo_connectors.tiers.base import Place
+from dynamo_connectors.tiers.dram import DramStore
+from dynamo_connectors.transport import messages
+from dynamo_connectors.transport.agent import Region
+from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
+from dynamo_connectors.transport.server import PeerServer, ServerSettings
+from dynamo_connectors.transport.tickets import Ticket
+
+
+@functools.lru_cache(maxsize=256)
+def row_of(key: bytes, row_bytes: int) -> npt.NDArray[np.uint8]:
+    digest = np.frombuffer(hashlib.blake2b(key).digest(), dtype=np.uint8)
+    return np.resize(digest, row_bytes)
+
+
+class OwnerSide:
+    def __init__(self, rows: int, row_bytes: int, port: int, options: dict[str, Any]) -> None:
+        self.dram = DramStore(rows, row_bytes)
+        messages.VERSION = options.get("version", messages.VERSION)
+        settings = ServerSettings(
+            "127.0.0.1",
+            port,
+            options.get("namespace", "n").encode(),
+            options.get("secret", "s").encode(),
+            options.get("lease_seconds", 30.0),
+        )
+        self.server = PeerServer(settings, self.dram)
+        if options.get("truncates"):
+            offer = self.server._owner._offer
+            self.server._owner._offer = offer._replace(metadata=offer.metadata[: len(offer.metadata) // 2])
+
+    def fill(self, slot: int, key: str) -> None:
+        self.dram.write(slot, BlockKey(key.encode()), memoryview(row_of(key.encode(), self.dram.row_bytes)))
+
+    def announce(self, lease: str) -> None:
+        self.server.announce(bytes.fromhex(lease))
+
+    def export(self, lease: str, slots: dict[str, int]) -> None:
+        self.server.export(bytes.fromhex(lease), {BlockKey(key.encode()): slot for key, slot in slots.items()})
+
+    def revoke(self) -> None:
+        self.server.revoke_all()
+
+    def ended(self) -> list[str]:
+        return [lease.hex() for lease in self.server.take_ended()]
+
+    def open_leases(self) -> int:
+        return self.server.open_leases
+
+    def counts(self) -> dict[str, int]:
+        return {"|".join(key): number for key, number in self.server.take_counts().items()}
+
+    def close(self) -> bool:
+        return self.server.close()
+
+
+class ReaderSide:
+    def __init__(self, rows: int, row_bytes: int, options: dict[str, Any]) -> None:
+        self.dram = DramStore(rows, row_bytes)
+        settings = PeerSettings(
+            0,
+            options.get("namespace", "n").encode(),
+            row_bytes,
+            options.get("secret", "s").encode(),
+            options.get("deadline_seconds", 10.0),
+            options.get("quarantine_bytes", 1 << 30),
+        )
+        self.tier = PeerTier(settings, [Region(self.dram.rows.ctypes.data, self.dram.rows.nbytes)])
+        self.reads: list[tuple[list[str], list[int], Future[Sequence[StoreError | None]]]] = []
+
+    def read(self, port: int, lease: str, keys: list[str], rows: list[int]) -> int:
+        ticket = BlockKey(Ticket("127.0.0.1", port, bytes.fromhex(lease)).encode())
+        places = [Place(BlockKey(key.encode()), 0, ticket) for key in keys]
+        for row in rows:
+            self.dram.rows[row] = 0
+        (batch,) = self.tier.read(places, [memoryview(self.dram.rows[row]) for row in rows])
+        self.reads.append((keys, rows, batch.outcome))
+        return len(self.reads) - 1
+
+    def wait(self, read: int, seconds: float = 60.0) -> list[str] | None:
+        """For each block why it is missing, or `right`, or `WRONG`; None when the read is still under way."""
+        keys, rows, outcome = self.reads[read]
+        deadline = time.monotonic() + seconds
+        while not outcome.done():
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.005)
+        said = []
+        for key, row, error in zip(keys, rows, outcome.result(), strict=True):
+            right = np.array_equal(self.dram.rows[row], row_of(key.encode(), self.dram.row_bytes))
+            said.append(error.reason if error is not None else "right" if right else "WRONG")
+        return said
+
+    def scribble(self, rows: list[int]) -> None:
+        """These rows belong to somebody else now."""
+        for row in rows:
+            self.dram.rows[row] = 7
+
+    def scribbled(self, rows: list[int]) -> bool:
+        return all(bool((self.dram.rows[row] == 7).all()) for row in rows)
+
+    def watch(self, port: int, lease: str, wanted: bool) -> None:
+        ticket = Ticket("127.0.0.1", port, bytes.fromhex(lease))
+        (self.tier.watch if wanted else self.tier.unwatch)(ticket)
+
+    def quarantined(self) -> int:
+        return self.tier.quarantined_bytes
+
+    def counts(self) -> dict[str, int]:
+        return {"|".join(key): number for key, number in self.tier.take_counts().items()}
+
+    def close(self) -> bool:
+        return self.tier.close(time.monotonic() + 10)
+
+
+def main() -> None:
+    side: Any = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        what = asked.pop("do")
+        make: dict[str, Callable[..., Any]] = {"owner": OwnerSide, "reader": ReaderSide}
+        try:
+            if what in make:
+                side, answer = make[what](**asked), None
+            else:
+                answer = getattr(side, what)(**asked)
+        except DynamoConnectorsError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Real owners and readers in processes of their own, and somebody between them who can do anything to their talk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from dynamo_connectors.transport.messages import Codec, Reply, Request
+from tests.house.repository import ROOT, import_path
+
+#: Large enough that a READ over TCP does not fit into the buffers of the system.
+ROWS, ROW_BYTES = 64, 1 << 20
+
+
+class PeerProcess:
+    """Calls of any name go to the other process, see `peer_process`."""
+
+    def __init__(self, transports: str = "") -> None:
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{import_path()}", "UCX_LOG_LEVEL": "fatal"}
+        env["NIXL_LOG_LEVEL"] = "FATAL"
+        if transports:
+            env["UCX_TLS"] = transports
+        command = [sys.executable, "-m", "tests.transport.peer_process"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT, text=True
+        )
+
+    def call(self, what: str, **arguments: Any) -> Any:
+        self.say(what, **arguments)
+        return self.hear()
+
+    def say(self, what: str, **arguments: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the process died ({self.process.poll()})"
+        return json.loads(line)
+
+    def stop(self) -> None:
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+Hook = Callable[[Request | Reply], int]
+
+
+class Between:
+    """Passes messages on. `hook` sees each before that and says how often it is delivered; it may do anything."""
+
+    def __init__(self, port: int, owner_port: int, secret: bytes = b"s") -> None:
+        self.hook: Hook = lambda message: 1
+        self.seen: list[str] = []
+        self._owner = f"tcp://127.0.0.1:{owner_port}"
+        self._codec = Codec(secret)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._front = self._context.socket(zmq.ROUTER)
+        self._front.bind(f"tcp://127.0.0.1:{port}")
+        self._backs: dict[bytes, zmq.Socket[Any]] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping = True
+        self._thread.join()
+        self._context.destroy(linger=0)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            poller = zmq.Poller()
+            for socket in (self._front, *self._backs.values()):
+                poller.register(socket, zmq.POLLIN)
+            ready = dict(poller.poll(20))
+            if self._front in ready:
+                client, frame = self._front.recv_multipart()
+                self._to_owner(client, frame)
+            for client, back in list(self._backs.items()):
+                if back in ready:
+                    frame = back.recv()
+                    for _ in range(self._times(self._codec.reply(frame))):
+                        self._front.send_multipart([client, frame])
+
+    def _to_owner(self, client: bytes, frame: bytes) -> None:
+        if client not in self._backs:
+            back = self._backs[client] = self._context.socket(zmq.DEALER)
+            back.connect(self._owner)
+        for _ in range(self._times(self._codec.request(frame))):
+            self._backs[client].send(frame)
+
+    def _times(self, message: Request | Reply) -> int:
+        self.seen.append(type(message).__name__)
+        return self.hook(message)

@@ -1,0 +1,291 @@
+"""Faults caused on real processes over UCX: never wrong bytes, always an end, nothing kept for ever."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import pytest
+
+from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Request, Verdict, Welcome
+from tests.transport.peers import ROW_BYTES, ROWS, Between, PeerProcess
+from tests.vllm.client import wait_until
+from tools.server_process import free_port
+
+KEYS = [f"key{number}" for number in range(16)]
+DEADLINE_SECONDS = 3.0
+
+
+class Keeper(NamedTuple):
+    """An owner that outlives a test."""
+
+    process: PeerProcess
+    port: int
+
+
+def start_owner(port: int, **options: object) -> PeerProcess:
+    owner = PeerProcess("tcp")
+    answer = owner.call("owner", rows=ROWS, row_bytes=ROW_BYTES, port=port, options=options)
+    assert answer is None, answer
+    for slot, key in enumerate(KEYS):
+        owner.call("fill", slot=slot, key=key)
+    return owner
+
+
+class Fleet:
+    """An owner, a reader that all tests share, and somebody between them. An owner that a test may lose is its own."""
+
+    def __init__(self, reader: PeerProcess, keeper: Keeper, stack: ExitStack) -> None:
+        self.reader = reader
+        self._stack = stack
+        self.owner, self.owner_port = keeper
+        self.connect()
+
+    def connect(self) -> None:
+        self.port = free_port()
+        self.between = Between(self.port, self.owner_port)
+        self._stack.callback(self.between.close)
+
+    def start_owner(self, **options: object) -> PeerProcess:
+        """This test's own, or the next run of it at the same port."""
+        if not self._is_own:
+            self._is_own = True
+            self.owner_port = free_port()
+            self.connect()
+        self.owner = start_owner(self.owner_port, **options)
+        self._stack.callback(self.owner.end)
+        return self.owner
+
+    _is_own = False
+
+    def export(self, lease: str = "") -> None:
+        self.lease = lease or secrets.token_hex(16)
+        lease = self.lease
+        self.owner.call("export", lease=lease, slots={key: slot for slot, key in enumerate(KEYS)})
+
+    def start_read(self, lease: str = "") -> int:
+        number: int = self.reader.call(
+            "read", port=self.port, lease=lease or self.lease, keys=KEYS, rows=list(range(len(KEYS)))
+        )
+        return number
+
+    def end_read(self, number: int) -> set[str]:
+        said = self.reader.call("wait", read=number)
+        assert said is not None, "the read did not end"
+        assert "WRONG" not in said
+        return set(said)
+
+    def read(self, lease: str = "") -> set[str]:
+        return self.end_read(self.start_read(lease))
+
+    def read_until_right(self, lease: str = "") -> None:
+        """However slow the machine: a fleet that works gives right blocks in the end."""
+        wait_until(lambda: self.read(lease) == {"right"}, "the blocks arrive", 60.0)
+
+    def at(self, kind: type, act: Callable[[], object], times: int = 1) -> None:
+        """The first message of `kind` is held up until `act` has been done; it is then delivered `times` times."""
+        done: list[bool] = []
+
+        def hook(message: Request | Reply) -> int:
+            if done or not isinstance(message, kind):
+                return 1
+            done.append(True)
+            act()
+            return times
+
+        self.between.hook = hook
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[PeerProcess]:
+    process = PeerProcess("tcp")
+    options = {"deadline_seconds": DEADLINE_SECONDS}
+    process.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options=options)
+    try:
+        yield process
+        assert process.call("quarantined") == 0
+        assert process.call("close")
+    finally:
+        process.end()
+
+
+@pytest.fixture(scope="module")
+def keeper() -> Iterator[Keeper]:
+    port = free_port()
+    owner = start_owner(port)
+    try:
+        yield Keeper(owner, port)
+        wait_until(lambda: owner.call("ended") is not None, "the owner answers")
+        assert owner.call("close")
+    finally:
+        owner.end()
+
+
+@pytest.fixture
+def fleet(reader: PeerProcess, keeper: Keeper) -> Iterator[Fleet]:
+    keeper.process.call("counts")
+    with ExitStack() as stack:
+        yield Fleet(reader, keeper, stack)
+
+
+def test_blocks_arrive_over_a_network_that_loses_doubles_and_delays(fleet: Fleet) -> None:
+    fleet.export()
+    fleet.read_until_right()
+    chance = random.Random(5)
+    fleet.between.hook = lambda message: chance.choice((0, 1, 1, 2))
+    for _ in range(12):
+        fleet.read()
+    fleet.between.hook = lambda message: 1
+    fleet.read_until_right()
+    assert fleet.reader.call("counts")["nixl_read_bytes|"] >= 2 * len(KEYS) * ROW_BYTES
+    fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=True)
+    fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=False)
+    wait_until(lambda: fleet.owner.call("ended") == [fleet.lease], "the owner has its blocks back")
+
+
+def test_blocks_re_used_after_their_lease_are_never_read(fleet: Fleet) -> None:
+    """The published corruption: the lease is over, its slots hold another prompt's KV, then the reader comes."""
+    owner = fleet.start_owner(lease_seconds=0.3)
+    fleet.export()
+    wait_until(lambda: owner.call("ended") == [fleet.lease], "the lease has expired")
+    for slot in range(len(KEYS)):
+        owner.call("fill", slot=slot, key=f"another prompt {slot}")
+    assert fleet.read() == {"gone"}
+    assert owner.call("counts") == {"nixl_leases_ended|expired": 1}
+
+
+@pytest.mark.parametrize("kind", [Grant, Check])
+def test_blocks_re_used_under_a_read_are_stale(fleet: Fleet, kind: type) -> None:
+    owner = fleet.owner
+    fleet.export()
+    fleet.at(kind, lambda: owner.call("fill", slot=3, key="another prompt"))
+    assert fleet.read() == {"stale"}
+    assert owner.call("counts") == {"nixl_fences_refused|other_generation": 1}
+    owner.call("fill", slot=3, key=KEYS[3])
+
+
+def test_a_reader_that_slept_over_its_lease_gets_nothing(fleet: Fleet) -> None:
+    """Stopped between the grant and its READ; when it goes on, everything it was granted is somebody else's."""
+    owner = fleet.start_owner(lease_seconds=0.3)
+    fleet.export()
+    fleet.at(Grant, fleet.reader.stop)
+    fleet.reader.say("read", port=fleet.port, lease=fleet.lease, keys=KEYS[:1], rows=[0])
+    wait_until(lambda: "Grant" in fleet.between.seen, "the read is granted")
+    wait_until(lambda: owner.call("ended") == [fleet.lease], "the owner has given it up", 60.0)
+    owner.call("fill", slot=0, key="another prompt")
+    fleet.reader.go_on()
+    assert "right" not in fleet.end_read(fleet.reader.hear())
+
+
+@pytest.mark.parametrize("kind", [Hello, Ask, Check])
+def test_an_owner_that_stops_answering_costs_the_deadline(fleet: Fleet, kind: type) -> None:
+    owner = fleet.owner
+    fleet.export()
+    if kind is not Hello:
+        fleet.read_until_right()
+    fleet.at(kind, owner.stop)
+    assert fleet.read() <= {"timeout", "unreachable"}
+    owner.go_on()
+    fleet.between.hook = lambda message: 1
+    fleet.read_until_right()
+
+
+@pytest.mark.parametrize("kind", [Welcome, Grant, Verdict])
+def test_an_owner_that_is_killed_and_started_anew_is_another_owner(fleet: Fleet, kind: type) -> None:
+    owner = fleet.start_owner()
+    fleet.export()
+    fleet.at(kind, owner.kill)
+    expected = {"timeout", "unreachable", "disconnected", "restarted", "refused", "right"}
+    assert fleet.read() <= expected
+    fleet.between.hook = lambda message: 1
+    fleet.start_owner()
+    fleet.read()  # this run has never heard of the lease
+    fleet.export()
+    fleet.read_until_right()
+
+
+def test_late_bytes_find_their_memory_quarantined(fleet: Fleet) -> None:
+    owner = fleet.owner
+    fleet.export()
+    fleet.read_until_right()
+    fleet.at(Grant, owner.stop)
+    number = fleet.start_read()
+    wait_until(lambda: fleet.reader.call("quarantined") == len(KEYS) * ROW_BYTES, "the READ is late")
+    assert fleet.reader.call("wait", read=number, seconds=0.1) is None, "its rows are nobody else's yet"
+    assert fleet.read() == {"unavailable"}
+    owner.go_on()
+    assert fleet.end_read(number) == {"timeout"}
+    wait_until(lambda: fleet.reader.call("quarantined") == 0, "the quarantine is over")
+    fleet.read_until_right()
+
+
+def test_a_full_quarantine_restarts_the_data_plane_and_fences_late_bytes(fleet: Fleet) -> None:
+    with ExitStack() as stack:
+        small = PeerProcess("tcp")
+        stack.callback(small.end)
+        options = {"deadline_seconds": DEADLINE_SECONDS, "quarantine_bytes": ROW_BYTES}
+        small.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options=options)
+        shared, fleet.reader = fleet.reader, small
+        owner = fleet.start_owner()
+        fleet.export()
+        fleet.read_until_right()
+        fleet.at(Grant, owner.stop)
+        number = fleet.start_read()
+        assert fleet.end_read(number) == {"timeout"}
+        rows = list(range(len(KEYS)))
+        small.call("scribble", rows=rows)  # they are somebody else's now
+        owner.go_on()
+        assert small.call("counts")["nixl_restarts|"] == 1
+        fleet.between.hook = lambda message: 1
+        # UCX may have killed the owner over the connection that was cut: then it is started anew, as an operator would.
+        owner.kill()
+        assert small.call("scribbled", rows=rows)
+        fleet.start_owner()
+        fleet.export()
+        fleet.read_until_right()
+        assert small.call("close")
+        fleet.reader = shared
+
+
+def test_a_reader_that_is_killed_under_its_read_leaves_nothing(fleet: Fleet) -> None:
+    owner = fleet.start_owner(lease_seconds=0.5)
+    with ExitStack() as stack:
+        doomed = PeerProcess("tcp")
+        stack.callback(doomed.end)
+        doomed.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": 1.0})
+        fleet.export()
+        fleet.at(Grant, doomed.kill)
+        doomed.call("read", port=fleet.port, lease=fleet.lease, keys=KEYS, rows=list(range(len(KEYS))))
+        wait_until(lambda: owner.call("ended") == [fleet.lease], "the owner has its blocks back", 60.0)
+    assert owner.call("open_leases") == 0
+    fleet.between.hook = lambda message: 1
+    fleet.export("cd" * 16)
+    fleet.reader.call("watch", port=fleet.port, lease="cd" * 16, wanted=True)  # half a second is short
+    fleet.read_until_right("cd" * 16)
+    fleet.reader.call("watch", port=fleet.port, lease="cd" * 16, wanted=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"namespace": "other model"}, "refused"), ({"truncates": True}, "refused")],
+    ids=["model", "metadata"],
+)
+def test_an_owner_that_does_not_fit_is_refused(fleet: Fleet, options: dict[str, object], said: str) -> None:
+    fleet.start_owner(**options)
+    fleet.export()
+    assert fleet.read() == {said}
+    assert fleet.read() == {said}, "and not asked again at once"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"secret": "x"}, "wrong_secret"), ({"version": 9}, "version")], ids=["secret", "version"]
+)
+def test_a_peer_of_another_fleet_is_not_heard(fleet: Fleet, options: dict[str, object], reason: str) -> None:
+    owner = fleet.start_owner(**options)
+    fleet.port = fleet.owner_port  # nobody in between: he could not read that either
+    fleet.export()
+    assert fleet.read() <= {"timeout", "unreachable"}
+    assert owner.call("counts")[f"nixl_refused_messages|{reason}"] >= 1

@@ -1,0 +1,114 @@
+"""No order of messages, losses, restarts, expiries and late data makes a reader report foreign bytes as loaded."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from dynamo_connectors.blocks import BlockKey
+from tests.transport.world import PEER, ROWS, World
+
+KEYS = [BlockKey(b"key%d" % number) for number in range(8)]
+LEASES = [bytes([number]) * 16 for number in range(4)]
+keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4, unique=True)
+slots = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4, unique=True)
+pick = st.integers(0, 1000)
+
+
+class Fleet(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.exported: set[tuple[int, bytes]] = set()
+
+    @rule(lease=st.sampled_from(LEASES))
+    def announce(self, lease: bytes) -> None:
+        self.world.owner.announce(lease, self.world.now)
+
+    @rule(lease=st.sampled_from(LEASES), keys=keys, slots=slots)
+    def export(self, lease: bytes, keys: list[BlockKey], slots: list[int]) -> None:
+        if (self.world.runs, lease) not in self.exported:
+            self.exported.add((self.world.runs, lease))
+            self.world.export(lease, keys, slots)
+
+    @rule(lease=st.sampled_from(LEASES), keys=keys, seconds=st.sampled_from([0.3, 2.0, 8.0]))
+    def read(self, lease: bytes, keys: list[BlockKey], seconds: float) -> None:
+        self.world.read(lease, keys, seconds)
+
+    @rule(lease=st.sampled_from(LEASES), wanted=st.booleans())
+    def watch(self, lease: bytes, wanted: bool) -> None:
+        if wanted:
+            self.world.reader.watch(PEER, lease, self.world.now)
+        else:
+            self.world.reader.unwatch(lease, self.world.now)
+        self.world.obey()
+
+    @precondition(lambda self: self.world.to_owner)
+    @rule(at=pick, again=st.booleans())
+    def owner_hears(self, at: int, again: bool) -> None:
+        self.world.deliver_to_owner(at % len(self.world.to_owner), again)
+
+    @precondition(lambda self: self.world.to_reader)
+    @rule(at=pick, again=st.booleans())
+    def reader_hears(self, at: int, again: bool) -> None:
+        self.world.deliver_to_reader(at % len(self.world.to_reader), again)
+
+    @precondition(lambda self: self.world.to_owner or self.world.to_reader)
+    @rule(at=pick)
+    def lose(self, at: int) -> None:
+        messages: list[object] = self.world.to_owner or self.world.to_reader  # type: ignore[assignment]
+        messages.pop(at % len(messages))
+
+    @precondition(lambda self: self.world.transfers)
+    @rule(at=pick)
+    def progress(self, at: int) -> None:
+        self.world.progress(at % len(self.world.transfers))
+
+    @precondition(lambda self: self.world.transfers)
+    @rule(at=pick)
+    def peer_dies(self, at: int) -> None:
+        self.world.disconnect(at % len(self.world.transfers))
+
+    @rule(slot=st.integers(0, ROWS - 1), key=st.sampled_from(KEYS), whole=st.booleans(), honest=st.booleans())
+    def fill(self, slot: int, key: BlockKey, whole: bool, honest: bool) -> None:
+        """The owner fills a slot anew; if it is not honest, even one that is pinned for a lease."""
+        if honest and self.world.is_pinned(slot):
+            return
+        self.world.memory.begin_fill(slot)
+        if whole:
+            self.world.memory.end_fill(slot, key)
+
+    @rule(seconds=st.sampled_from([0.01, 0.1, 0.6, 4.0]))
+    def pass_time(self, seconds: float) -> None:
+        reading = {lease for lease in self.world.pinned if self.world.reading(lease)}
+        self.world.now += seconds
+        still = {lease for lease in reading if self.world.reading(lease)}
+        self.world.owner.expire(self.world.now)
+        self.world.collect()
+        assert still <= self.world.pinned.keys(), "a lease expired under a READ that was granted"
+        self.world.pass_time(0.0)
+
+    @rule()
+    def reset(self) -> None:
+        self.world.owner.revoke_all()
+        self.world.collect()
+
+    @rule()
+    def restart_owner(self) -> None:
+        self.world.start_owner()
+
+    @invariant()
+    def nothing_foreign(self) -> None:
+        self.world.check()
+        self.world.reader.check()
+        self.world.owner.check()
+
+    def teardown(self) -> None:
+        self.world.settle()
+        self.world.check()
+        assert all(asked.reasons is not None for asked in self.world.asked.values())
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

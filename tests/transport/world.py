@@ -1,0 +1,211 @@
+"""A fleet of two in one thread: an owner, a reader, a network that may do anything, and memory that READs copy from.
+
+READs copy one row at a time, whenever the test says so, from what the owner's memory holds at that moment. A buffer is
+dead as soon as its read has ended; that nothing writes to dead buffers, and that no read calls foreign bytes loaded,
+is asserted at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.transport.messages import Reply, Request
+from dynamo_connectors.transport.owner import Offer, Owner
+from dynamo_connectors.transport.reader import Reader
+from dynamo_connectors.transport.reader_state import (
+    Common,
+    Connect,
+    Finish,
+    Instruction,
+    Post,
+    Restart,
+    Send,
+)
+
+PEER = "owner"
+ROWS = 6
+ROW_BYTES = 8
+NAMESPACE = b"n" * 16
+
+
+class Memory:
+    """Slots of one run of the owner."""
+
+    def __init__(self) -> None:
+        self.keys: list[BlockKey | None] = [None] * ROWS
+        self.generations = [0] * ROWS
+        self.content: list[bytes] = [b"?"] * ROWS
+
+    def holds(self, slot: int, key: BlockKey) -> bool:
+        return self.keys[slot] == key
+
+    def generation_of(self, slot: int) -> int:
+        return self.generations[slot]
+
+    def begin_fill(self, slot: int) -> None:
+        self.keys[slot] = None
+        self.generations[slot] += 1
+        self.content[slot] = b"torn"
+
+    def end_fill(self, slot: int, key: BlockKey) -> None:
+        self.content[slot] = key
+        self.keys[slot] = key
+
+
+@dataclass
+class Transfer:
+    read: int
+    memory: Memory
+    rows: list[tuple[int, int]]
+    buffers: dict[int, bytes]
+
+
+@dataclass
+class Asked:
+    keys: tuple[BlockKey, ...]
+    lease: bytes
+    deadline: float
+    buffers: dict[int, bytes] = field(default_factory=dict)
+    reasons: tuple[str | None, ...] | None = None
+
+
+class World:
+    def __init__(self, quarantine_bytes: int = 3 * ROW_BYTES) -> None:
+        self.now = 0.0
+        self.runs = 0
+        self.to_owner: list[Request] = []
+        self.to_reader: list[Reply] = []
+        self.transfers: list[Transfer] = []
+        self.asked: dict[int, Asked] = {}
+        self.pinned: dict[bytes, dict[BlockKey, int]] = {}
+        self.started_anew = 0
+        self.reader = Reader(Common(b"reader", NAMESPACE, ROW_BYTES, quarantine_bytes))
+        self.start_owner()
+
+    def start_owner(self) -> None:
+        """The owner, or its next run at the same address: its memory, its leases and what it read are gone."""
+        self.runs += 1
+        self.memory = Memory()
+        self.pinned = {}
+        self.epoch = b"run%d" % self.runs
+        self.owner = Owner(Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES), self.memory, 3.0)
+
+    # -- what the test does ------------------------------------------------------------------------------------------
+
+    def export(self, lease: bytes, keys: list[BlockKey], slots: list[int]) -> None:
+        free = [slot for slot in slots if not self.is_pinned(slot)]
+        chosen = dict(zip(keys, free, strict=False))
+        for key, slot in chosen.items():
+            self.memory.begin_fill(slot)
+            self.memory.end_fill(slot, key)
+        self.pinned[lease] = chosen
+        self.owner.export(lease, chosen, self.now)
+        self.collect()
+
+    def read(self, lease: bytes, keys: list[BlockKey], seconds: float) -> int:
+        number = len(self.asked)
+        self.asked[number] = Asked(tuple(keys), lease, self.now + seconds)
+        self.reader.read(number, PEER, lease, keys, self.now + seconds, self.now)
+        self.obey()
+        return number
+
+    def deliver_to_owner(self, at: int, keep: bool = False) -> None:
+        message = self.to_owner[at] if keep else self.to_owner.pop(at)
+        reply = self.owner.receive(message, self.now)
+        if reply is not None:
+            self.to_reader.append(reply)
+        self.collect()
+
+    def deliver_to_reader(self, at: int, keep: bool = False) -> None:
+        message = self.to_reader[at] if keep else self.to_reader.pop(at)
+        self.reader.receive(PEER, message, self.now)
+        self.obey()
+
+    def progress(self, at: int) -> None:
+        """One row of a READ lands, or the READ ends."""
+        transfer = self.transfers[at]
+        if transfer.rows:
+            row, slot = transfer.rows.pop(0)
+            assert self.asked[transfer.read].reasons is None, "a READ wrote to memory that is somebody else's by now"
+            transfer.buffers[row] = transfer.memory.content[slot]
+            return
+        self.transfers.pop(at)
+        self.reader.transfer_ended(transfer.read, None, self.now)
+        self.obey()
+
+    def disconnect(self, at: int) -> None:
+        transfer = self.transfers.pop(at)
+        self.reader.transfer_ended(transfer.read, "disconnected", self.now)
+        self.obey()
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.reader.tick(self.now)
+        self.obey()
+        self.owner.expire(self.now)
+        self.collect()
+
+    def is_pinned(self, slot: int) -> bool:
+        return any(slot in slots.values() for slots in self.pinned.values())
+
+    def settle(self) -> None:
+        """A network that works, until everything has ended. A READ that hangs goes on hanging until its peer dies."""
+        for _ in range(400):
+            if not self.reader.reads_under_way:
+                return
+            while self.to_owner:
+                self.deliver_to_owner(0)
+            while self.to_reader:
+                self.deliver_to_reader(0)
+            while self.transfers:
+                self.progress(0)
+            self.pass_time(0.25)
+        raise AssertionError("reads did not end")
+
+    def check(self) -> None:
+        for asked in self.asked.values():
+            for row, reason in enumerate(asked.reasons or ()):
+                if reason is None:
+                    assert asked.buffers.get(row) == asked.keys[row], "foreign bytes were called loaded"
+
+    # -- what follows from it ----------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """Leases that have ended: their slots may be filled anew."""
+        for lease in self.owner.take_ended():
+            del self.pinned[lease]
+
+    def reading(self, lease: bytes) -> bool:
+        """Whether a READ of the lease, in the present run, could still be accepted."""
+        return any(
+            self.asked[transfer.read].lease == lease
+            and transfer.memory is self.memory
+            and self.asked[transfer.read].deadline > self.now
+            for transfer in self.transfers
+        )
+
+    def obey(self) -> None:
+        for instruction in self.reader.take():
+            self._obey(instruction)
+
+    def _obey(self, instruction: Instruction) -> None:
+        if isinstance(instruction, Send):
+            self.to_owner.append(instruction.message)
+        elif isinstance(instruction, Connect):
+            self.reader.connected(PEER, instruction.welcome.epoch, None, self.now)
+            self.obey()
+        elif isinstance(instruction, Post):
+            rows = list(zip(instruction.rows, instruction.slots, strict=True))
+            buffers = self.asked[instruction.read].buffers
+            self.transfers.append(Transfer(instruction.read, self.memory, rows, buffers))
+        elif isinstance(instruction, Finish):
+            asked = self.asked[instruction.read]
+            assert asked.reasons is None, "a read ended twice"
+            assert len(instruction.reasons) == len(asked.keys)
+            asked.reasons = instruction.reasons
+        elif isinstance(instruction, Restart):
+            self.transfers.clear()
+            self.started_anew += 1
+            self.reader.restarted(self.now)
+            self.obey()

@@ -1,0 +1,270 @@
+"""Prefill on one engine, decode on another, with real transports between them and everything going wrong.
+
+A program: `python -m tests.vllm.handoff_scenario MODEL [REQUESTS]`. Both engines are simulated (`simulated_engine`: the
+real scheduler and connector, made-up KV that is checked at every position a step attends to), so a wrong byte of a peer
+is an AssertionError at the step that would have used it. It prints one line per part that passed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.v1.request import Request
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Verdict
+from dynamo_connectors.transport.messages import Request as Message
+from tests.transport.peers import Between
+from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, SimulatedWorker, Truth, ours
+from tests.vllm.version_scenario import engine_config, prompt
+from tools.server_process import free_port
+
+HBM_BLOCKS = 40
+ANSWER_TOKENS = 4
+PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
+
+
+class RankedWorker(SimulatedWorker):
+    """Knows its rank, as a real worker does."""
+
+    ranks = 0
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, mode: Mode) -> None:
+        vllm_config.parallel_config.rank = RankedWorker.ranks % mode.workers
+        RankedWorker.ranks += 1
+        super().__init__(vllm_config, kv_cache_config, mode)
+
+
+class Engine(SimulatedEngine):
+    worker_class = RankedWorker
+
+    def __init__(self, model: str, mode: Mode, *flags: str) -> None:
+        size = ["--kv-connector", "dynamo", "--kvbm-load-gate", "off", "--kvbm-host-dram-gb", "0.002"]
+        super().__init__(engine_config(model, *size, *flags), mode, HBM_BLOCKS)
+        self.tickets: dict[str, dict[str, Any]] = {}
+        self.counts: Counter[str] = Counter()
+        update = self.scheduler.update_from_output
+
+        def updated(*arguments: Any) -> Any:
+            outputs = update(*arguments)
+            for client_outputs in outputs.values():
+                for output in client_outputs.outputs:
+                    if output.kv_transfer_params:
+                        self.tickets[output.request_id] = output.kv_transfer_params
+            return outputs
+
+        self.scheduler.update_from_output = updated
+
+    def ask(self, name: str, tokens: Sequence[int], answer: int, params: dict[str, Any]) -> None:
+        sampling = SamplingParams(max_tokens=answer, ignore_eos=True, extra_args={"kv_transfer_params": params})
+        request = Request(name, list(tokens), sampling, None, block_hasher=self._block_hasher)
+        self._truths[name], self.answers[name] = Truth.of(tokens, answer), []
+        self.scheduler.add_request(request)
+
+    def take_counts(self) -> Counter[str]:
+        """All that the metrics have been told since the last call, scheduler and workers together."""
+        for stats in self.stats:
+            self.counts.update(stats.get("counts", {}))
+        self.stats.clear()
+        counts, self.counts = self.counts, Counter()
+        return counts
+
+
+class Fleet:
+    """A prefill and a decode engine, and somebody between them."""
+
+    def __init__(self, model: str, mode: Mode, deadline_ms: int) -> None:
+        self.port = free_port()
+        port = ["--kvbm-peer-port", str(self.port)]
+        self.prefill = Engine(model, mode, "--kvbm-role", "prefill", *port)
+        deadline = ["--kvbm-peer-deadline-ms", str(deadline_ms)]
+        self.decode = Engine(model, mode, "--kvbm-role", "decode", *deadline)
+        self.between_port = free_port()
+        self.between = Between(self.between_port, self.port, b"this host alone")
+
+    def run_until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "the engines do not come to an end"
+            self.prefill.step()
+            self.decode.step()
+
+    def computed(self, name: str, tokens: Sequence[int]) -> dict[str, Any]:
+        """The prefill leg: the ticket, as the proxy gets it."""
+        self.prefill.ask(name, tokens, 1, PREFILL)
+        self.run_until(lambda: name in self.prefill.tickets)
+        return self.prefill.tickets[name]
+
+    def decoded(self, *names: str) -> None:
+        """The decode leg: every answer is right, whatever happened."""
+        self.run_until(lambda: all(len(self.decode.answers[name]) == ANSWER_TOKENS for name in names))
+        for name in names:
+            self.decode.expect_answer(name)
+
+    def through_between(self, ticket: dict[str, Any]) -> dict[str, Any]:
+        return {**ticket, "remote_port": self.between_port}
+
+    def settle(self) -> None:
+        """Nothing is under way, and no lease is open."""
+
+        def leases() -> int:
+            peers = [ours(worker.connector)._worker._peers for worker in self.prefill.workers]
+            return sum(each.levels()["nixl_open_leases"] for each in peers)
+
+        def keep_stepping() -> bool:
+            # An idle engine need not hear that a lease has ended; the next request's steps tell it.
+            name = f"idle{len(self.prefill.answers)}"
+            self.prefill.ask(name, prompt(len(name), 3), 1, {})
+            self.run_until(lambda: bool(self.prefill.answers[name]))
+            return leases() == 0 and not ours(self.prefill.scheduler.connector)._scheduler._ledger._jobs
+
+        self.run_until(keep_stepping, 180.0)
+        self.run_until(lambda: not self.decode.scheduler.has_requests())
+        for engine in (self.prefill, self.decode):
+            ours(engine.scheduler.connector)._scheduler.check()
+
+    def close(self) -> None:
+        self.decode.close()
+        self.prefill.close()
+        self.between.close()
+
+
+def hand_over(fleet: Fleet, count: int) -> None:
+    """Every block of the prompt but the last, partial one comes from the prefill engine."""
+    blocks = 0
+    for number in range(count):
+        tokens = prompt(number, 150 + 7 * number % 90)
+        blocks += len(tokens) // BLOCK
+        fleet.decode.ask(f"d{number}", tokens, ANSWER_TOKENS, fleet.computed(f"p{number}", tokens))
+        fleet.decoded(f"d{number}")
+    counts = fleet.decode.take_counts()
+    assert counts["hit_blocks|peer"] == blocks, counts
+    assert not [key for key in counts if key.startswith("load_failures")], counts
+    assert counts["nixl_read_blocks|"] == blocks * len(fleet.decode.workers), counts
+
+
+def many_at_once(fleet: Fleet, rounds: int) -> None:
+    for number in range(rounds):
+        names = [f"many{number}-{each}" for each in range(4)]
+        prompts = [prompt(1000 + 10 * number + each, 100 + 20 * each) for each in range(4)]
+        for name, tokens in zip(names, prompts, strict=True):
+            fleet.prefill.ask(name, tokens, 1, PREFILL)
+        fleet.run_until(lambda names=names: all(name in fleet.prefill.tickets for name in names))
+        for name, tokens in zip(names, prompts, strict=True):
+            fleet.decode.ask(name, tokens, ANSWER_TOKENS, fleet.prefill.tickets[name])
+        fleet.decoded(*names)
+
+
+def refill(fleet: Fleet, ticket: dict[str, Any]) -> None:
+    """The published corruption: the slots of a hand-off hold another prompt's KV."""
+    lease = bytes.fromhex(ticket["dynamo_lease"])
+    for worker in fleet.prefill.workers:
+        half = ours(worker.connector)._worker
+        known = half._peers._server._owner._leases.get(lease)
+        for slot in list((known.slots or {}).values() if known is not None else ()):
+            half._transfers._dram.write(
+                slot, BlockKey(b"foreign"), memoryview(os.urandom(half._transfers._dram.row_bytes))
+            )
+
+
+def at(fleet: Fleet, kind: type, act: Callable[[], object]) -> None:
+    done: list[bool] = []
+
+    def hook(message: Message | Reply) -> int:
+        if not done and isinstance(message, kind):
+            done.append(True)
+            act()
+        return 1
+
+    fleet.between.hook = hook
+
+
+def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
+    """One request with one fault. Its answer is right; what the fault was is returned."""
+    tokens, name = prompt(50_000 + number, chance.randrange(70, 230)), f"f{number}"
+    ticket = fleet.computed(f"p-{name}", tokens)
+    fleet.between.hook = lambda message: 1
+    through = fleet.through_between(ticket)
+    fault = chance.choice(FAULTS)
+    if fault == "another prompt's ticket":
+        through = fleet.through_between(fleet.computed(f"q-{name}", prompt(90_000 + number, 200)))
+    elif fault == "ticket of no engine":
+        through["dynamo_lease"] = os.urandom(16).hex()
+    elif fault == "lease over, slots re-used":
+        refill(fleet, ticket)
+        for worker in fleet.prefill.workers:
+            ours(worker.connector)._worker._peers._server.revoke_all()
+    elif fault.startswith("slots re-used at "):
+        at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, ticket))
+    elif fault.startswith("silence at "):
+        kind = KINDS[fault.rsplit(" ", 1)[1]]
+        fleet.between.hook = lambda message: 0 if isinstance(message, kind) else 1
+    elif fault == "lossy network":
+        fleet.between.hook = lambda message: chance.choice((0, 1, 1, 2))
+    elif fault == "reset of the prefill engine":
+        fleet.prefill.scheduler.reset_prefix_cache(reset_connector=True)
+    fleet.decode.ask(name, tokens, ANSWER_TOKENS, through)
+    if fault == "client leaves":
+        for _ in range(chance.randrange(3)):
+            fleet.decode.step()
+        fleet.decode.abort(name)
+        return fault
+    fleet.decoded(name)
+    return fault
+
+
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (Hello, Ask, Grant, Check, Verdict)}
+FAULTS = [
+    "none",
+    "another prompt's ticket",
+    "ticket of no engine",
+    "lease over, slots re-used",
+    *(f"slots re-used at {kind}" for kind in ("Ask", "Grant", "Check")),
+    *(f"silence at {kind}" for kind in ("Ask", "Check", "Verdict")),
+    "lossy network",
+    "reset of the prefill engine",
+    "client leaves",
+]
+
+
+def faults(fleet: Fleet, count: int) -> None:
+    chance = random.Random(7)
+    seen = Counter(faulted(fleet, number, chance) for number in range(count))
+    fleet.between.hook = lambda message: 1
+    counts = fleet.decode.take_counts()
+    print("faults:", dict(sorted(seen.items())))
+    print("told:", {key: counts[key] for key in sorted(counts) if "fail" in key or "nixl" in key or "hit_" in key})
+    stale = sum(seen[fault] for fault in seen if fault.startswith("slots re-used at "))
+    assert counts["load_failures|stale"] or not stale, "no fence ever refused"
+    assert counts["hit_blocks|peer"], "nothing was ever handed over"
+
+
+def main(model: str, requests: int) -> None:
+    for mode in (Mode("one worker"), Mode("two workers, async scheduling", workers=2, async_scheduling=True)):
+        fleet = Fleet(model, mode, 20_000)
+        try:
+            hand_over(fleet, 8)
+            many_at_once(fleet, 3)
+            fleet.settle()
+        finally:
+            fleet.close()
+        print(f"ok: {mode.name}", flush=True)
+    fleet = Fleet(model, Mode("faults"), 300)
+    try:
+        faults(fleet, requests)
+        fleet.settle()
+    finally:
+        fleet.close()
+    print(f"ok: {requests} requests with faults, no wrong byte", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 60)
