@@ -127,19 +127,19 @@ def store(manager: BlockManager, keys: Sequence[BlockKey]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 1 when the default is over a budget."""
+    """Returns 1 when a policy or a lookup is over its budget."""
     parser = argparse.ArgumentParser(prog="benchmarks index")
     parser.add_argument("--blocks", type=int, default=1_000_000)
     blocks = max(parser.parse_args(arguments).blocks, PROMPT_BLOCKS)
     print(f"{blocks} blocks, Python {sys.version.split()[0]}")
     print(f"{'bytes per block':<44}{'asked':>8}{'resident':>10}")
-    lru = memory("lru", blocks, blocks)
-    print(f"{'lru':<44}{lru[0]:>8.0f}{lru[1]:>10.0f}")
-    for name, factor in (("arc, no ghosts yet", 1), ("arc, as many ghosts as blocks", 3)):
-        asked, resident = memory("arc", blocks, factor * blocks)
+    most_asked = 0.0
+    for name, policy, factor in (("lru", "lru", 1), ("arc, as many ghosts as blocks", "arc", 3)):
+        asked, resident = memory(policy, blocks, factor * blocks)
+        most_asked = max(most_asked, asked)
         print(f"{name:<44}{asked:>8.0f}{resident:>10.0f}")
     slowest = print_times(blocks)
-    is_over = lru[0] > MOST_BYTES or slowest > MOST_SECONDS
+    is_over = most_asked > MOST_BYTES or slowest > MOST_SECONDS
     print(f"{'OVER' if is_over else 'within'} the budgets of {MOST_BYTES} bytes and {MOST_SECONDS * 1e3:g} ms a lookup")
     return int(is_over)
 

@@ -114,6 +114,7 @@ class PageStore:
         below = [] if lower is None else [lower.named]
         self._manager = BlockManager([disk, *below], {tier.name: lower.min_touches for tier in below if lower})
         self._recovered_pages = self._manager.restore(name, store.recovered)
+        store.recovered = ()
         self._manager.take_changes()  # what was there before is no news
         self._clock = clock
         self._lock = threading.Lock()

@@ -79,6 +79,7 @@ class NvmeStore:
         self.capacity_blocks = capacity_blocks
         self.row_bytes = row_bytes
         #: (slot, key) of the blocks that an earlier engine left here, oldest first. Their bytes are proven when read.
+        #: Whoever has taken them in empties it: it may be as large as the index.
         self.recovered: Sequence[tuple[int, BlockKey]] = ()
         self._slot_bytes = slot_bytes(row_bytes)
         self._namespace = namespace.digest
@@ -259,6 +260,7 @@ class NvmeStore:
         self._log = IndexLog(slab_files.log_path(self.path), self._generation, self.capacity_blocks)
         self.recovered = [(fact.slot, fact.key) for fact in self._log.recovered]
         self._sequence = itertools.count(max((fact.sequence for fact in self._log.recovered), default=0) + 1)
+        self._log.recovered = ()
         return None
 
     @property

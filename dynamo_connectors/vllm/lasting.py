@@ -44,7 +44,8 @@ class LastingTiers:
         finds: dict[str, Find] = {}
         if self._tells_disk and self._disk is not None:
             self._tells_disk = False
-            finds[NVME_SSD] = Find(1, list(self._disk.recovered))
+            finds[NVME_SSD] = Find(1, self._disk.recovered)
+            self._disk.recovered = ()
         if self._listed is not None and self._objects is not None:
             chunks, are_last = self._objects.take_listed()
             self._listed += chunks

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.blocks import BlockKey, Namespace
+from dynamo_connectors.tiers.nvme import NvmeStore
+from dynamo_connectors.vllm.lasting import LastingTiers
 from dynamo_connectors.vllm.recovery import Find, Recovery, in_common
 
 A, B, C = (BlockKey(name) for name in (b"a", b"b", b"c"))
@@ -38,3 +42,18 @@ def test_a_worker_that_speaks_twice_is_a_bug() -> None:
     recovery.hear({DISK: Find(1, [])})
     with pytest.raises(AssertionError, match="twice"):
         recovery.hear({DISK: Find(1, [])})
+
+
+def test_what_a_disk_holds_is_told_once_and_not_kept_in_memory(tmp_path: Path) -> None:
+    def open_disk() -> NvmeStore:
+        return NvmeStore(tmp_path, 4, 512, Namespace("vllm", "tiny", "", "bf16", "layout", 16))
+
+    disk = open_disk()
+    disk.write(3, A, memoryview(bytes(512)))
+    disk.close()
+    disk = open_disk()
+    lasting = LastingTiers(disk, None)
+    assert lasting.take_finds() == {DISK: Find(1, [(3, A)])}
+    assert lasting.take_finds() == {}
+    assert not disk.recovered
+    disk.close()

@@ -219,3 +219,20 @@ def test_an_object_that_may_lie_in_the_store_without_being_known_is_erased(
         end(half, erasures)
     assert half.tier_stats()["object_store"].evicting_blocks == 0
     half.check()
+
+
+def test_host_memory_smaller_than_one_prompt_keeps_its_head_and_holds_nothing() -> None:
+    half, holds = make(dram=2, disk=8)
+    what = request("a", 5)
+    plan = offer_all(half, what, [1, 2, 3, 4, 5])
+    assert [item.block for item in plan.stores[0].items] == [1, 2]
+    assert half.take_counts()["dropped_blocks", "tier_busy"] == 3
+    end(half, plan)
+    half.finished(what, [[1, 2, 3, 4, 5]], 5 * BLOCK)
+    settle(half)
+    assert holds.held_blocks == 0
+    again = load(half, request("b", 5, prefix="a"), [6, 7])
+    assert [(item.tier, item.block) for item in again.loads[0].items] == [("host_dram", 6), ("host_dram", 7)]
+    end(half, again)
+    half.check()
+    assert {stats.pinned_blocks + stats.filling_blocks for stats in half.tier_stats().values()} == {0}

@@ -194,7 +194,7 @@ def forgets_on_reset(engine: SimulatedEngine) -> None:
 
 
 def random_traffic(engine: SimulatedEngine) -> None:
-    """Shared prefixes, four times more KV than HBM, aborts at any moment."""
+    """Shared prefixes, four times more KV than HBM; aborts and resets at any moment, also while blocks are copied."""
     chance = random.Random(7)
     stems = [prompt(100 + index, chance.randrange(20, 5 * BLOCK)) for index in range(6)]
     waiting = []
@@ -211,6 +211,8 @@ def random_traffic(engine: SimulatedEngine) -> None:
         live = list(engine.scheduler.requests)
         if live and chance.random() < 0.2:
             engine.abort(chance.choice(live))
+        if chance.random() < 0.05:
+            engine.scheduler.reset_prefix_cache(reset_connector=True)
         ours(engine.scheduler.connector)._scheduler.check()
     engine.run()
     for name in names:
