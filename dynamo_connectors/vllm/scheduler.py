@@ -13,7 +13,7 @@ from typing import Any
 
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
-from dynamo_connectors.tiers.index import IndexStats
+from dynamo_connectors.tiers.index_stats import IndexStats
 from dynamo_connectors.verdicts import is_damage
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
