@@ -22,7 +22,7 @@ from dynamo_connectors.blocks import BlockKey, records
 from dynamo_connectors.cascade import Cascade, Move
 from dynamo_connectors.pins import TimedPins
 from dynamo_connectors.tier_stack import Change, NamedTier, TierStack
-from dynamo_connectors.tiers.index import IndexStats
+from dynamo_connectors.tiers.index_stats import IndexStats
 
 __all__ = ["BlockManager", "Change", "Erasure", "Move", "NamedTier", "Source", "Target"]
 

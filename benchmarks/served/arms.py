@@ -18,6 +18,8 @@ TIER_GIB = 28
 DYNAMO = ("--kv-connector", "dynamo")
 
 NONE, NATIVE, DYNAMO_ARM, FP8 = "none", "native", "dynamo", "dynamo_fp8"
+#: Those that are timed, the most telling first.
+TIMED = (NONE, DYNAMO_ARM, NATIVE, FP8)
 EXACT_REFERENCE, EXACT = "exact_reference", "exact_dynamo"
 
 
@@ -45,7 +47,7 @@ class Site:
 
 
 def gpu_arms(disk: Path) -> list[Arm]:
-    """All but the last fit on one H200 together; `dynamo_fp8` takes the place of another."""
+    """The timed ones fit on one H200 together, two of them on one H100."""
     dram_gb = round(TIER_GIB * GIB / 1e9, 3)
     exact = (*DYNAMO, *_tier_flags(disk / EXACT, 10, 33), *_EAGER_DISK)
     return [
@@ -61,13 +63,35 @@ def gpu_arms(disk: Path) -> list[Arm]:
 
 def tiny_arms(disk: Path) -> list[Arm]:
     """vLLM's own offloading needs a GPU."""
+    compressed = (*DYNAMO, *_tier_flags(disk / FP8, 0.012, 0.03), "--kvbm-compression", "fp8")
     exact = (*DYNAMO, *_tier_flags(disk / EXACT, 0.008, 0.04), *_EAGER_DISK)
     return [
         Arm(NONE, 0, hbm_blocks=80),
         Arm(DYNAMO_ARM, 0, (*DYNAMO, *_tier_flags(disk / DYNAMO_ARM, 0.012, 0.03)), hbm_blocks=80),
+        Arm(FP8, 0, compressed, hbm_blocks=80),
         Arm(EXACT_REFERENCE, 0, hbm_blocks=300),
         Arm(EXACT, 0, exact, hbm_blocks=40, max_tokens=1_024),
     ]
+
+
+#: Of an engine beside its KV: weights in bfloat16, activations, graphs, its context.
+_ENGINE_GIB = 20
+#: What an engine must find free beyond that, at the least.
+_SPARE_GIB = 2
+
+
+def waves(arms: Sequence[Arm], gpu_bytes: int | None) -> list[list[Arm]]:
+    """`arms` in order, as many at a time as the GPU holds; all at once without one."""
+    found: list[list[Arm]] = []
+    left = 0.0
+    for arm in arms:
+        needed = _ENGINE_GIB + arm.kv_gib
+        if not found or (gpu_bytes is not None and needed > left):
+            found.append([])
+            left = (gpu_bytes or 0) / GIB - _SPARE_GIB
+        found[-1].append(arm)
+        left -= needed
+    return found
 
 
 #: Every block goes to disk at once, and is read from there even where computing it again were faster.

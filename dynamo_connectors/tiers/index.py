@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import takewhile
 from typing import NoReturn
 
@@ -21,26 +20,10 @@ from dynamo_connectors.tiers.block_state import (
     TRANSITIONS,
     BlockState,
 )
+from dynamo_connectors.tiers.index_stats import IndexStats
 
 #: Looked up once: a prompt's blocks are pinned and unpinned by the thousand.
 _PIN, _UNPIN = TRANSITIONS["pin"], TRANSITIONS["unpin"]
-
-
-@dataclass(frozen=True)
-class IndexStats:
-    """A snapshot. Counts are blocks; `pinned_blocks` are those somebody reads, served or quarantined."""
-
-    capacity_blocks: int
-    ready_blocks: int
-    filling_blocks: int
-    pinned_blocks: int
-    evicting_blocks: int
-    quarantined_blocks: int
-    evicted_blocks_total: int
-
-    def times(self, blocks: int) -> IndexStats:
-        """Of a tier whose entries hold that many blocks each."""
-        return IndexStats(**{name: blocks * entries for name, entries in asdict(self).items()})
 
 
 class TierIndex:
@@ -182,14 +165,7 @@ class TierIndex:
 
     def pin(self, key: BlockKey) -> int | None:
         """Protects a readable block until `unpin`; returns its slot, or None when it cannot be read."""
-        slot = self._ready.get(key)
-        if slot is None:
-            return None
-        if self._state[slot] == READY:
-            self._order.remove(slot)
-        self._step("pin", slot)
-        self._pins[slot] = self._pins.get(slot, 0) + 1
-        return slot
+        return self.pin_all((key,))[0] if key in self._ready else None
 
     def unpin(self, slot: int, parent: BlockKey | None = None) -> None:
         """Ends one pin. After the last the block is placed as by `commit`."""
@@ -250,15 +226,8 @@ class TierIndex:
 
     def use(self, key: BlockKey) -> int:
         """One more request uses `key`: just used. Returns how many have by now, 0 when the block is not known here."""
-        slot = self._ready.get(key)
-        if slot is None:
-            slot = self._filling.get(key)
-            if slot is None:
-                return 0
-        count = min(self._touches[slot] + 1, MOST_TOUCHES)
-        self._touches[slot] = count
-        self._order.use(slot)
-        return count
+        self.use_all((key,))
+        return self.touches(key)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Marks a chain as just used, its head last, so that tails are evicted before the heads they hang on."""

@@ -11,7 +11,7 @@ from prometheus_client import Gauge as PromGauge
 from prometheus_client import Histogram as PromHistogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from dynamo_connectors.tiers.index import IndexStats
+from dynamo_connectors.tiers.index_stats import IndexStats
 
 #: Count -> (metric name, label, help).
 _COUNTERS = {

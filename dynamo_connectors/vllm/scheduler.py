@@ -15,7 +15,7 @@ from typing import Any
 
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
-from dynamo_connectors.tiers.index import IndexStats
+from dynamo_connectors.tiers.index_stats import IndexStats
 from dynamo_connectors.transport.messages import LEASE_BYTES
 from dynamo_connectors.verdicts import is_damage, may_have_been_sent
 from dynamo_connectors.vllm.adapters import Adapters

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from pathlib import Path
 
+from benchmarks.gpu_engine import Schedule
 from benchmarks.served import verdict
-from benchmarks.served.arms import DYNAMO_ARM, NATIVE, NONE, gpu_arms
+from benchmarks.served.arms import DYNAMO_ARM, FP8, GIB, NATIVE, NONE, TIMED, gpu_arms, waves
 from benchmarks.served.client import Answer
 from benchmarks.served.exactness import first_difference
 from benchmarks.served.record import Fact, Record, read
@@ -72,3 +75,37 @@ def test_a_failure_is_in_the_text(tmp_path: Path) -> None:
     record.note("failure", what="chat", error="TimeoutError: ")
     record.close()
     assert "FAILED chat: TimeoutError" in verdict.text(read(tmp_path / "raw.jsonl"))
+
+
+def test_engines_run_in_as_few_waves_as_the_gpu_holds(tmp_path: Path) -> None:
+    by_name = {arm.name: arm for arm in gpu_arms(tmp_path)}
+    timed = [by_name[name] for name in TIMED]
+    assert [[arm.name for arm in wave] for wave in waves(timed, 139 * GIB)] == [list(TIMED)]
+    assert [[arm.name for arm in wave] for wave in waves(timed, 79 * GIB)] == [[NONE, DYNAMO_ARM], [NATIVE, FP8]]
+    assert [len(wave) for wave in waves(timed, 24 * GIB)] == [1, 1, 1, 1], "an engine too large is still tried"
+    assert len(waves(timed, None)) == 1
+    assert waves([], 79 * GIB) == []
+
+
+def test_a_part_without_time_is_named_and_one_that_fails_costs_no_other(tmp_path: Path) -> None:
+    record = Record(tmp_path / "raw.jsonl")
+    done: list[str] = []
+
+    async def part(name: str) -> None:
+        done.append(name)
+        if name == "bad":
+            raise ValueError("no")
+
+    async def run() -> None:
+        late, early = (Schedule(record, (), time.monotonic() + seconds) for seconds in (1.0, 100.0))
+        await early.run("bad", part("bad"))
+        await late.run("late", part("late"))
+        await early.run("good", part("good"))
+
+    asyncio.run(run())
+    record.close()
+    assert done == ["bad", "good"]
+    failures = {fact["what"]: fact["error"] for fact in read(tmp_path / "raw.jsonl")}
+    assert failures.keys() == {"bad", "late"}
+    assert failures["bad"] == "ValueError: no"
+    assert failures["late"].startswith("not begun")

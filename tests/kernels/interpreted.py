@@ -1,6 +1,6 @@
 """Run with TRITON_INTERPRET=1, as a child of the tests: the real kernels, in Triton's interpreter, over host memory.
 
-`python -m tests.kernels.interpreted copy|compression` prints one line for each case that is wrong, then how many ran.
+`python -m tests.kernels.interpreted copy|compression|staged` prints the cases that are wrong, and how many ran.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 import warnings
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 warnings.simplefilter("ignore")
 
-from dynamo_kernels import BlockView  # noqa: E402
+from dynamo_kernels import BlockView, compressed_copy  # noqa: E402
 from dynamo_kernels.choices import Choice, Direction, Path  # noqa: E402
 from dynamo_kernels.compressed_copy import CompressedCopy  # noqa: E402
 from dynamo_kernels.compression import Codec, Compression, HeadLayout, compress_blocks, expand_blocks  # noqa: E402
@@ -32,6 +33,8 @@ LAYOUTS = [
     ((5, 24), ()),
     ((3, 5, 7), (1,)),
     ((4, 2, 2, 16), (1, 2)),
+    ((3, 4, 2, 16), (0, 2)),
+    ((3, 2, 64), (0, 1)),
 ]
 
 
@@ -88,6 +91,36 @@ def compression() -> int:
     return wrong
 
 
+def staged() -> int:
+    """Loads as a GPU makes them, rows through two small buffers, against the reference."""
+    wrong, machine = 0, FakeMachine()
+    stream = machine.current()
+    driver = SimpleNamespace(copy_fragments=lambda table, _: machine.copy_fragments(table, stream))
+    stream.cuda_stream = 0
+    for name, fake in (("current_stream", stream), ("Stream", stream), ("get_device_properties", None)):
+        setattr(torch.cuda, name, lambda *_, fake=fake, **__: fake or SimpleNamespace(multi_processor_count=3))
+    compressed_copy.copy_driver = lambda: driver
+    for blocks in (1, 2, 5, 7):
+        layout = HeadLayout(torch.float32, (2, 4, 2, 8), (0, 2))
+        codec = Codec(Compression.INT8, (layout,) * 3)
+        compressed_copy._STAGING_BYTES = 2 * codec.row_bytes
+        values = [torch.randn(8, layout.elements) for _ in range(3)]
+        rows = BlockView.of_rows(torch.zeros(8, codec.row_bytes, dtype=torch.uint8), codec.part_bytes)
+        compress_blocks(
+            codec, BlockView.of_pages(values, [layout.page_bytes] * 3), list(range(8)), rows, list(range(8))
+        )
+        backs = [[torch.zeros_like(each) for each in values] for _ in range(2)]
+        views = [BlockView.of_pages(back, [layout.page_bytes] * 3) for back in backs]
+        ids = np.random.permutation(8)[:blocks], np.random.permutation(8)[:blocks]
+        expand_blocks(codec, rows, ids[0], views[0], ids[1])
+        CompressedCopy(codec, views[1], rows)._load_staged(*ids)
+        if not all(torch.equal(one, other) for one, other in zip(*backs, strict=True)):
+            print("wrong:", blocks)
+            wrong += 1
+    print(4, "loads")
+    return wrong
+
+
 def same_values(dtype: torch.dtype, one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     """To the bit, but for bfloat16, which the interpreter cuts off instead of rounding."""
     for a, b in zip(one, other, strict=True):
@@ -100,4 +133,4 @@ def same_values(dtype: torch.dtype, one: list[torch.Tensor], other: list[torch.T
 
 
 if __name__ == "__main__":
-    sys.exit({"copy": copies, "compression": compression}[sys.argv[1]]())
+    sys.exit({"copy": copies, "compression": compression, "staged": staged}[sys.argv[1]]())

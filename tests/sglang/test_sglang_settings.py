@@ -129,3 +129,11 @@ def test_asking_for_us_is_seen_on_the_command_line(arguments: list[str], asks: b
 def test_asking_for_us_is_seen_in_the_config_file(tmp_path: Path, text: str, asks: bool) -> None:
     (tmp_path / "sglang.yaml").write_text(text)
     assert asks_for_us(["--config", str(tmp_path / "sglang.yaml")]) is asks
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_compression_is_refused_in_one_line(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"--kvbm-compression {kind} is not there under SGLang yet") as caught:
+        translate(launch(kvbm_nvme_path="/kv", kvbm_compression=kind))
+    assert "\n" not in str(caught.value)
+    assert translate(launch(kvbm_nvme_path="/kv", kvbm_compression="off")) is not None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.tiers.base import Buffer, TierStore
-from dynamo_connectors.tiers.index import IndexStats, TierIndex
+from dynamo_connectors.tiers.index import TierIndex
+from dynamo_connectors.tiers.index_stats import IndexStats
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,10 @@ def test_routers_hear_the_engines_hashes() -> None:
     geometry, who = Geometry((Group(BLOCK),), BLOCK), real_request(lora="style")
     events = TierEvents(geometry, enabled=True)
     key = Chains(geometry, who.block_hashes, b"12345678").keys(0)[0]
-    events.describe(who, 0, 0, key)
+    events.describe(who, 0, 0, [key])
     events.publish([Change("stored", "host_dram", key), Change("removed", "host_dram", key)])
     plain = TierEvents(geometry, enabled=True)
-    plain.describe(who, 0, 0, who.block_hashes[0])
+    plain.describe(who, 0, 0, who.block_hashes[:1])
     plain.publish([Change("stored", "host_dram", who.block_hashes[0])])
     (engine_hash,) = [event.block_hashes for event in plain.take()]
     assert [event.block_hashes for event in events.take()] == [engine_hash] * 2

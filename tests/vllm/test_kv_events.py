@@ -21,8 +21,8 @@ ONE = Geometry((Group(BLOCK),), BLOCK)
 def announced(who: Any, geometry: Geometry = ONE, tier: str = "host_dram", group: int = 0) -> list[Any]:
     events = TierEvents(geometry, enabled=True)
     keys = Chains(geometry, who.block_hashes).keys(group)
-    for index in range(2):
-        events.describe(who, group, index, keys[index])
+    events.describe(who, group, 0, keys[:1])
+    events.describe(who, group, 1, keys[1:2])
     stored = [Change("stored", tier, key) for key in keys[:2]]
     events.publish([*stored, stored[0], Change("removed", tier, keys[0]), Change("removed", tier, keys[0])])
     return list(events.take())
@@ -59,7 +59,7 @@ def test_blocks_of_a_window_say_so() -> None:
 def test_without_listeners_nothing_is_kept() -> None:
     events = TierEvents(ONE, enabled=False)
     who = real_request()
-    events.describe(who, 0, 0, who.block_hashes[0])  # type: ignore[arg-type]
+    events.describe(who, 0, 0, who.block_hashes[:1])  # type: ignore[arg-type]
     events.publish([Change("stored", "host_dram", who.block_hashes[0])])  # type: ignore[arg-type]
     assert not list(events.take())
 

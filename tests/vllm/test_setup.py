@@ -12,10 +12,12 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
+from dynamo_kernels.compression import Codec, Compression, HeadLayout
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     MambaSpec,
+    MLAAttentionSpec,
     RSWASpec,
     SlidingWindowSpec,
 )
@@ -23,6 +25,8 @@ from vllm.v1.kv_cache_interface import (
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.vllm import setup
 from dynamo_connectors.vllm.compat import log_where_the_engine_logs, page_readers
+from dynamo_connectors.vllm.groups import Geometry, Group
+from dynamo_connectors.vllm.kv_pages import Pages
 from dynamo_connectors.vllm.setup import check_model
 
 SHAPE: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
@@ -135,3 +139,52 @@ def test_rooms_without_an_engine_log_where_vllm_logs(monkeypatch: pytest.MonkeyP
     log_where_the_engine_logs()
     logging.getLogger("dynamo_connectors.tiers.nvme").info("a slab starts empty")
     assert lines == ["a slab starts empty"]
+
+
+MLA = MLAAttentionSpec(block_size=16, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(configs(FULL, SLIDING), "2 groups"), (configs(MLA), "MLAAttentionSpec"), (configs(FULL, FULL), "2 groups")],
+)
+def test_what_cannot_be_compressed_is_tiered_as_it_is_and_refused_with_compression(
+    given: tuple[Any, Any], words: str
+) -> None:
+    check_model(*given)
+    with pytest.raises(ConfigError, match=words) as caught:
+        check_model(*given, "fp8")
+    assert "start without --kvbm-compression" in str(caught.value)
+
+
+def test_compressed_bytes_are_in_namespaces_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "_weights", lambda config: "the same")
+    model = SimpleNamespace(model="m", revision=None, dtype="bfloat16", compute_hash=lambda: "h")
+    config = SimpleNamespace(
+        model_config=model,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
+    )
+    layout = HeadLayout(torch.bfloat16, (2, 2, 16, 64), (0, 1))
+    view = SimpleNamespace(device=torch.device("cpu"))
+    geometry = Geometry((Group(16),), 16)
+    codecs = (None, *(Codec(kind, (layout,)) for kind in Compression))
+    pages = [Pages(view, "print", codec) for codec in codecs]  # type: ignore[arg-type]
+    assert len({setup.namespace(config, geometry, each).digest for each in pages}) == 3
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "is_refused"), [((8, 0), "fp8", True), ((8, 0), "int8", False), ((8, 9), "fp8", False)]
+)
+def test_a_gpu_without_fp8_is_told_so_at_start(
+    capability: tuple[int, int], kind: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    layout = HeadLayout(torch.bfloat16, (2, 2, 16, 64), (0, 1))
+    view = SimpleNamespace(device=torch.device("cuda", 0))
+    pages = Pages(view, "print", Codec(Compression(kind), (layout,)))  # type: ignore[arg-type]
+    if is_refused:
+        with pytest.raises(ConfigError, match="write --kvbm-compression int8"):
+            setup._refuse_old_gpu(pages)
+    else:
+        setup._refuse_old_gpu(pages)
