@@ -164,6 +164,7 @@ def test_compressed_bytes_are_in_namespaces_of_their_own(monkeypatch: pytest.Mon
         model_config=model,
         cache_config=SimpleNamespace(cache_dtype="auto"),
         parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
+        compilation_config=SimpleNamespace(static_forward_context={}),
     )
     layout = HeadLayout(torch.bfloat16, (2, 2, 16, 64), (0, 1))
     view = SimpleNamespace(device=torch.device("cpu"))
