@@ -13,17 +13,20 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from soak.faults import System, break_things
 from soak.object_store import BUCKET, SECRETS, BreakablePipe, make_bucket, s3_server
-from soak.truth import compare_slabs, load_rows, read_rows, save_rows, watch_variables
+from soak.truth import RIGHT, compare_slabs, load_rows, read_rows, save_rows, watch_variables
 from soak.workload import Answer, Clients, Tally, ask, distinct_blocks, prompts
 from tools.server_process import ServerProcess, members_of
 from tools.tiny_model import make_model
 from tools.vllm_server import VllmOptions, vllm_server
+
+TIERS = ("hbm", "host_dram", "nvme_ssd", "object_store")
 
 
 def main(arguments: list[str]) -> int:
@@ -102,16 +105,19 @@ def right_blocks(model: Path, folder: Path) -> Path:
 
 
 def told(watched: Path) -> list[str]:
-    """What the engine's own watch wrote down, each line once."""
-    lines = watched.read_text().splitlines() if watched.exists() else []
-    print(f"blocks   {lines.count('ok')} copied blocks compared, {len(lines) - lines.count('ok')} wrong")
-    return list(dict.fromkeys(line for line in lines if line != "ok")) if lines else ["no copied block was compared"]
+    """What the engine's own watch saw go wrong, each line once, and which copies it never saw."""
+    lines = Counter(watched.read_text().splitlines() if watched.exists() else [])
+    right = {line.removesuffix(RIGHT): count for line, count in lines.items() if line.endswith(RIGHT)}
+    print(f"copies   {right} right, {sum(lines.values()) - sum(right.values())} wrong")
+    wanted = ["stored", *(f"loaded from {tier}" for tier in TIERS[1:])]
+    unseen = [f"no block was {what} and compared: this was not tested" for what in wanted if what not in right]
+    return [*(line for line in lines if not line.endswith(RIGHT)), *unseen]
 
 
 def tiered_engine(model: Path, folder: Path, s3_url: str) -> ServerProcess:
     """Each tier too small for all prompts, so that blocks keep sinking and rising."""
     extra = ["--dtype", "float32", "--kv-connector", "dynamo"]
-    extra += ["--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd,object_store", "--kvbm-host-dram-gb", "0.03"]
+    extra += ["--kvbm-storage-tiers", ",".join(TIERS), "--kvbm-host-dram-gb", "0.03"]
     extra += ["--kvbm-nvme-path", str(folder / "kv"), "--kvbm-nvme-gb", "0.06", "--kvbm-nvme-min-touches", "1"]
     extra += ["--kvbm-object-url", f"s3://{BUCKET}/kv", "--kvbm-object-endpoint-url", s3_url]
     extra += ["--kvbm-object-gb", "1", "--kvbm-object-min-touches", "1", "--kvbm-load-gate", "off"]

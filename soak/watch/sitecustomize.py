@@ -1,6 +1,6 @@
 """Read by every Python that has this folder on its path: an engine under soak compares each block that it copies.
 
-Each comparison is one line in the file that the environment names: `ok`, or what differs.
+Each comparison is one line in the file that the environment names: what was copied, and how it differs, if it does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Hook(importlib.abc.MetaPathFinder):
 def _arm(engine: Any) -> None:
     import numpy as np
 
-    from soak.truth import FAULTS_VARIABLE, ROWS_VARIABLE, difference, load_rows
+    from soak.truth import FAULTS_VARIABLE, RIGHT, ROWS_VARIABLE, difference, load_rows
 
     rows = load_rows(Path(os.environ[ROWS_VARIABLE]))
     faults = Path(os.environ[FAULTS_VARIABLE])
@@ -49,7 +49,7 @@ def _arm(engine: Any) -> None:
     def compare(what: str, key: bytes, row: bytes | memoryview) -> None:
         line = difference(rows, bytes(key), np.frombuffer(row, dtype=np.float32))
         with faults.open("a") as file:
-            file.write(f"{what}, {line}\n" if line is not None else "ok\n")
+            file.write(f"{what}, {line}\n" if line is not None else f"{what}{RIGHT}\n")
 
     def watched_store(self: Any, job: Any, fence: Any) -> Any:
         outcome = store(self, job, fence)
