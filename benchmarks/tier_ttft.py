@@ -47,15 +47,25 @@ def measure(engine: Engine, folder: Path, s3_url: str) -> list[Row]:
         pairs = [(engine.ask(server.url, prompt), engine.ask(server.url, prompt)) for prompt in prompts]
         rows = [Row("cold", [cold for cold, _ in pairs]), Row("HBM", [hit for _, hit in pairs])]
         blocks = (1 + PROMPTS) * (PROMPT_TOKENS // engine.block_tokens)
-        wait_until(lambda: engine.offloaded(server.url, "object_store") >= blocks, "the object store has every prompt")
+        wait_until(partial(has_stored, engine, server.url, blocks), "the object store has every prompt")
         engine.empty_hbm(server.url, lambda: random_prompt(rng))
         rows.append(hits(engine, server.url, "DRAM", prompts))
     for source, tiers in (("NVMe", DISK), ("object store", OBJECTS)):
         with started(engine, folder, tiers, s3_url) as server:
             engine.ask(server.url, random_prompt(rng))
-            wait_until(partial(engine.knows, server.url, tiers[0]), f"{engine.name} knows what the {source} holds")
+            wait_until(partial(knows, engine, server.url, tiers[0]), f"{engine.name} knows what the {source} holds")
             rows.append(hits(engine, server.url, source, prompts))
     return rows
+
+
+def has_stored(engine: Engine, url: str, blocks: int) -> bool:
+    engine.step(url)
+    return engine.offloaded(url, "object_store") >= blocks
+
+
+def knows(engine: Engine, url: str, tier: str) -> bool:
+    engine.step(url)
+    return engine.knows(url, tier)
 
 
 def hits(engine: Engine, url: str, source: str, prompts: list[Prompt]) -> Row:

@@ -97,8 +97,12 @@ class ObjectTier:
 
     def offload(self, moves: Sequence[Move], disk: ReadableStore, ended: Callable[[Offloaded], None]) -> None:
         """Copies the blocks of one chunk from the disk, and uploads them. `ended` is called once, from any thread."""
-        upload = self._io.submit(partial(self._upload, moves, disk, ended))
-        upload.add_done_callback(lambda upload: upload.cancelled() and ended(Offloaded(moves, ok=False)))  # closed
+
+        def end_if_closed(upload: Future[None]) -> None:
+            if upload.cancelled():
+                ended(Offloaded(moves, ok=False))
+
+        self._io.submit(partial(self._upload, moves, disk, ended)).add_done_callback(end_if_closed)
 
     def erase(self, chunk: BlockKey, ended: Callable[[], None]) -> None:
         """Removes an object some time. `ended` is called once, from any thread."""
