@@ -59,6 +59,7 @@ def quantise_pages(  # type: ignore[no-untyped-def]
     pages, rows, page_offsets, row_offsets, page_ids, row_ids, blocks, parts, page_stride, row_stride,
     SCALES_AT: tl.constexpr, OUTER: tl.constexpr, MIDDLE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, MIDDLE_2: tl.constexpr, WIDTH_2: tl.constexpr, FP8: tl.constexpr, SMALLEST: tl.constexpr,
+    PAGE_AT: tl.constexpr, ROW_AT: tl.constexpr,
 ):  # fmt: skip
     """HBM pages to compressed rows, which may lie in pinned memory."""
     count = blocks * parts * OUTER * (INNER // GROUPS)
@@ -66,6 +67,7 @@ def quantise_pages(  # type: ignore[no-untyped-def]
         page, row, outer, first = _place(
             work, parts, page_offsets, row_offsets, page_ids, row_ids, page_stride, row_stride, OUTER, INNER, GROUPS
         )
+        page, row = tl.multiple_of(page, PAGE_AT), tl.multiple_of(row, ROW_AT)
         elements, inside = _tile(outer, first, MIDDLE, INNER, WIDTH, GROUPS, MIDDLE_2, WIDTH_2)
         values = tl.load(pages + page + elements, mask=inside, other=0.0).to(tl.float32)
         magnitude = tl.max(tl.max(tl.abs(values), axis=2), axis=0)
@@ -88,6 +90,7 @@ def dequantise_pages(  # type: ignore[no-untyped-def]
     pages, rows, page_offsets, row_offsets, page_ids, row_ids, blocks, parts, page_stride, row_stride,
     SCALES_AT: tl.constexpr, OUTER: tl.constexpr, MIDDLE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, MIDDLE_2: tl.constexpr, WIDTH_2: tl.constexpr, FP8: tl.constexpr, SMALLEST: tl.constexpr,
+    PAGE_AT: tl.constexpr, ROW_AT: tl.constexpr,
 ):  # fmt: skip
     """Compressed rows back to HBM pages."""
     count = blocks * parts * OUTER * (INNER // GROUPS)
@@ -95,6 +98,7 @@ def dequantise_pages(  # type: ignore[no-untyped-def]
         page, row, outer, first = _place(
             work, parts, page_offsets, row_offsets, page_ids, row_ids, page_stride, row_stride, OUTER, INNER, GROUPS
         )
+        page, row = tl.multiple_of(page, PAGE_AT), tl.multiple_of(row, ROW_AT)
         elements, inside = _tile(outer, first, MIDDLE, INNER, WIDTH, GROUPS, MIDDLE_2, WIDTH_2)
         coded = tl.load(rows + row + elements, mask=inside, other=0)
         scales = (rows + row + SCALES_AT).to(tl.pointer_type(tl.float32))

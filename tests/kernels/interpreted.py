@@ -92,32 +92,35 @@ def compression() -> int:
 
 
 def staged() -> int:
-    """Loads as a GPU makes them, rows through two small buffers, against the reference."""
+    """Stores and loads as a GPU makes them, rows through two small buffers, against the reference and in order."""
     wrong, machine = 0, FakeMachine()
-    stream = machine.current()
-    driver = SimpleNamespace(copy_fragments=lambda table, _: machine.copy_fragments(table, stream))
-    stream.cuda_stream = 0
-    for name, fake in (("current_stream", stream), ("Stream", stream), ("get_device_properties", None)):
-        setattr(torch.cuda, name, lambda *_, fake=fake, **__: fake or SimpleNamespace(multi_processor_count=3))
+    compute, lane = machine.current(), machine.dma
+    compute.cuda_stream, lane.cuda_stream = compute, lane
+    driver = SimpleNamespace(copy_fragments=machine.copy_fragments)
+    torch.cuda.current_stream = lambda *_: compute
+    torch.cuda.Stream = lambda *_, **__: lane
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(multi_processor_count=3)
     compressed_copy.copy_driver = lambda: driver
     for blocks in (1, 2, 5, 7):
         layout = HeadLayout(torch.float32, (2, 4, 2, 8), (0, 2))
         codec = Codec(Compression.INT8, (layout,) * 3)
         compressed_copy._STAGING_BYTES = 2 * codec.row_bytes
         values = [torch.randn(8, layout.elements) for _ in range(3)]
-        rows = BlockView.of_rows(torch.zeros(8, codec.row_bytes, dtype=torch.uint8), codec.part_bytes)
-        compress_blocks(
-            codec, BlockView.of_pages(values, [layout.page_bytes] * 3), list(range(8)), rows, list(range(8))
-        )
+        pages = BlockView.of_pages(values, [layout.page_bytes] * 3)
+        memory = [torch.zeros(8, codec.row_bytes, dtype=torch.uint8) for _ in range(2)]
+        rows = [BlockView.of_rows(each, codec.part_bytes) for each in memory]
+        ids = np.random.permutation(8)[:blocks], np.random.permutation(8)[:blocks]
+        compress_blocks(codec, pages, ids[0], rows[0], ids[1])
+        CompressedCopy(codec, pages, rows[1])._through_hbm(*ids, loads=False)
         backs = [[torch.zeros_like(each) for each in values] for _ in range(2)]
         views = [BlockView.of_pages(back, [layout.page_bytes] * 3) for back in backs]
-        ids = np.random.permutation(8)[:blocks], np.random.permutation(8)[:blocks]
-        expand_blocks(codec, rows, ids[0], views[0], ids[1])
-        CompressedCopy(codec, views[1], rows)._load_staged(*ids)
-        if not all(torch.equal(one, other) for one, other in zip(*backs, strict=True)):
-            print("wrong:", blocks)
+        expand_blocks(codec, rows[0], ids[1], views[0], ids[0])
+        CompressedCopy(codec, views[1], rows[0])._through_hbm(*ids, loads=True)
+        same = [torch.equal(*memory), *(torch.equal(one, other) for one, other in zip(*backs, strict=True))]
+        if not all(same):
+            print("wrong:", blocks, same)
             wrong += 1
-    print(4, "loads")
+    print(4, "copies each way")
     return wrong
 
 

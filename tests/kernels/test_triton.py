@@ -17,7 +17,9 @@ def child(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("part", "ran"), [("copy", "42 copies"), ("compression", "42 codecs"), ("staged", "4 loads")])
+@pytest.mark.parametrize(
+    ("part", "ran"), [("copy", "42 copies"), ("compression", "42 codecs"), ("staged", "4 copies each way")]
+)
 def test_every_kernel_in_the_interpreter(part: str, ran: str) -> None:
     done = child("tests.kernels.interpreted", part, TRITON_INTERPRET="1")
     assert (done.returncode, done.stdout.strip()) == (0, ran), done.stdout + done.stderr[-2000:]
@@ -41,3 +43,19 @@ def test_all_kv_moves_sixteen_bytes_at_a_time() -> None:
         else:
             assert len(wide) == len(kernel["stores"]), "as many bytes come as go; the rest are ids and offsets"
             assert kernel["async_bytes"] == []
+
+
+def test_compression_moves_values_sixteen_bytes_at_a_time() -> None:
+    """One value at a time, as at first, a load took as long as twice the bytes without compression (H200)."""
+    done = child("tests.kernels.compiled", "compression")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 12
+    for kernel in found:
+        for kind, scales in (("loads", 12), ("stores", 1)):
+            wide = [each for each in kernel[kind] if ".v4.b32" in each or ".v2.b64" in each]
+            narrow = [each for each in kernel[kind] if each not in wide]
+            assert wide, kernel
+            # Ids, offsets and scales: a few, whatever the size of the tile.
+            assert len(narrow) <= scales, kernel
+            assert not any(".b8" in each or ".b16" in each for each in narrow), kernel
