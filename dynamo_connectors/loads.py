@@ -18,7 +18,8 @@ from dynamo_connectors.tiers.base import LowerTier, Place
 
 log = logging.getLogger(__name__)
 
-#: Rows that one load may hold: enough to keep a disk busy, few enough that several loads share them.
+#: Rows of one read, and that one load may hold if its tier does not want more: enough to keep a disk busy, few enough
+#: that several loads share them.
 MOST_ROWS = 16
 
 
@@ -61,10 +62,11 @@ class LoadFromBelow:
         # Who holds rows does not wait for more, so those who wait are served in the end.
         patience = 0.0 if self._reads else max(0.0, deadline - time.monotonic())
         rows = self._staging.take(min(room, len(waiting)), patience) if waiting and room else []
-        places = [Place(item.key, item.slot, item.chunk, item.row) for item in waiting[: len(rows)]]
-        batches = self._tier.read(places, [self._staging.view(row) for row in rows]) if rows else []
-        for positions, outcome in batches:
-            self._reads[outcome] = _Read([waiting[at] for at in positions], [rows[at] for at in positions])
+        for first in range(0, len(rows), MOST_ROWS):
+            items, part = waiting[first : first + MOST_ROWS], rows[first : first + MOST_ROWS]
+            places = [Place(item.key, item.slot, item.chunk, item.row) for item in items[: len(part)]]
+            for positions, outcome in self._tier.read(places, [self._staging.view(row) for row in part]):
+                self._reads[outcome] = _Read([items[at] for at in positions], [part[at] for at in positions])
         return len(rows)
 
     def _finish(self, done: set[Future[Sequence[StoreError | None]]], failed: dict[BlockKey, str]) -> int:

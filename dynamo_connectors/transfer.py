@@ -78,7 +78,7 @@ class _Below:
     """A tier below host memory, with the threads and the memory that loads from it take."""
 
     def __init__(self, name: str, make: Callable[[DramStore], LowerTier], stores: Stores, hbm: BlockView) -> None:
-        # Every read of a peer is confirmed by a message or two, so there larger ones pay.
+        # A peer is asked before each read and after it; meanwhile another read is under way.
         self.scale = 2 if name == PEER else 1
         rows = min(max(_MIN_STAGING_ROWS, _STAGING_BYTES // stores.dram.row_bytes), 4 * _MIN_STAGING_ROWS)
         self.staging = StagingRows(stores.dram.another(rows * self.scale), hbm, stores.codec)
