@@ -41,19 +41,25 @@ def compressed(beside_decode: Any) -> list[dict[str, Any]]:
         expand_blocks(codec, rows, list(range(BLOCKS)), again, ids)
         entry["loaded_equals_reference"] = all(map(torch.equal, ours, back))
         entry["largest_error_of_group_maximum"] = max(_error(a, b) for a, b in zip(pages, ours, strict=True))
+        # What could hold a copy up: the kernel writing to the host itself, and both kernels without PCIe at all.
+        inside = BlockView.of_rows(torch.zeros_like(memory, device="cuda"), codec.part_bytes)
         for ctas in (16, 32, 132):
-            seconds = _seconds(partial(_store, store, rows, ids, ctas))
-            entry[f"store_{ctas}_ctas_gb_per_s"] = kv_bytes / seconds / 1e9
+            for where, target in (("host", rows), ("hbm", inside)):
+                seconds = _seconds(partial(_run, "quantise_pages", store, target, ids, ctas))
+                entry[f"quantise_to_{where}_{ctas}_ctas_gb_per_s"] = kv_bytes / seconds / 1e9
+        seconds = _seconds(partial(_run, "dequantise_pages", load, inside, ids, 132))
+        entry["dequantise_in_hbm_gb_per_s"] = kv_bytes / seconds / 1e9
         loading, storing = partial(load.load, list(range(BLOCKS)), ids), partial(store.store, ids, list(range(BLOCKS)))
         entry["load_gb_per_s"] = kv_bytes / _seconds(loading) / 1e9
+        entry["store_gb_per_s"] = kv_bytes / _seconds(storing) / 1e9
         entry["store_decode"] = beside_decode(storing, kv_bytes)
         entry["load_decode"] = beside_decode(loading, kv_bytes)
         found.append(entry)
     return found
 
 
-def _store(copy: CompressedCopy, rows: BlockView, ids: list[int], ctas: int) -> None:
-    copy.run("quantise_pages", rows, np.asarray(ids), np.arange(len(ids)), ctas)
+def _run(kernel: str, copy: CompressedCopy, rows: BlockView, ids: list[int], ctas: int) -> None:
+    copy.run(kernel, rows, np.asarray(ids), np.arange(len(ids)), ctas)
     torch.cuda.current_stream().synchronize()
 
 
