@@ -162,6 +162,25 @@ class RequestReader:
         """True when part of a request has come."""
         return self._head is not None or self._held_bytes > 0
 
+    def whole(self, data: bytes) -> Request | None:
+        """The request that `data` is, if it is exactly one, plain and alone: what nearly all reads are.
+
+        None leaves everything as it was: then `receive` it, and whatever is wrong with it shows there.
+        """
+        if self._held or self._head is not None:
+            return None
+        end = data.find(b"\r\n\r\n")
+        if not 0 < end <= self._limits.max_head_bytes:
+            return None
+        try:
+            head = parse_request_head(data[:end])
+        except ProtocolError:
+            return None
+        length = head.content_length
+        if length is None or end + 4 + length != len(data) or head.expect_continue:
+            return None
+        return Request(head, data[end + 4 :]) if length <= self._limits.max_body_bytes else None
+
     def receive(self, data: bytes) -> None:
         self._held.append(data)
         self._held_bytes += len(data)
@@ -274,15 +293,16 @@ class ResponseReader:
         if data:
             self.started = True
         while self._head is None:
-            self._held += data
-            data = b""
-            end = self._held.find(b"\r\n\r\n")
+            if self._held:
+                data, self._held = self._held + data, b""
+            end = data.find(b"\r\n\r\n")
             if end < 0:
-                if len(self._held) > self._max_head_bytes:
+                self._held = data
+                if len(data) > self._max_head_bytes:
                     raise ProtocolError(502, "bad_response", "the engine's response head is too large")
                 return events
-            head = parse_response_head(self._held[:end], self._method)
-            data, self._held = self._held[end + 4 :], b""
+            head = parse_response_head(data[:end], self._method)
+            data = data[end + 4 :]
             if head.status >= 200:
                 self._begin_body(head, events)
             elif head.status == 101:
