@@ -69,6 +69,7 @@ class ProxyConfig:
     router_mode: str = "kv"
     kv_block_tokens: int = 16
     use_kv_events: bool = True
+    resume_streams: bool = True
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+from . import dialects
 from .config import EngineAddress
 from .dialects import ServedModels
 from .errors import EngineBusyError, UnknownEngineError
@@ -60,6 +61,10 @@ class Engine:
         if self.events_lost:
             return "degraded"
         return "exact" if self.event_feeds and self.events_complete else "approximate"
+
+    def tells_ids(self, path: str) -> bool:
+        """True if streams of this route can carry token ids."""
+        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
 
     def serves(self, model: str) -> bool:
         return not model or self.models is None or model in self.models.ids

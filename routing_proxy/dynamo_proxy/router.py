@@ -101,6 +101,11 @@ class Router:
         """True if an untried engine could take this prompt."""
         return bool(self._registry.candidates(prompt.model, tried))
 
+    def max_model_tokens(self, model: str) -> int:
+        """The context that every engine of this model has, in tokens; 0: not known."""
+        known = [e.models.max_model_tokens for e in self._registry if e.models is not None and e.serves(model)]
+        return min(known, default=0)
+
     def model_is_unknown(self, model: str) -> bool:
         """True if engines are ready, and none of any state serves this model."""
         return self._registry.any_ready() and not any(engine.serves(model) for engine in self._registry)
