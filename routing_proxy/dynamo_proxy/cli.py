@@ -49,7 +49,7 @@ class _Flag:
 
 
 FLAGS = (
-    _Flag("engine", None, "An engine, http://HOST:PORT; repeat for each"),
+    _Flag("engine", None, "An engine, http://HOST:PORT[,connect=S][,first-byte=S][,idle=S]; repeat for each"),
     _Flag("host", "127.0.0.1", "Address to listen on"),
     _Flag("port", 8080, "Port to listen on; 0 takes a free one", 0, 65535),
     _Flag("admin_host", "127.0.0.1", "Address of the admin listener"),

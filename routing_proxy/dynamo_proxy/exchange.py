@@ -137,14 +137,15 @@ class Exchange:
         target = stream_tape.COMPLETIONS.encode() if self._resuming else head.target
         connection.begin(self, reader, request_bytes(head, target, body, placement.engine.authority))
         if self._timer is None:
-            self._timer = self._loop.call_later(self._services.timeouts.first_byte_seconds, self._on_timer)
+            self._timer = self._loop.call_later(placement.engine.timeouts.first_byte_seconds, self._on_timer)
         if connection.transport is not None:
             self._client.flow.attach(connection.transport)
 
     def _on_timer(self) -> None:
         """One timer per attempt, re-armed lazily: no timer work per token."""
         self._timer = None
-        limits = self._services.timeouts
+        assert self._placement is not None
+        limits = self._placement.engine.timeouts
         started = self._relaying and not self._resuming
         limit = limits.idle_seconds if started else limits.first_byte_seconds
         # While the client is too slow to take what came, the engine is not at fault.
@@ -244,10 +245,15 @@ class Exchange:
         if self._resuming:
             self._resuming = False
             self._services.router.first_byte(placement, 0.0)
+            placement.engine.breaker.passed()
             self._services.metrics.resumes.labels("resumed").inc()
             self._client.write(first)
             return
         self._relaying = True
+        if head.status >= 500:
+            self._services.router.failed(placement.engine, f"status_{head.status}")
+        elif placement.engine.breaker.score:
+            placement.engine.breaker.passed()
         # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
         is_token = head.status == 200 and head.is_events
         self._services.router.first_byte(placement, now - self._attempt_started if is_token else 0.0)

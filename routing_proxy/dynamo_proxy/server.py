@@ -92,8 +92,9 @@ class ProxyServer:
         for engine in self.registry:
             if engine.address == address:
                 return engine
-        pool = UpstreamPool(address, self.config.timeouts, self.config.limits)
-        engine = Engine(self.registry.free_slot(), address, pool)
+        timeouts = address.options.applied_to(self.config.timeouts)
+        pool = UpstreamPool(address, timeouts, self.config.limits)
+        engine = Engine(self.registry.free_slot(), address, pool, timeouts)
         self.registry.add(engine)
         self.monitor.watch(engine)
         return engine
