@@ -49,7 +49,7 @@ class _Flag:
 
 
 FLAGS = (
-    _Flag("engine", None, "An engine, http://HOST:PORT; repeat for each"),
+    _Flag("engine", None, "An engine, http://HOST:PORT[,connect=S][,first-byte=S][,idle=S]; repeat for each"),
     _Flag("host", "127.0.0.1", "Address to listen on"),
     _Flag("port", 8080, "Port to listen on; 0 takes a free one", 0, 65535),
     _Flag("admin_host", "127.0.0.1", "Address of the admin listener"),
@@ -57,6 +57,7 @@ FLAGS = (
     _Flag("router_mode", "kv", "kv, round-robin, random or least-loaded"),
     _Flag("kv_cache_block_size", 16, "Tokens per KV block until an engine tells its own", 1, 65536),
     _Flag("kv_events", True, "Subscribe to the engines' KV events"),
+    _Flag("stream_resume", True, "Go on with broken text streams on another engine"),
     _Flag("max_body_bytes", 32 * MIB, "Largest request body", 1024, 4096 * MIB),
     _Flag("connect_timeout", 5.0, "Seconds to connect to an engine", 0.01, 600),
     _Flag("request_timeout", 300.0, "Seconds until the first byte of an answer", 0.01, _DAY),
@@ -87,6 +88,7 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         router_mode=parse_router_mode(values["router_mode"]),
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],
+        resume_streams=values["stream_resume"],
         limits=Limits(max_body_bytes=values["max_body_bytes"]),
         timeouts=timeouts,
     )

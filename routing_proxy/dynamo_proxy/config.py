@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 from .errors import ConfigError
 
 ROUTER_MODES = ("kv", "round-robin", "random", "least-loaded")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+# Names in an engine's specification -> fields of EngineOptions and Timeouts.
+_DEADLINES = {"connect": "connect_seconds", "first-byte": "first_byte_seconds", "idle": "idle_seconds"}
 MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What is different about one engine; None: as for all."""
+
+    connect_seconds: float | None = None
+    first_byte_seconds: float | None = None
+    idle_seconds: float | None = None
+
+    def applied_to(self, timeouts: Timeouts) -> Timeouts:
+        own = {name: value for name in _DEADLINES.values() if (value := getattr(self, name)) is not None}
+        return replace(timeouts, **own) if own else timeouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +35,7 @@ class EngineAddress:
 
     host: str
     port: int
+    options: EngineOptions = field(default=EngineOptions(), compare=False)
 
     @property
     def url(self) -> str:
@@ -69,6 +85,7 @@ class ProxyConfig:
     router_mode: str = "kv"
     kv_block_tokens: int = 16
     use_kv_events: bool = True
+    resume_streams: bool = True
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -76,8 +93,9 @@ class ProxyConfig:
 def parse_engine_url(text: str) -> EngineAddress:
     """Return the address in an engine URL such as http://10.0.0.5:8000; raise ConfigError with the remedy."""
     example = "give it as http://HOST:PORT, for example http://127.0.0.1:8000"
+    text, *settings = text.strip().split(",")
     try:
-        parts = urlsplit(text.strip())
+        parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"engine URL {text!r} is not valid ({error}); {example}") from None
@@ -89,7 +107,23 @@ def parse_engine_url(text: str) -> EngineAddress:
         raise ConfigError(f"engine URL {text!r} has more than a host and a port; {example}")
     if port == 0 or not _is_host(parts.hostname):
         raise ConfigError(f"engine URL {text!r} has no usable host and port; {example}")
-    return EngineAddress(parts.hostname, port or 80)
+    return EngineAddress(parts.hostname, port or 80, _parse_options(text, settings))
+
+
+def _parse_options(url: str, settings: list[str]) -> EngineOptions:
+    """NAME=VALUE pairs behind an engine URL."""
+    values: dict[str, float] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if name not in _DEADLINES or not 0.01 <= seconds <= 86_400:
+            names = ", ".join(f"{known}=SECONDS" for known in _DEADLINES)
+            raise ConfigError(f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}")
+        values[_DEADLINES[name]] = seconds
+    return EngineOptions(**values)
 
 
 def _is_host(host: str) -> bool:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from .config import EngineAddress
+from . import dialects
+from .breaker import Breaker
+from .config import EngineAddress, Timeouts
 from .dialects import ServedModels
 from .errors import EngineBusyError, UnknownEngineError
 from .ledger import Ledger
@@ -30,6 +32,8 @@ class Engine:
     slot: int
     address: EngineAddress
     pool: UpstreamPool
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    breaker: Breaker = field(default_factory=Breaker)
     health: Health = Health.STARTING
     draining: bool = False
     models: ServedModels | None = None  # None: not known, so any model may be served
@@ -53,13 +57,19 @@ class Engine:
 
     @property
     def state(self) -> str:
-        return "draining" if self.draining else self.health.value
+        if self.draining:
+            return "draining"
+        return "tripped" if self.health is Health.READY and self.breaker.blocks else self.health.value
 
     @property
     def knowledge(self) -> str:
         if self.events_lost:
             return "degraded"
         return "exact" if self.event_feeds and self.events_complete else "approximate"
+
+    def tells_ids(self, path: str) -> bool:
+        """True if streams of this route can carry token ids."""
+        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
 
     def serves(self, model: str) -> bool:
         return not model or self.models is None or model in self.models.ids
@@ -125,7 +135,7 @@ class EngineRegistry:
     def candidates(self, model: str, tried: int) -> list[Engine]:
         """Engines that may take a request for `model`, without the slots of the bitmask `tried`."""
         ready = Health.READY  # the loop is Engine.takes_requests and Engine.serves, without their calls
-        return [
+        fit = [
             engine
             for engine in self._engines.values()
             if engine.health is ready
@@ -133,6 +143,8 @@ class EngineRegistry:
             and not tried >> engine.slot & 1
             and (not model or engine.models is None or model in engine.models.ids)
         ]
+        closed = [engine for engine in fit if not engine.breaker.blocks]
+        return closed or fit  # a doubtful engine is better than none
 
     def any_ready(self) -> bool:
         return any(engine.takes_requests for engine in self._engines.values())
@@ -145,3 +157,4 @@ class EngineRegistry:
             assert engine.slot == slot, f"engine {engine.slot} is filed under {slot}"
             assert not (engine.events_complete and engine.events_lost), f"{engine.name}: events complete and lost"
             engine.pool.check()
+            engine.breaker.check()

@@ -11,11 +11,13 @@ from . import metrics as metric_names
 from .client_connection import ClientConnection
 from .engines import EngineRegistry
 from .errors import ProtocolError, RequestError
-from .exchange import Exchange, Services
+from .exchange import Exchange
 from .http1 import Request
 from .knowledge import Knowledge
 from .ledger import Ledger
 from .openapi import JSON_ROUTES, document
+from .services import Services
+from .stream_tape import is_resumable
 from .text_chain import Prompt, read_prompt
 
 _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
@@ -55,18 +57,19 @@ class FrontEnd:
             self._own(client, path, method)
             return None
         try:
-            prompt = self._prompt(path, method, request)
+            prompt, tapeable = self._prompt(path, method, request)
         except RequestError as error:
             self._services.metrics.finished(_endpoint(path), error.status, error.code, 0.0)
             client.refuse(error.status, error.code, str(error))
             return None
-        exchange = Exchange(client, request, prompt, _endpoint(path), self._services)
+        exchange = Exchange(client, request, prompt, _endpoint(path), self._services, tapeable)
         exchange.start()
         return None if exchange.over else exchange
 
-    def _prompt(self, path: str, method: bytes, request: Request) -> Prompt:
+    def _prompt(self, path: str, method: bytes, request: Request) -> tuple[Prompt, bool]:
+        """The prompt, and whether its stream can go on tape."""
         if method != b"POST" or path not in JSON_ROUTES:
-            return Prompt()
+            return Prompt(), False
         try:
             body = orjson.loads(request.body)
         except orjson.JSONDecodeError as error:
@@ -75,10 +78,13 @@ class FrontEnd:
             raise RequestError(400, "invalid_json", "the request body must be a JSON object")
         if "model" in body and not isinstance(body["model"], str):
             raise RequestError(400, "invalid_model", "`model` must be a string")
+        tapeable = False
+        if "stream" in body and self._services.resume_streams and request.head.minor_version:
+            tapeable = is_resumable(path, body)
         try:
-            return read_prompt(body, self._registry.loras)
+            return read_prompt(body, self._registry.loras), tapeable
         except (TypeError, RecursionError):
-            return Prompt(body.get("model") or "")  # deeper than we render: placed by load alone
+            return Prompt(body.get("model") or ""), False  # deeper than we render: placed by load alone
 
     # --- own routes
 

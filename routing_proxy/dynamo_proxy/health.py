@@ -75,6 +75,7 @@ class EngineWatch:
         engine = self.engine
         self._failures = 0
         self._probes += 1
+        engine.breaker.tick(asyncio.get_running_loop().time())
         if engine.health is Health.READY:
             if self._probes % _REFRESH_PROBES == 0:
                 await self._monitor.read_models(engine)
@@ -85,6 +86,7 @@ class EngineWatch:
             self._monitor.knowledge.approx.forget_nodes(engine.slot)
         await self._find_events()
         self._monitor.tokens.engine_changed(engine.slot)
+        engine.breaker.reset()
         engine.health = Health.READY
         log.info("engine %s is ready (%s knowledge)", engine.address.url, engine.knowledge)
 
@@ -180,6 +182,9 @@ class Monitor:
         watch = self.watches.get(engine.slot)
         if watch is None:
             return
+        if engine.breaker.failed(asyncio.get_running_loop().time()):
+            self.metrics.trips.labels(engine.name, reason).inc()
+            log.warning("engine %s fails its requests (%s): it gets none for a while", engine.address.url, reason)
         if reason in _AT_ONCE:
             watch.down(reason)
         if not reason.startswith("status_"):

@@ -75,8 +75,8 @@ class ChunkDecoder:
         `payload`.
         """
         position, end = 0, len(data)
-        if payload is None and self.at_boundary:
-            position = _whole_chunks(data)
+        if self.at_boundary:
+            position = _whole_chunks(data, payload)
         while position < end and self._state is not _Chunk.DONE:
             if self._state is _Chunk.DATA:
                 taken = min(self._left, end - position)
@@ -125,13 +125,17 @@ class ChunkDecoder:
         assert len(self._line) <= _MAX_CHUNK_LINE_BYTES, "chunk line beyond its bound"
 
 
-def _whole_chunks(data: bytes) -> int:
-    """Where the chunks end that `data` begins with and holds whole: a stream's tokens, nearly always."""
+def _whole_chunks(data: bytes, payload: bytearray | None) -> int:
+    """Where the chunks end that `data` begins with and holds whole: a stream's tokens, nearly always. Their
+    payload goes to `payload`.
+    """
     position, end = 0, len(data)
     while (size := _PLAIN_SIZE.match(data, position)) is not None:
         stop = size.end() + int(size[1], 16) + 2
         if stop > end or stop == size.end() + 2 or data[stop - 2 : stop] != b"\r\n":
             break
+        if payload is not None:
+            payload += data[size.end() : stop - 2]
         position = stop
     return position
 

@@ -74,7 +74,10 @@ class Router:
         if not tried:
             self.state.last_slot = decision.slot
             self._metrics.routed(tokens, decision.matched_tokens)
-        return Placement(self._registry.at(decision.slot), lease, decision, queued, tokens)
+        engine = self._registry.at(decision.slot)
+        if engine.breaker.score:
+            engine.breaker.began()
+        return Placement(engine, lease, decision, queued, tokens)
 
     def first_byte(self, placement: Placement, first_token_seconds: float) -> None:
         """The first body byte came: stop counting its prefill. Learn, if the time to a first token is known
@@ -87,10 +90,17 @@ class Router:
     def release(self, placement: Placement) -> None:
         """The request left its engine."""
         self._ledger.release(placement.lease)
+        if placement.engine.breaker.score:
+            placement.engine.breaker.left()
 
     def another(self, prompt: Prompt, tried: int) -> bool:
         """True if an untried engine could take this prompt."""
         return bool(self._registry.candidates(prompt.model, tried))
+
+    def max_model_tokens(self, model: str) -> int:
+        """The context that every engine of this model has, in tokens; 0: not known."""
+        known = [e.models.max_model_tokens for e in self._registry if e.models is not None and e.serves(model)]
+        return min(known, default=0)
 
     def model_is_unknown(self, model: str) -> bool:
         """True if engines are ready, and none of any state serves this model."""

@@ -17,13 +17,13 @@ from .client_connection import ClientConnection
 from .config import EngineAddress, ProxyConfig
 from .engines import Engine, EngineRegistry
 from .errors import ListenError
-from .exchange import Services
 from .front_end import FrontEnd
 from .health import Monitor
 from .knowledge import Knowledge
 from .ledger import Ledger
 from .metrics import Metrics
 from .router import Router
+from .services import Services
 from .tokens import TokenLearner
 from .upstream import UpstreamPool
 
@@ -46,7 +46,9 @@ class ProxyServer:
         self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts)
         self.monitor.use_events = config.use_kv_events
         self.router.when_failed(self.monitor.request_failed)
-        services = Services(self.router, self.metrics, self.tokens, config.limits, config.timeouts)
+        services = Services(
+            self.router, self.metrics, self.tokens, config.limits, config.timeouts, config.resume_streams
+        )
         self.front_end = FrontEnd(self.registry, self.ledger, self.knowledge, services)
         self.port = 0
         self.admin_port = 0
@@ -90,8 +92,9 @@ class ProxyServer:
         for engine in self.registry:
             if engine.address == address:
                 return engine
-        pool = UpstreamPool(address, self.config.timeouts, self.config.limits)
-        engine = Engine(self.registry.free_slot(), address, pool)
+        timeouts = address.options.applied_to(self.config.timeouts)
+        pool = UpstreamPool(address, timeouts, self.config.limits)
+        engine = Engine(self.registry.free_slot(), address, pool, timeouts)
         self.registry.add(engine)
         self.monitor.watch(engine)
         return engine

@@ -1,0 +1,44 @@
+"""The bytes of heads and errors that the proxy itself writes."""
+
+from __future__ import annotations
+
+import orjson
+
+from .http_heads import RequestHead, ResponseHead
+from .router import Placement
+
+
+def request_bytes(head: RequestHead, target: bytes, body: bytes, authority: bytes) -> bytes:
+    """The request as an engine gets it: one length, our Host, no hop-by-hop headers."""
+    has_body = body or head.chunked or head.method in (b"POST", b"PUT", b"PATCH")
+    length = b"content-length: %d\r\n" % len(body) if has_body else b""
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%b" % (
+        head.method, target, authority, head.passing, length, body,
+    )  # fmt: skip
+
+
+def response_bytes(head: ResponseHead, request: RequestHead, placement: Placement) -> bytes:
+    """The response head as the client gets it."""
+    ours = b""
+    if head.chunked and request.minor_version:
+        ours = b"transfer-encoding: chunked\r\n"
+    framed = head.content_length is not None or ours
+    if not (framed and request.keep_alive):
+        ours += b"connection: close\r\n"
+    elif request.minor_version == 0:
+        ours += b"connection: keep-alive\r\n"
+    if head.location:  # made of the Host that we sent: the engine's address is nobody's business
+        at_engine = head.location.startswith(placement.engine.root_url)
+        ours += b"location: %b\r\n" % (
+            head.location[len(placement.engine.root_url) - 1 :] if at_engine else head.location
+        )
+    return b"HTTP/1.1 %d %b\r\n%b%bx-dynamo-engine: %b\r\nx-dynamo-matched-tokens: %d\r\n\r\n" % (
+        head.status, head.reason, head.passing, ours, placement.engine.label, placement.decision.matched_tokens,
+    )  # fmt: skip
+
+
+def stream_error_bytes(message: str) -> bytes:
+    """An error event and the end of the stream, in chunks."""
+    error = {"error": {"message": message, "type": "engine_error", "code": "engine_lost"}}
+    event = b"data: " + orjson.dumps(error) + b"\n\n"
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
