@@ -38,7 +38,7 @@ _kinds: dict[bytes, bytes] = {}  # header name as written -> _PASS, _DROP or its
 
 
 class RequestHead(NamedTuple):
-    """One request head; `content_length` is None when chunked. `passing` holds the header lines that may pass
+    """One request head, but for its Content-Length. `passing` holds the header lines that may pass
     a proxy, as they came and each with its CRLF, without Host and framing.
     """
 
@@ -46,7 +46,6 @@ class RequestHead(NamedTuple):
     target: bytes
     minor_version: int
     passing: bytes
-    content_length: int | None
     chunked: bool
     keep_alive: bool
     expect_continue: bool
@@ -149,21 +148,24 @@ _known_requests: dict[bytes, RequestHead] = {}
 _known_responses: dict[bytes, ResponseHead] = {}  # without the line of their length
 
 
-def parse_request_head(block: bytes) -> RequestHead:
-    """Parse the bytes before the empty line. Raises ProtocolError with the status to answer."""
+def parse_request_head(block: bytes) -> tuple[RequestHead, int]:
+    """Parse the bytes before the empty line: the head, and its Content-Length (0 if it has none).
+
+    Raises ProtocolError with the status to answer.
+    """
     length = _LENGTH.search(block)
     if length is None:
         return _parse_request_head(block)
     key = block[: length.start(1)] + block[length.end(1) :]
     known = _known_requests.get(key)
     if known is not None:
-        return RequestHead(*known[:4], int(length[1]), *known[5:])
-    head = _parse_request_head(block)
+        return known, int(length[1])
+    parsed = _parse_request_head(block)
     if _may_be_known(block, key):
         if len(_known_requests) >= _MAX_KNOWN:
             _known_requests.clear()
-        _known_requests[key] = head
-    return head
+        _known_requests[key] = parsed[0]
+    return parsed
 
 
 def _may_be_known(block: bytes, key: bytes) -> bool:
@@ -171,7 +173,7 @@ def _may_be_known(block: bytes, key: bytes) -> bool:
     return len(key) <= _MAX_KNOWN_BYTES and block.lower().count(b"content-length") == 1
 
 
-def _parse_request_head(block: bytes) -> RequestHead:
+def _parse_request_head(block: bytes) -> tuple[RequestHead, int]:
     first, *lines = _lines(block)
     parts = first.split(b" ")
     if len(parts) != 3 or not _is_token(parts[0]):
@@ -190,13 +192,11 @@ def _parse_request_head(block: bytes) -> RequestHead:
         raise _bad("Transfer-Encoding needs HTTP/1.1")
     if fields.expect and fields.expect != [b"100-continue"]:
         raise ProtocolError(417, "expectation_failed", "the only expectation served is 100-continue")
-    if length is None and not chunked:
-        length = 0
     path = target if target.startswith(b"/") else _origin_form(method, target)
     expects = bool(fields.expect) and minor == 1
     keep = fields.keeps_alive(minor)
     name = path.partition(b"?")[0].decode("latin-1")
-    return RequestHead(method, path, minor, fields.passing_block(), length, chunked, keep, expects, name)
+    return RequestHead(method, path, minor, fields.passing_block(), chunked, keep, expects, name), length or 0
 
 
 def parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:

@@ -71,16 +71,17 @@ def costs_seconds(loads: Sequence[Load], held: Held, prompt_tokens: int, model: 
     t_p, t_a, t_0, t_d, t_k = model.t_p, model.t_a, model.t_0, model.t_d, model.t_k
     shared, alpha, chunk = 1 + model.gamma, model.alpha, model.chunk_tokens
     slower = model.beta * model.expected_output_tokens
+    whole = (t_p + t_a * prompt_tokens / 2) * prompt_tokens  # nothing of it is cached
     costs = []
     for load in loads:
         in_flight, pending = load.in_flight, load.pending_tokens
-        new = prompt_tokens
+        new, own = prompt_tokens, whole
         if held and (matched := held.get(load.slot, 0)):
             new = prompt_tokens - matched if matched < prompt_tokens else 0
+            own = (t_p + t_a * (prompt_tokens - new / 2)) * new
         decode = t_d * in_flight + t_k * load.active_tokens
-        own = (t_p + t_a * (prompt_tokens - new / 2)) * new * (shared + alpha * in_flight)
-        chunks = -(-(pending + new) // chunk)
-        costs.append(t_p * pending + own + chunks * (t_0 + decode) + slower * decode)
+        chunks = (pending + new - 1) // chunk + 1
+        costs.append(t_p * pending + own * (shared + alpha * in_flight) + chunks * (t_0 + decode) + slower * decode)
     return costs
 
 
