@@ -32,9 +32,10 @@ class Exchange:
     """Carries one request to an engine and its answer back. It owns at most one placement at any time."""
 
     __slots__ = (
-        "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_failure", "_frames",
-        "_head", "_heard", "_last_tail", "_loop", "_placement", "_prompt", "_relaying", "_request", "_resumes",
-        "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable", "_timer", "_tried", "_up", "over",
+        "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_events", "_failure",
+        "_first_token", "_frames", "_head", "_heard", "_last_tail", "_loop", "_placement", "_prompt", "_relaying",
+        "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable", "_timer",
+        "_tried", "_up", "over",
     )  # fmt: skip
 
     def __init__(
@@ -63,7 +64,8 @@ class Exchange:
         self._resumes = 0
         self._resuming = False
         # per attempt
-        self._attempt_started = self._heard = 0.0
+        self._attempt_started = self._heard = self._first_token = 0.0
+        self._events = 0  # of a stream since its first
         self._placement: Placement | None = None
         self._up: UpstreamConnection | None = None
         self._dial: asyncio.Task[None] | None = None
@@ -190,6 +192,8 @@ class Exchange:
     def _relay(self, data: bytes) -> None:
         if self._relaying and not self._resuming:
             self._client.write(data)
+            if self._first_token:
+                self._events += data.count(b"data: ")
         elif data:
             self._begin_relay(data)
 
@@ -206,6 +210,8 @@ class Exchange:
             self._begin_relay(b"")
         head = self._head
         assert head is not None
+        if self._events and self._placement is not None:
+            self._services.router.stream_ended(self._placement, self._events, self._heard - self._first_token)
         self._leave_engine()
         self._close(head.status, "ok" if head.status < 400 else "engine_answer")
         self._client.finish(self._is_framed(head) and self._request.head.keep_alive)
@@ -256,6 +262,7 @@ class Exchange:
             placement.engine.breaker.passed()
         # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
         is_token = head.status == 200 and head.is_events
+        self._events, self._first_token = 0, now if is_token else 0.0
         self._services.router.first_byte(placement, now - self._attempt_started if is_token else 0.0)
         self._services.metrics.ttft.observe(now - self._arrived)
         if head.status == 200:
