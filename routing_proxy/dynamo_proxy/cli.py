@@ -54,6 +54,7 @@ FLAGS = (
     _Flag("port", 8080, "Port to listen on; 0 takes a free one", 0, 65535),
     _Flag("admin_host", "127.0.0.1", "Address of the admin listener"),
     _Flag("admin_port", 8081, "Port of the admin listener; 0 turns it off", 0, 65535),
+    _Flag("workers", 1, "Processes that serve the port", 1, 128),
     _Flag("router_mode", "kv", "kv, round-robin, random or least-loaded"),
     _Flag("kv_cache_block_size", 16, "Tokens per KV block until an engine tells its own", 1, 65536),
     _Flag("kv_events", True, "Subscribe to the engines' KV events"),
@@ -88,6 +89,7 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         router_mode=parse_router_mode(values["router_mode"]),
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],
+        workers=values["workers"],
         resume_streams=values["stream_resume"],
         limits=Limits(max_body_bytes=values["max_body_bytes"]),
         timeouts=timeouts,
@@ -128,9 +130,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(config: ProxyConfig) -> None:
     import uvloop
 
-    from .server import serve
+    if config.workers > 1:
+        from .supervisor import supervise
 
-    uvloop.run(serve(config))
+        uvloop.run(supervise(config))
+    else:
+        from .server import serve
+
+        uvloop.run(serve(config))
 
 
 def _complain(message: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import ConfigError
@@ -23,6 +24,7 @@ class EngineOptions:
     connect_seconds: float | None = None
     first_byte_seconds: float | None = None
     idle_seconds: float | None = None
+    draining: bool = False
 
     def applied_to(self, timeouts: Timeouts) -> Timeouts:
         own = {name: value for name in _DEADLINES.values() if (value := getattr(self, name)) is not None}
@@ -86,6 +88,9 @@ class ProxyConfig:
     kv_block_tokens: int = 16
     use_kv_events: bool = True
     resume_streams: bool = True
+    workers: int = 1
+    admin_socket: str = ""  # of a worker: where its supervisor asks
+    supervisor_socket: str = ""  # of a worker: where the numbers of all workers are to be had
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -112,7 +117,7 @@ def parse_engine_url(text: str) -> EngineAddress:
 
 def _parse_options(url: str, settings: list[str]) -> EngineOptions:
     """NAME=VALUE pairs behind an engine URL."""
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         try:
@@ -123,7 +128,7 @@ def _parse_options(url: str, settings: list[str]) -> EngineOptions:
             names = ", ".join(f"{known}=SECONDS" for known in _DEADLINES)
             raise ConfigError(f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}")
         values[_DEADLINES[name]] = seconds
-    return EngineOptions(**values)
+    return replace(EngineOptions(), **values)
 
 
 def _is_host(host: str) -> bool:

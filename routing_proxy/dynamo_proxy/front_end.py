@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from . import metrics as metric_names
-from .client_connection import ClientConnection
+from .client_connection import ClientConnection, Running
 from .engines import EngineRegistry
 from .errors import ProtocolError, RequestError
 from .exchange import Exchange
@@ -18,6 +18,7 @@ from .ledger import Ledger
 from .openapi import JSON_ROUTES, document
 from .services import Services
 from .stream_tape import is_resumable
+from .supervisor_page import SupervisorPage
 from .text_chain import Prompt, read_prompt
 
 _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
@@ -26,11 +27,19 @@ _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
 class FrontEnd:
     """The requests of all client connections."""
 
-    def __init__(self, registry: EngineRegistry, ledger: Ledger, knowledge: Knowledge, services: Services) -> None:
+    def __init__(
+        self,
+        registry: EngineRegistry,
+        ledger: Ledger,
+        knowledge: Knowledge,
+        services: Services,
+        page: SupervisorPage | None = None,
+    ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._knowledge = knowledge
         self._services = services
+        self._page = page  # of a worker: the metrics of all workers
         self._openapi = orjson.dumps(document())
         self.clients: set[ClientConnection] = set()
         self.draining = False
@@ -49,10 +58,13 @@ class FrontEnd:
     def rejected(self, error: ProtocolError) -> None:
         self._services.metrics.finished("none", error.status, error.code, 0.0)
 
-    def handle(self, client: ClientConnection, request: Request) -> Exchange | None:
+    def handle(self, client: ClientConnection, request: Request) -> Running | None:
         """Start answering one request."""
         path = request.head.path
         method = request.head.method
+        if path == "/metrics" and self._page is not None and method == b"GET":
+            self._services.metrics.finished(path, 200, "ok", 0.0)
+            return self._page.fetch(client)
         if path in _OWN_ROUTES and not (path == "/v1/models" and self._models_are_the_engines()):
             self._own(client, path, method)
             return None
