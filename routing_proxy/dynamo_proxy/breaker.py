@@ -6,6 +6,7 @@ closed -> open (too many failures of late) -> half open (time is over: one reque
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 FADE = 0.9  # of a failure's weight, per request answered since
@@ -24,13 +25,14 @@ class Circuit(Enum):
 class Breaker:
     """One engine's breaker. The clock is an argument."""
 
-    __slots__ = ("_seconds", "blocks", "score", "state", "until")
+    __slots__ = ("_seconds", "blocks", "on_change", "score", "state", "until")
 
     def __init__(self) -> None:
         self.state = Circuit.CLOSED
         self.blocks = False  # no request may go there (read at every placement)
         self.score = 0.0
         self.until = 0.0
+        self.on_change: Callable[[], None] = lambda: None  # `blocks` may have changed
         self._seconds = FIRST_SECONDS
 
     def failed(self, now: float) -> bool:
@@ -75,6 +77,7 @@ class Breaker:
     def _set(self, state: Circuit) -> None:
         self.state = state
         self.blocks = state in (Circuit.OPEN, Circuit.TRIAL)
+        self.on_change()
 
     def check(self) -> None:
         assert self.blocks == (self.state in (Circuit.OPEN, Circuit.TRIAL)), f"{self.state}, blocks {self.blocks}"

@@ -114,6 +114,11 @@ class ClientConnection(asyncio.Protocol):
             if self._came_bytes > _LINGER_BYTES:
                 self.cut()
             return
+        if not self._must_wait():
+            request = self._reader.whole(data)
+            if request is not None:
+                self._begin(request)
+                return
         self._reader.receive(data)
         if not self._busy:
             self._pump()

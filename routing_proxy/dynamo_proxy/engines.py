@@ -4,9 +4,10 @@ states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, NamedTuple
 
 from . import dialects
 from .breaker import Breaker
@@ -14,7 +15,10 @@ from .config import EngineAddress, Timeouts
 from .dialects import ServedModels
 from .errors import EngineBusyError, UnknownEngineError
 from .ledger import Ledger
+from .policy import Load
 from .upstream import UpstreamPool
+
+_MAX_FLEETS = 256  # clients may ask for models that nobody serves
 
 
 class Health(Enum):
@@ -23,6 +27,17 @@ class Health(Enum):
     STARTING = "starting"  # never seen ready
     READY = "ready"
     DOWN = "down"
+
+
+# What decides whether an engine may take a request.
+_DECISIVE = frozenset(("health", "draining", "models"))
+
+
+class Fleet(NamedTuple):
+    """The engines that may take a request: their loads, and a bitmask of their slots."""
+
+    loads: tuple[Load, ...]
+    mask: int
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +59,13 @@ class Engine:
     label: bytes = field(init=False)
     authority: bytes = field(init=False)
     root_url: bytes = field(init=False)
+
+    on_change: Callable[[], None] = field(init=False, default=lambda: None)  # something in _DECISIVE was set
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in _DECISIVE and hasattr(self, "on_change"):
+            self.on_change()
 
     def __post_init__(self) -> None:
         self.name = f"engine-{self.slot}"
@@ -83,6 +105,7 @@ class EngineRegistry:
         self._engines: dict[int, Engine] = {}
         self._leaving: set[int] = set()  # slots of engines that were removed but have parts still open
         self.loras: frozenset[str] = frozenset()
+        self._fleets: dict[str, Fleet] = {}  # by model; emptied whenever an engine changes
 
     def __iter__(self) -> Iterator[Engine]:
         return iter(list(self._engines.values()))
@@ -110,6 +133,8 @@ class EngineRegistry:
         assert engine.slot not in self._engines, f"slot {engine.slot} is taken"
         self._engines[engine.slot] = engine
         self._ledger.load(engine.slot)
+        engine.on_change = engine.breaker.on_change = self._fleets.clear
+        self._fleets.clear()
 
     def remove(self, engine: Engine) -> None:
         """Take an engine out; its slot stays taken until `left`. Raises EngineBusyError while requests are in
@@ -121,6 +146,7 @@ class EngineRegistry:
         if in_flight:
             raise EngineBusyError(f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait")
         del self._engines[engine.slot]
+        self._fleets.clear()
         self._leaving.add(engine.slot)
         self.models_changed()
 
@@ -132,19 +158,21 @@ class EngineRegistry:
         """Recompute which served models are LoRA adapters."""
         self.loras = frozenset().union(*(e.models.loras for e in self._engines.values() if e.models is not None))
 
-    def candidates(self, model: str, tried: int) -> list[Engine]:
-        """Engines that may take a request for `model`, without the slots of the bitmask `tried`."""
-        ready = Health.READY  # the loop is Engine.takes_requests and Engine.serves, without their calls
-        fit = [
-            engine
-            for engine in self._engines.values()
-            if engine.health is ready
-            and not engine.draining
-            and not tried >> engine.slot & 1
-            and (not model or engine.models is None or model in engine.models.ids)
-        ]
-        closed = [engine for engine in fit if not engine.breaker.blocks]
-        return closed or fit  # a doubtful engine is better than none
+    def fleet(self, model: str, tried: int) -> Fleet:
+        """The engines that may take a request for `model`, without the slots of the bitmask `tried`."""
+        if tried:
+            return self._fleet(model, tried)
+        fleet = self._fleets.get(model)
+        if fleet is None:
+            if len(self._fleets) >= _MAX_FLEETS:
+                self._fleets.clear()
+            fleet = self._fleets[model] = self._fleet(model, 0)
+        return fleet
+
+    def _fleet(self, model: str, tried: int) -> Fleet:
+        fit = [e for e in self._engines.values() if e.takes_requests and not tried >> e.slot & 1 and e.serves(model)]
+        fit = [e for e in fit if not e.breaker.blocks] or fit  # a doubtful engine is better than none
+        return Fleet(tuple(self._ledger.load(e.slot) for e in fit), sum(1 << e.slot for e in fit))
 
     def any_ready(self) -> bool:
         return any(engine.takes_requests for engine in self._engines.values())
@@ -158,3 +186,5 @@ class EngineRegistry:
             assert not (engine.events_complete and engine.events_lost), f"{engine.name}: events complete and lost"
             engine.pool.check()
             engine.breaker.check()
+        for model, fleet in self._fleets.items():
+            assert fleet == self._fleet(model, 0), f"the fleet for {model!r} is out of date"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .policy import Load
+
 
 @dataclass(slots=True, eq=False)
 class Lease:
@@ -13,15 +15,6 @@ class Lease:
     pending_tokens: int
     active_tokens: int
     held: bool = True
-
-
-@dataclass(slots=True)
-class Load:
-    """One engine's load: requests, tokens waiting for prefill, tokens of all requests in flight."""
-
-    in_flight: int = 0
-    pending_tokens: int = 0
-    active_tokens: int = 0
 
 
 class Ledger:
@@ -35,7 +28,7 @@ class Ledger:
         """The live load record of a slot (read it, do not change it)."""
         load = self.loads.get(slot)
         if load is None:
-            load = self.loads[slot] = Load()
+            load = self.loads[slot] = Load(slot)
         return load
 
     @property
@@ -43,7 +36,7 @@ class Ledger:
         return len(self._leases)
 
     def charge(self, slot: int, pending_tokens: int, active_tokens: int) -> Lease:
-        load = self.load(slot)
+        load = self.loads.get(slot) or self.load(slot)
         load.in_flight += 1
         load.pending_tokens += pending_tokens
         load.active_tokens += active_tokens

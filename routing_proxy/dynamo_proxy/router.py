@@ -4,7 +4,7 @@ synchronous call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
@@ -56,27 +56,13 @@ class Router:
 
     def place(self, prompt: Prompt, tried: int, now: float) -> Placement | None:
         """Pick an engine not yet in the bitmask `tried`, or None if there is none."""
-        engines = self._registry.candidates(prompt.model, tried)
-        if not engines:
+        loads, mask = self._registry.fleet(prompt.model, tried)
+        if not loads:
             return None
         tokens = self._knowledge.prompt_tokens(prompt)
-        mask = 0
-        for engine in engines:
-            mask |= 1 << engine.slot
-        matched = self._knowledge.matched_tokens(prompt, mask, now)
-        loads = self._ledger.loads
-        candidates = []
-        for engine in engines:
-            slot = engine.slot
-            load = loads[slot]
-            held = matched.get(slot, 0) if matched else 0
-            candidates.append(
-                policy.Candidate(
-                    slot, held if held < tokens else tokens, load.in_flight, load.pending_tokens, load.active_tokens
-                )
-            )
-        decision = self._choose(candidates, tokens)
-        queued = loads[decision.slot].pending_tokens
+        held = self._knowledge.matched_tokens(prompt, mask, now)
+        decision = self._choose(loads, held, tokens)
+        queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         self._knowledge.sent(decision.slot, prompt, now)
         self._metrics.decided(self.state.mode, decision.reason)
@@ -104,7 +90,7 @@ class Router:
 
     def another(self, prompt: Prompt, tried: int) -> bool:
         """True if an untried engine could take this prompt."""
-        return bool(self._registry.candidates(prompt.model, tried))
+        return bool(self._registry.fleet(prompt.model, tried).loads)
 
     def max_model_tokens(self, model: str) -> int:
         """The context that every engine of this model has, in tokens; 0: not known."""
@@ -119,15 +105,15 @@ class Router:
         """A request failed on an engine: health looks again, at once."""
         self._on_failure(engine, reason)
 
-    def _choose(self, candidates: list[policy.Candidate], tokens: int) -> policy.Decision:
+    def _choose(self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int) -> policy.Decision:
         mode = self.state.mode
         if mode == "kv":
-            return policy.choose_kv(candidates, tokens, self.state.model, self._rng)
+            return policy.choose_kv(fleet, held, tokens, self.state.model, self._rng)
         if mode == "round-robin":
-            return policy.choose_round_robin(candidates, tokens, self.state.last_slot)
+            return policy.choose_round_robin(fleet, held, tokens, self.state.last_slot)
         if mode == "random":
-            return policy.choose_random(candidates, tokens, self._rng)
-        return policy.choose_least_loaded(candidates, tokens, self._rng)
+            return policy.choose_random(fleet, held, tokens, self._rng)
+        return policy.choose_least_loaded(fleet, held, tokens, self._rng)
 
     def check(self) -> None:
         assert self.state.mode in ("kv", "round-robin", "random", "least-loaded"), f"mode {self.state.mode}"

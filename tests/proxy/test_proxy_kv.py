@@ -299,12 +299,17 @@ def test_chained_hashes_are_the_blocks_hashes() -> None:
 def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(
     inserts: list[tuple[int, list[int]]],
 ) -> None:
-    index = ApproxIndex(default_capacity_nodes=8)
+    index = ApproxIndex(default_capacity_units=8)
     index.set_capacity(1, 3)
-    for moment, (slot, chain) in enumerate(inserts):
+    for moment, (slot, numbers) in enumerate(inserts):
+        chain = [2 * number for number in numbers[:-1]] + [2 * numbers[-1] + 1]  # the last one is coarse: four units
         index.insert(slot, chain, float(moment))
         index.check()
-        kept = min(len(chain), 3 if slot == 1 else 8)
+        capacity = 3 if slot == 1 else 8
+        kept = len(chain) if len(chain) + 3 <= capacity else min(len(chain) - 1, capacity)
+        if not kept:
+            assert index.matched(chain, 1 << slot) == {}
+            continue
         assert index.matched(chain, 1 << slot) == {slot: kept}
         assert index.fresh(slot, chain, kept, float(moment)) == kept
         assert index.fresh(slot, chain, kept, moment + 1.0) == 0
