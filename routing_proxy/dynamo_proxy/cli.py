@@ -6,10 +6,12 @@ import inspect
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .api_keys import KeyRing
 from .config import (
     MIB,
     Limits,
@@ -59,6 +61,8 @@ FLAGS = (
     _Flag("kv_cache_block_size", 16, "Tokens per KV block until an engine tells its own", 1, 65536),
     _Flag("kv_events", True, "Subscribe to the engines' KV events"),
     _Flag("stream_resume", True, "Go on with broken text streams on another engine"),
+    _Flag("api_keys_file", "", "File of hashed API keys; without it everybody may call"),
+    _Flag("engine_control_routes", False, "Pass on routes that operate an engine (/sleep, /server_info, ...)"),
     _Flag("max_body_bytes", 32 * MIB, "Largest request body", 1024, 4096 * MIB),
     _Flag("connect_timeout", 5.0, "Seconds to connect to an engine", 0.01, 600),
     _Flag("request_timeout", 300.0, "Seconds until the first byte of an answer", 0.01, _DAY),
@@ -80,6 +84,8 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         drain_seconds=values["drain_timeout"],
         probe_interval_seconds=values["health_interval"],
     )
+    if values["api_keys_file"]:
+        KeyRing(Path(values["api_keys_file"]), 0.0)  # mistakes in it are told now, once
     return ProxyConfig(
         engines=parse_engine_urls(values["engine"] or []),
         host=values["host"],
@@ -90,6 +96,8 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],
         workers=values["workers"],
+        api_keys_path=values["api_keys_file"],
+        control_routes=values["engine_control_routes"],
         resume_streams=values["stream_resume"],
         limits=Limits(max_body_bytes=values["max_body_bytes"]),
         timeouts=timeouts,

@@ -88,6 +88,8 @@ class ProxyConfig:
     kv_block_tokens: int = 16
     use_kv_events: bool = True
     resume_streams: bool = True
+    api_keys_path: str = ""  # empty: everybody may call
+    control_routes: bool = False  # pass what operates an engine to it
     workers: int = 1
     admin_socket: str = ""  # of a worker: where its supervisor asks
     supervisor_socket: str = ""  # of a worker: where the numbers of all workers are to be had

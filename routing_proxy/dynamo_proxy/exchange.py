@@ -13,12 +13,14 @@ import asyncio
 import orjson
 
 from . import stream_tape
-from .http1 import Request, ResponseReader
+from .config import Timeouts
+from .guard import Meter
+from .http1 import ResponseReader
 from .http_heads import ResponseHead
+from .intake import Asked
 from .router import Placement
 from .services import ClientSide, Services
 from .stream_tape import Frames, PlainFrames, StreamTape
-from .text_chain import Prompt
 from .upstream import UpstreamConnection
 from .wire import request_bytes, response_bytes, stream_error_bytes
 
@@ -33,22 +35,22 @@ class Exchange:
 
     __slots__ = (
         "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_failure", "_frames",
-        "_head", "_heard", "_last_tail", "_loop", "_placement", "_prompt", "_relaying", "_request", "_resumes",
-        "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable", "_timer", "_tried", "_up", "over",
+        "_head", "_heard", "_last_tail", "_loop", "_meter", "_placement", "_prompt", "_relaying", "_request",
+        "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable", "_timer",
+        "_tried", "_up", "over",
     )  # fmt: skip
 
     def __init__(
         self,
         client: ClientSide,
-        request: Request,
-        prompt: Prompt,
+        asked: Asked,
         endpoint: str,
         services: Services,
-        tapeable: bool = False,
+        meter: Meter | None = None,
     ) -> None:
         self._client = client
-        self._request = request
-        self._prompt = prompt
+        self._request = asked.request
+        self._prompt = asked.prompt
         self._endpoint = endpoint
         self._services = services
         self._loop = asyncio.get_running_loop()
@@ -57,7 +59,8 @@ class Exchange:
         self._failure = ""
         self._relaying = False
         self.over = False
-        self._tapeable = tapeable
+        self._meter = meter
+        self._tapeable = asked.tapeable
         self._tape: StreamTape | None = None
         self._continuation = b""  # what asks for the rest of a broken stream
         self._resumes = 0
@@ -158,6 +161,12 @@ class Exchange:
         else:
             self._next_engine("first_byte_timeout")
 
+    def _watch_for_silence(self, limits: Timeouts) -> None:
+        """The first byte came: from now on the idle deadline counts, though the timer still runs for the other."""
+        if limits.idle_seconds < limits.first_byte_seconds and self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._loop.call_later(limits.idle_seconds, self._on_timer)
+
     # --- from the engine (ResponseSink)
 
     def on_head(self, head: ResponseHead) -> None:
@@ -176,6 +185,8 @@ class Exchange:
 
     def on_body(self, data: bytes) -> None:
         self._heard = self._loop.time()
+        if self._meter is not None:
+            self._meter.saw(data)
         frames = self._frames
         if frames is not None:
             data = frames.feed(data)
@@ -242,6 +253,7 @@ class Exchange:
         assert head is not None
         assert placement is not None
         now = self._loop.time()
+        self._watch_for_silence(placement.engine.timeouts)
         if self._resuming:
             self._resuming = False
             self._services.router.first_byte(placement, 0.0)
@@ -371,6 +383,8 @@ class Exchange:
 
     def _close(self, status: int, reason: str) -> None:
         self.over = True
+        if self._meter is not None:
+            self._meter.over(self._loop.time())
         self._services.metrics.finished(self._endpoint, status, reason, self._loop.time() - self._arrived)
 
     def check(self) -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import unquote
 
 import orjson
 
 from . import metrics as metric_names
 from .client_connection import ClientConnection, Running
 from .engines import EngineRegistry
-from .errors import ProtocolError, RequestError
+from .errors import LimitError, ProtocolError, RequestError
 from .exchange import Exchange
+from .guard import Guard
 from .http1 import Request
+from .intake import Intake
 from .knowledge import Knowledge
 from .ledger import Ledger
 from .openapi import JSON_ROUTES, document
 from .services import Services
-from .stream_tape import is_resumable
 from .supervisor_page import SupervisorPage
-from .text_chain import Prompt, read_prompt
 
 _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
 
@@ -33,13 +34,14 @@ class FrontEnd:
         ledger: Ledger,
         knowledge: Knowledge,
         services: Services,
-        page: SupervisorPage | None = None,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._knowledge = knowledge
         self._services = services
-        self._page = page  # of a worker: the metrics of all workers
+        self.intake = Intake(registry)
+        self.guard: Guard | None = None  # None: everybody may call
+        self.page: SupervisorPage | None = None  # of a worker: the metrics of all workers
         self._openapi = orjson.dumps(document())
         self.clients: set[ClientConnection] = set()
         self.draining = False
@@ -61,42 +63,33 @@ class FrontEnd:
     def handle(self, client: ClientConnection, request: Request) -> Running | None:
         """Start answering one request."""
         path = request.head.path
-        method = request.head.method
-        if path == "/metrics" and self._page is not None and method == b"GET":
+        if "%" in path:
+            path = unquote(path)  # as engines read it
+        try:
+            return self._admitted(client, request, path)
+        except RequestError as error:
+            self._services.metrics.finished(_endpoint(path), error.status, error.code, 0.0)
+            wait = error.retry_after_seconds if isinstance(error, LimitError) else 2
+            client.refuse(error.status, error.code, str(error), wait_seconds=wait)
+            return None
+
+    def _admitted(self, client: ClientConnection, request: Request, path: str) -> Running | None:
+        method, caller, guard = request.head.method, None, self.guard
+        if guard is not None and path != "/health":
+            request, caller = guard.admit(request)
+        if path == "/metrics" and self.page is not None and method == b"GET":
             self._services.metrics.finished(path, 200, "ok", 0.0)
-            return self._page.fetch(client)
+            return self.page.fetch(client)
         if path in _OWN_ROUTES and not (path == "/v1/models" and self._models_are_the_engines()):
             self._own(client, path, method)
             return None
-        try:
-            prompt, tapeable = self._prompt(path, method, request)
-        except RequestError as error:
-            self._services.metrics.finished(_endpoint(path), error.status, error.code, 0.0)
-            client.refuse(error.status, error.code, str(error))
-            return None
-        exchange = Exchange(client, request, prompt, _endpoint(path), self._services, tapeable)
+        asked = self.intake.read(path, request)
+        meter = None
+        if guard is not None and caller is not None:
+            meter = guard.charge(caller, self._knowledge.prompt_tokens(asked.prompt))
+        exchange = Exchange(client, asked, _endpoint(path), self._services, meter)
         exchange.start()
         return None if exchange.over else exchange
-
-    def _prompt(self, path: str, method: bytes, request: Request) -> tuple[Prompt, bool]:
-        """The prompt, and whether its stream can go on tape."""
-        if method != b"POST" or path not in JSON_ROUTES:
-            return Prompt(), False
-        try:
-            body = orjson.loads(request.body)
-        except orjson.JSONDecodeError as error:
-            raise RequestError(400, "invalid_json", f"the request body is not valid JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise RequestError(400, "invalid_json", "the request body must be a JSON object")
-        if "model" in body and not isinstance(body["model"], str):
-            raise RequestError(400, "invalid_model", "`model` must be a string")
-        tapeable = False
-        if "stream" in body and self._services.resume_streams and request.head.minor_version:
-            tapeable = is_resumable(path, body)
-        try:
-            return read_prompt(body, self._registry.loras), tapeable
-        except (TypeError, RecursionError):
-            return Prompt(body.get("model") or ""), False  # deeper than we render: placed by load alone
 
     # --- own routes
 

@@ -9,16 +9,19 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 
 import aiohttp
 from aiohttp import web
 
 from .admin import AdminRoutes
+from .api_keys import KeyRing
 from .client_connection import ClientConnection
 from .config import EngineAddress, ProxyConfig
 from .engines import Engine, EngineRegistry
 from .front_end import FrontEnd
+from .guard import Guard
 from .health import Monitor
 from .knowledge import Knowledge
 from .ledger import Ledger
@@ -50,11 +53,16 @@ class ProxyServer:
         self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts)
         self.monitor.use_events = config.use_kv_events
         self.router.when_failed(self.monitor.request_failed)
-        services = Services(
-            self.router, self.metrics, self.tokens, config.limits, config.timeouts, config.resume_streams
-        )
-        page = SupervisorPage(config.supervisor_socket) if config.supervisor_socket else None
-        self.front_end = FrontEnd(self.registry, self.ledger, self.knowledge, services, page)
+        services = Services(self.router, self.metrics, self.tokens, config.limits, config.timeouts)
+        self.front_end = FrontEnd(self.registry, self.ledger, self.knowledge, services)
+        self.front_end.intake.resume_streams = config.resume_streams
+        self.front_end.intake.pass_control_routes = config.control_routes
+        if config.supervisor_socket:
+            self.front_end.page = SupervisorPage(config.supervisor_socket)
+        self.guard: Guard | None = None
+        if config.api_keys_path:
+            self.guard = Guard(KeyRing(Path(config.api_keys_path), asyncio.get_running_loop().time()))
+        self.front_end.guard = self.guard
         self.port = 0
         self.admin_port = 0
         self._server: asyncio.Server | None = None
@@ -71,6 +79,8 @@ class ProxyServer:
         self._session = aiohttp.ClientSession()
         self.monitor.start(self._session)
         self.tokens.start(self._session)
+        if self.guard is not None:
+            self.guard.start()
         for address in config.engines:
             self.add_engine(address)
         if config.admin_socket:  # a worker: others serve the port until this one knows its engines
@@ -155,6 +165,8 @@ class ProxyServer:
         await self.front_end.empty.wait()
         if self._admin is not None:
             await self._admin.cleanup()
+        if self.guard is not None:
+            await self.guard.close()
         await self.tokens.close()
         await self.monitor.close()
         for engine in self.registry:
