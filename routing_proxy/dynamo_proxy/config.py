@@ -74,6 +74,17 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """How engines are chosen in kv mode, beyond the mode itself. `overlap_weight` None means our rule, not Dynamo's."""
+
+    overlap_weight: float | None = None
+    temperature: float = 0.0
+    host_hit_weight: float = 0.75
+    disk_hit_weight: float = 0.25
+    object_hit_weight: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
 class ProxyConfig:
     """Everything `dynamo-proxy` was told. `admin_port` None means no admin listener; port 0 means any free
     one.
@@ -85,6 +96,7 @@ class ProxyConfig:
     admin_host: str = "127.0.0.1"
     admin_port: int | None = 8081
     router_mode: str = "kv"
+    routing: Routing = field(default_factory=Routing)
     kv_block_tokens: int = 16
     use_kv_events: bool = True
     resume_streams: bool = True

@@ -22,7 +22,7 @@ from .router import Placement
 from .services import ClientSide, Services
 from .stream_tape import Frames, PlainFrames, StreamTape
 from .upstream import UpstreamConnection
-from .wire import request_bytes, response_bytes, stream_error_bytes
+from .wire import is_framed, may_speak, request_bytes, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
 _RESUMES = 3  # per request
@@ -34,9 +34,10 @@ class Exchange:
     """Carries one request to an engine and its answer back. It owns at most one placement at any time."""
 
     __slots__ = (
-        "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_failure", "_frames",
-        "_head", "_heard", "_last_tail", "_loop", "_meter", "_placement", "_prompt", "_relaying", "_request",
-        "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable", "_timer",
+        "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_events", "_failure",
+        "_first_token", "_frames", "_head", "_heard", "_last_tail", "_loop", "_meter", "_placement", "_prompt",
+        "_relaying", "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable",
+        "_timer",
         "_tried", "_up", "over",
     )  # fmt: skip
 
@@ -66,7 +67,8 @@ class Exchange:
         self._resumes = 0
         self._resuming = False
         # per attempt
-        self._attempt_started = self._heard = 0.0
+        self._attempt_started = self._heard = self._first_token = 0.0
+        self._events = 0  # of a stream since its first
         self._placement: Placement | None = None
         self._up: UpstreamConnection | None = None
         self._dial: asyncio.Task[None] | None = None
@@ -201,6 +203,8 @@ class Exchange:
     def _relay(self, data: bytes) -> None:
         if self._relaying and not self._resuming:
             self._client.write(data)
+            if self._first_token:
+                self._events += data.count(b"data: ")
         elif data:
             self._begin_relay(data)
 
@@ -217,9 +221,11 @@ class Exchange:
             self._begin_relay(b"")
         head = self._head
         assert head is not None
+        if self._events and self._placement is not None:
+            self._services.router.stream_ended(self._placement, self._events, self._heard - self._first_token)
         self._leave_engine()
         self._close(head.status, "ok" if head.status < 400 else "engine_answer")
-        self._client.finish(self._is_framed(head) and self._request.head.keep_alive)
+        self._client.finish(is_framed(head, self._request.head) and self._request.head.keep_alive)
 
     def on_lost(self, reason: str) -> None:
         if self._relaying and not self._resuming:
@@ -268,15 +274,12 @@ class Exchange:
             placement.engine.breaker.passed()
         # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
         is_token = head.status == 200 and head.is_events
+        self._events, self._first_token = 0, now if is_token else 0.0
         self._services.router.first_byte(placement, now - self._attempt_started if is_token else 0.0)
         self._services.metrics.ttft.observe(now - self._arrived)
         if head.status == 200:
             self._services.tokens.offer(self._prompt, placement.engine)
         self._client.write(response_bytes(head, self._request.head, placement) + first)
-
-    def _is_framed(self, head: ResponseHead) -> bool:
-        """True if the client can tell a whole answer from a cut one (a 1.0 client gets chunks decoded)."""
-        return head.content_length is not None or (head.chunked and self._request.head.minor_version == 1)
 
     def _next_engine(self, reason: str) -> None:
         """This engine failed before anything was relayed: count it, leave it, try another one."""
@@ -319,7 +322,7 @@ class Exchange:
         self._services.router.failed(placement.engine, reason)
         self._leave_engine()
         if self._tape is None:
-            self._end_broken(head.status, reason, self._may_speak(head, at_boundary))
+            self._end_broken(head.status, reason, at_boundary and may_speak(head, self._request.head, self._last_tail))
         elif not self._resume(self._tape, 1 << placement.engine.slot, reason):
             self._end_broken(head.status, reason)
 
@@ -356,12 +359,7 @@ class Exchange:
             self._client.write(stream_error_bytes("the engine was lost in the middle of this answer; try again"))
             self._client.finish(False)
         else:
-            self._client.cut(reset=not self._is_framed(head))
-
-    def _may_speak(self, head: ResponseHead, at_boundary: bool) -> bool:
-        """True if an in-band error event fits here: an event stream, between two events and two chunks."""
-        chunked = head.chunked and self._is_framed(head)
-        return head.is_events and chunked and at_boundary and self._last_tail.endswith(b"\n\n\r\n")
+            self._client.cut(reset=not is_framed(head, self._request.head))
 
     # --- endings
 

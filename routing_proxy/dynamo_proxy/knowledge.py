@@ -7,6 +7,7 @@ from __future__ import annotations
 from .approx_index import DEFAULT_CAPACITY_UNITS, ApproxIndex
 from .block_hash import token_chain
 from .kv_index import KvIndex
+from .policy import TierWeights, credited_blocks
 from .text_chain import UNIT_BYTES, UNIT_TOKENS, Prompt, chain_units
 from .token_memo import TokenMemo
 
@@ -27,6 +28,7 @@ class Knowledge:
         self.memo = TokenMemo()
         self.exact_mask = 0
         self.event_mask = 0
+        self.weights = TierWeights()
         self._default_block_tokens = default_block_tokens
 
     def prompt_tokens(self, prompt: Prompt) -> int:
@@ -103,7 +105,8 @@ class Knowledge:
             else:
                 continue
             for slot, depth in self.exact.walk(blocks, slots).items():
-                found[slot] = depth * size
+                runs = self.exact.tier_runs(slot, blocks, depth)
+                found[slot] = depth * size if runs[0] == depth else int(credited_blocks(runs, self.weights) * size)
         return found, known
 
     def check(self) -> None:

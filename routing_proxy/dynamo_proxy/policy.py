@@ -9,18 +9,17 @@ The default rule is predicted time to first token plus externality (seconds, the
           + beta*E[out]*(t_d*in_flight + t_k*active) slower decoding for it there
     step  = t_0 + t_d*in_flight + t_k*active
 
-alpha, gamma and beta come from replayed traces; a t_p that was wrong by a factor of two never cost more than
-2 %.
+alpha, gamma and beta come from replayed traces; t_* and E[out] are learnt (learning.py), and a t_p that was wrong by a
+factor of two never cost more than 2 %.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
-
-CHARS_PER_TOKEN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,24 @@ class Load:
     in_flight: int = 0
     pending_tokens: int = 0
     active_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TierWeights:
+    """What a block below HBM is worth, of one in HBM."""
+
+    host: float = 0.75
+    disk: float = 0.25
+    object_store: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapRule:
+    """The settings of Dynamo's rule."""
+
+    weight: float = 1.0
+    temperature: float = 0.0
+    block_tokens: int = 16
 
 
 Held = Mapping[int, int]  # slot -> tokens of the prompt that its caches hold; nothing for an engine with none
@@ -85,14 +102,16 @@ def costs_seconds(loads: Sequence[Load], held: Held, prompt_tokens: int, model: 
     return costs
 
 
-def choose_kv(loads: Sequence[Load], held: Held, prompt_tokens: int, model: CostModel, rng: Random) -> Decision:
-    """The engine of least cost; ties fall at random."""
+def choose_kv(
+    loads: Sequence[Load], held: Held, prompt_tokens: int, model: CostModel, rng: Random, temperature: float = 0.0
+) -> Decision:
+    """The engine of least cost; ties fall at random. With a temperature, a draw that prefers low costs."""
     costs = costs_seconds(loads, held, prompt_tokens, model)
     least = min(costs)
-    if costs.count(least) == 1:
-        winner = loads[costs.index(least)]
-    else:
-        winner = rng.choice([load for load, cost in zip(loads, costs, strict=True) if cost == least])
+    index = costs.index(least)
+    if temperature or costs.count(least) > 1:
+        index = sample(costs, temperature, rng)
+    winner = loads[index]
     longest = max(held.values()) if held else 0
     if len(loads) == 1:
         reason = "only"
@@ -100,7 +119,7 @@ def choose_kv(loads: Sequence[Load], held: Held, prompt_tokens: int, model: Cost
         reason = "load_over_prefix"
     else:
         reason = "prefix" if longest else "load"
-    return _decision(winner, held, prompt_tokens, reason, least)
+    return _decision(winner, held, prompt_tokens, reason, costs[index])
 
 
 def choose_round_robin(loads: Sequence[Load], held: Held, prompt_tokens: int, last_slot: int) -> Decision:
@@ -121,15 +140,30 @@ def choose_least_loaded(loads: Sequence[Load], held: Held, prompt_tokens: int, r
     return _decision(rng.choice(tied), held, prompt_tokens, "least_loaded", 0.0)
 
 
-def learn_prefill(model: CostModel, ttft_seconds: float, prefill_tokens: int, weight: float = 0.05) -> CostModel:
-    """Move t_p towards an observed first-token time over `prefill_tokens` (own and queued ahead).
+def choose_overlap(loads: Sequence[Load], held: Held, prompt_tokens: int, rule: OverlapRule, rng: Random) -> Decision:
+    """NVIDIA Dynamo's rule: weighted blocks to prefill (those waiting and the prompt's) plus blocks in use."""
+    block = rule.block_tokens
+    costs = []
+    for load in loads:
+        new = prompt_tokens - min(held.get(load.slot, 0), prompt_tokens)
+        costs.append(rule.weight * (load.pending_tokens + new) / block + load.active_tokens / block)
+    index = sample(costs, rule.temperature, rng)
+    return _decision(loads[index], held, prompt_tokens, "overlap", costs[index])
 
-    Short prefills say more about fixed cost than about t_p and teach nothing.
-    """
-    if prefill_tokens < 256 or ttft_seconds <= 0:
-        return model
-    seen = min(max(max(0.0, ttft_seconds - model.t_0) / prefill_tokens, 1e-6), 1e-1)
-    return replace(model, t_p=model.t_p + weight * (seen - model.t_p))
+
+def sample(costs: Sequence[float], temperature: float, rng: Random) -> int:
+    """The index of the least cost, ties at random; with a temperature a softmax draw over costs scaled to 0..1."""
+    least, most = min(costs), max(costs)
+    if temperature <= 0 or most <= least:
+        return rng.choice([index for index, cost in enumerate(costs) if cost == least])
+    weights = [math.exp((least - cost) / (most - least) / temperature) for cost in costs]
+    return rng.choices(range(len(costs)), weights)[0]
+
+
+def credited_blocks(runs: tuple[int, int, int, int], weights: TierWeights) -> float:
+    """Blocks that count as cached, of leading runs down to G1, G2, G3 and G4: what lies lower must be loaded first."""
+    g1, g2, g3, g4 = runs
+    return g1 + weights.host * (g2 - g1) + weights.disk * (g3 - g2) + weights.object_store * (g4 - g3)
 
 
 def _decision(winner: Load, held: Held, prompt_tokens: int, reason: str, cost: float) -> Decision:

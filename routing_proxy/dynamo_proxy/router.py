@@ -12,6 +12,7 @@ from typing import NamedTuple
 from . import policy
 from .engines import Engine, EngineRegistry
 from .knowledge import Knowledge
+from .learning import CostLearner
 from .ledger import Lease, Ledger
 from .metrics import Metrics
 from .text_chain import Prompt
@@ -32,7 +33,9 @@ class RoutingState:
     """What the rules remember between requests."""
 
     mode: str = "kv"
-    model: policy.CostModel = field(default_factory=policy.CostModel)
+    learner: CostLearner = field(default_factory=CostLearner)
+    overlap: policy.OverlapRule | None = None  # Dynamo's rule in the place of ours
+    temperature: float = 0.0
     last_slot: int = -1
 
 
@@ -79,8 +82,14 @@ class Router:
         (above 0).
         """
         self._ledger.prefilled(placement.lease)
-        prefill = placement.decision.new_tokens + placement.queued_tokens
-        self.state.model = policy.learn_prefill(self.state.model, first_token_seconds, prefill)
+        if first_token_seconds:
+            new = placement.decision.new_tokens
+            self.state.learner.first_token(first_token_seconds, placement.queued_tokens, new, placement.prompt_tokens)
+
+    def stream_ended(self, placement: Placement, events: int, seconds: float) -> None:
+        """A stream came to its end: so many events, the last one `seconds` after the first."""
+        load = self._ledger.loads[placement.engine.slot]
+        self.state.learner.stream_ended(seconds, events, load.in_flight, load.active_tokens)
 
     def release(self, placement: Placement) -> None:
         """The request left its engine."""
@@ -106,9 +115,12 @@ class Router:
         self._on_failure(engine, reason)
 
     def _choose(self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int) -> policy.Decision:
-        mode = self.state.mode
+        state = self.state
+        mode = state.mode
         if mode == "kv":
-            return policy.choose_kv(fleet, held, tokens, self.state.model, self._rng)
+            if state.overlap is not None:
+                return policy.choose_overlap(fleet, held, tokens, state.overlap, self._rng)
+            return policy.choose_kv(fleet, held, tokens, state.learner.model, self._rng, state.temperature)
         if mode == "round-robin":
             return policy.choose_round_robin(fleet, held, tokens, self.state.last_slot)
         if mode == "random":
@@ -117,4 +129,4 @@ class Router:
 
     def check(self) -> None:
         assert self.state.mode in ("kv", "round-robin", "random", "least-loaded"), f"mode {self.state.mode}"
-        assert self.state.model.t_p > 0, "a prefill token costs nothing"
+        self.state.learner.check()

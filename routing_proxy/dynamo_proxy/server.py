@@ -27,7 +27,8 @@ from .knowledge import Knowledge
 from .ledger import Ledger
 from .listening import banner_host, listen_error
 from .metrics import Metrics
-from .router import Router
+from .policy import OverlapRule, TierWeights
+from .router import Router, RoutingState
 from .services import Services
 from .supervisor_page import SupervisorPage
 from .tokens import TokenLearner
@@ -48,7 +49,11 @@ class ProxyServer:
         self.knowledge = Knowledge(config.kv_block_tokens)
         self.registry = EngineRegistry(self.ledger)
         self.router = Router(self.registry, self.ledger, self.knowledge, self.metrics, rng or Random())
-        self.router.state.mode = config.router_mode
+        self.router.state = routing_state(config)
+        routing = config.routing
+        self.knowledge.weights = TierWeights(
+            routing.host_hit_weight, routing.disk_hit_weight, routing.object_hit_weight
+        )
         self.tokens = TokenLearner(self.knowledge, self.metrics)
         self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts)
         self.monitor.use_events = config.use_kv_events
@@ -182,6 +187,14 @@ class ProxyServer:
             part.check()
         for part_at_work in (self.tokens, self.monitor, self.front_end):
             part_at_work.check()
+
+
+def routing_state(config: ProxyConfig) -> RoutingState:
+    """The rules that a configuration asks for."""
+    state = RoutingState(config.router_mode, temperature=config.routing.temperature)
+    if config.routing.overlap_weight is not None:
+        state.overlap = OverlapRule(config.routing.overlap_weight, config.routing.temperature, config.kv_block_tokens)
+    return state
 
 
 async def serve(config: ProxyConfig, on_ready: Callable[[], None] | None = None) -> None:

@@ -37,6 +37,16 @@ def response_bytes(head: ResponseHead, request: RequestHead, placement: Placemen
     )  # fmt: skip
 
 
+def is_framed(head: ResponseHead, request: RequestHead) -> bool:
+    """True if the client can tell a whole answer from a cut one (a 1.0 client gets chunks decoded)."""
+    return head.content_length is not None or (head.chunked and request.minor_version == 1)
+
+
+def may_speak(head: ResponseHead, request: RequestHead, tail: bytes) -> bool:
+    """True if an in-band error event fits behind `tail`: in an event stream, between two events and two chunks."""
+    return head.is_events and head.chunked and is_framed(head, request) and tail.endswith(b"\n\n\r\n")
+
+
 def stream_error_bytes(message: str) -> bytes:
     """An error event and the end of the stream, in chunks."""
     error = {"error": {"message": message, "type": "engine_error", "code": "engine_lost"}}
