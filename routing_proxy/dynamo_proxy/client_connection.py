@@ -33,6 +33,12 @@ _LINGER_BYTES = 256 << 20
 _JSON = b"application/json"
 
 
+def error_body(status: int, code: str, message: str) -> bytes:
+    """An error in the shape that OpenAI clients read."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
 class Running(Protocol):
     """A request that somebody else works on."""
 
@@ -207,8 +213,7 @@ class ClientConnection(asyncio.Protocol):
         """Answer with an error in the shape OpenAI clients read."""
         if close:
             self._keep_alive = False
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        body = orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+        body = error_body(status, code, message)
         wait = b"retry-after: %d\r\n" % max(1, math.ceil(wait_seconds)) if status in (429, 503) else b""
         self.reply(status, body, extra=wait)
 

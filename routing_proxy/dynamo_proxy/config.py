@@ -38,10 +38,11 @@ class EngineAddress:
     host: str
     port: int
     options: EngineOptions = field(default=EngineOptions(), compare=False)
+    tls: bool = False
 
     @property
     def url(self) -> str:
-        return f"http://{self.authority}"
+        return f"http{'s' if self.tls else ''}://{self.authority}"
 
     @property
     def authority(self) -> str:
@@ -85,6 +86,15 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files; no certificate: clients speak plain HTTP; no authorities: the system's."""
+
+    cert_file: str = ""
+    key_file: str = ""
+    engine_ca_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ProxyConfig:
     """Everything `dynamo-proxy` was told. `admin_port` None means no admin listener; port 0 means any free
     one.
@@ -101,6 +111,9 @@ class ProxyConfig:
     use_kv_events: bool = True
     resume_streams: bool = True
     api_keys_path: str = ""  # empty: everybody may call
+    aliases: tuple[tuple[str, str], ...] = ()  # names that clients may use, and the models that they mean
+    tls: TlsFiles = field(default_factory=TlsFiles)
+    engine_api_key: str = field(default="", repr=False)
     control_routes: bool = False  # pass what operates an engine to it
     workers: int = 1
     admin_socket: str = ""  # of a worker: where its supervisor asks
@@ -111,22 +124,21 @@ class ProxyConfig:
 
 def parse_engine_url(text: str) -> EngineAddress:
     """Return the address in an engine URL such as http://10.0.0.5:8000; raise ConfigError with the remedy."""
-    example = "give it as http://HOST:PORT, for example http://127.0.0.1:8000"
+    example = "give it as http://HOST:PORT or https://HOST:PORT, for example http://127.0.0.1:8000"
     text, *settings = text.strip().split(",")
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"engine URL {text!r} is not valid ({error}); {example}") from None
-    if parts.scheme == "https":
-        raise ConfigError(f"engine URL {text!r}: TLS to engines is not supported; {example}")
-    if parts.scheme != "http" or not parts.hostname:
+    tls = parts.scheme == "https"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"engine URL {text!r} is not valid; {example}")
     if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
         raise ConfigError(f"engine URL {text!r} has more than a host and a port; {example}")
     if port == 0 or not _is_host(parts.hostname):
         raise ConfigError(f"engine URL {text!r} has no usable host and port; {example}")
-    return EngineAddress(parts.hostname, port or 80, _parse_options(text, settings))
+    return EngineAddress(parts.hostname, port or (443 if tls else 80), _parse_options(text, settings), tls)
 
 
 def _parse_options(url: str, settings: list[str]) -> EngineOptions:
@@ -163,6 +175,19 @@ def parse_engine_urls(texts: list[str]) -> tuple[EngineAddress, ...]:
         if engines.count(address) > 1:
             raise ConfigError(f"engine {address.url} is given twice; name each engine once")
     return engines
+
+
+def parse_aliases(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """NAME=MODEL pairs. Raises ConfigError."""
+    aliases: list[tuple[str, str]] = []
+    for text in texts:
+        name, _, model = text.partition("=")
+        if not name or not model or name == model or any(name == other for other, _ in aliases):
+            raise ConfigError(
+                f"--model-alias {text!r} is not NAME=MODEL with a name of its own; for example fast=llama-8b"
+            )
+        aliases.append((name, model))
+    return tuple(aliases)
 
 
 def parse_router_mode(text: str) -> str:

@@ -140,7 +140,7 @@ class Exchange:
                 body = stream_tape.asking_for_ids(body)
         reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode)
         target = stream_tape.COMPLETIONS.encode() if self._resuming else head.target
-        connection.begin(self, reader, request_bytes(head, target, body, placement.engine.authority))
+        connection.begin(self, reader, request_bytes(head, target, body, placement.engine.host_lines))
         if self._timer is None:
             self._timer = self._loop.call_later(placement.engine.timeouts.first_byte_seconds, self._on_timer)
         if connection.transport is not None:

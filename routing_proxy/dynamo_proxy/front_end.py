@@ -9,11 +9,11 @@ from urllib.parse import unquote
 import orjson
 
 from . import metrics as metric_names
-from .client_connection import ClientConnection, Running
+from .client_connection import ClientConnection, Running, error_body
 from .engines import EngineRegistry
 from .errors import LimitError, ProtocolError, RequestError
 from .exchange import Exchange
-from .guard import Guard
+from .guard import Guard, without_credentials
 from .http1 import Request
 from .intake import Intake
 from .knowledge import Knowledge
@@ -23,6 +23,7 @@ from .services import Services
 from .supervisor_page import SupervisorPage
 
 _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
+_MODEL_ROUTE = "/v1/models/"
 
 
 class FrontEnd:
@@ -41,6 +42,7 @@ class FrontEnd:
         self._services = services
         self.intake = Intake(registry)
         self.guard: Guard | None = None  # None: everybody may call
+        self.strip_credentials = False
         self.page: SupervisorPage | None = None  # of a worker: the metrics of all workers
         self._openapi = orjson.dumps(document())
         self.clients: set[ClientConnection] = set()
@@ -77,10 +79,13 @@ class FrontEnd:
         method, caller, guard = request.head.method, None, self.guard
         if guard is not None and path != "/health":
             request, caller = guard.admit(request)
+        elif self.strip_credentials:
+            request = without_credentials(request)
         if path == "/metrics" and self.page is not None and method == b"GET":
             self._services.metrics.finished(path, 200, "ok", 0.0)
             return self.page.fetch(client)
-        if path in _OWN_ROUTES and not (path == "/v1/models" and self._models_are_the_engines()):
+        own = path in _OWN_ROUTES or path.startswith(_MODEL_ROUTE)
+        if own and not (path.startswith("/v1/models") and self._models_are_the_engines()):
             self._own(client, path, method)
             return None
         asked = self.intake.read(path, request)
@@ -103,12 +108,21 @@ class FrontEnd:
             status, body = self._health()
         elif path == "/v1/models":
             body = orjson.dumps({"object": "list", "data": self.models()})
+        elif path.startswith(_MODEL_ROUTE):
+            status, body = self._one_model(path[len(_MODEL_ROUTE) :])
         elif path == "/openapi.json":
             body = self._openapi
         else:
             body, content_type = self.metrics(), metric_names.CONTENT_TYPE.encode()
-        self._services.metrics.finished(path, status, "ok" if status == 200 else "no_engine_ready", 0.0)
+        reason = {200: "ok", 404: "model_not_found"}.get(status, "no_engine_ready")
+        self._services.metrics.finished(_endpoint(path), status, reason, 0.0)
         client.reply(status, body, content_type, b"retry-after: 2\r\n" if status == 503 else b"")
+
+    def _one_model(self, name: str) -> tuple[int, bytes]:
+        for entry in self.models():
+            if entry["id"] == name:
+                return 200, orjson.dumps(entry)
+        return 404, error_body(404, "model_not_found", f"The model `{name}` does not exist here.")
 
     def _health(self) -> tuple[int, bytes]:
         engines = [
@@ -126,6 +140,9 @@ class FrontEnd:
             if engine.takes_requests and engine.models is not None:
                 for entry in engine.models.entries:
                     merged.setdefault(entry["id"], entry)
+        for alias, model in self.intake.aliases.items():
+            if model in merged:
+                merged.setdefault(alias, {**merged[model], "id": alias, "root": model})
         return list(merged.values())
 
     def metrics(self) -> bytes:

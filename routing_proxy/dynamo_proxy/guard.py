@@ -94,7 +94,7 @@ class Guard:
         caller = self._keys.find(keys.pop())
         if caller is None:
             raise RequestError(401, "invalid_api_key", "this API key is not known here; check it")
-        return request._replace(head=head._replace(passing=_CREDENTIAL.sub(b"", head.passing))), caller
+        return without_credentials(request), caller
 
     def charge(self, caller: Caller, prompt_tokens: int) -> Meter | None:
         """Take a request from its caller's limits. Raises LimitError."""
@@ -113,6 +113,12 @@ def _key(name: bytes, value: bytes) -> bytes:
         scheme, _, key = value.partition(b" ")
         return key.strip() if scheme.lower() == b"bearer" else b""
     return value
+
+
+def without_credentials(request: Request) -> Request:
+    """The request for engines that have a key of their own."""
+    head = request.head
+    return request._replace(head=head._replace(passing=_CREDENTIAL.sub(b"", head.passing)))
 
 
 def is_control_route(path: str) -> bool:

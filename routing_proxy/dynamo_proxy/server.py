@@ -31,6 +31,7 @@ from .policy import OverlapRule, TierWeights
 from .router import Router, RoutingState
 from .services import Services
 from .supervisor_page import SupervisorPage
+from .tls import ServerTls, client_context
 from .tokens import TokenLearner
 from .upstream import UpstreamPool
 
@@ -68,6 +69,11 @@ class ProxyServer:
         if config.api_keys_path:
             self.guard = Guard(KeyRing(Path(config.api_keys_path), asyncio.get_running_loop().time()))
         self.front_end.guard = self.guard
+        self.front_end.strip_credentials = bool(config.engine_api_key)
+        self.front_end.intake.aliases = dict(config.aliases)
+        files = config.tls
+        self._engine_tls = client_context(files.engine_ca_file)
+        self.tls = ServerTls(files.cert_file, files.key_file) if files.cert_file else None
         self.port = 0
         self.admin_port = 0
         self._server: asyncio.Server | None = None
@@ -81,7 +87,13 @@ class ProxyServer:
             await self._listen()
         if config.admin_port is not None:
             await self._start_admin(config.admin_host, config.admin_port)
-        self._session = aiohttp.ClientSession()
+        key = config.engine_api_key
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=self._engine_tls, limit=0),
+            headers={"authorization": f"Bearer {key}"} if key else None,
+        )
+        if self.tls is not None:
+            self.tls.start()
         self.monitor.start(self._session)
         self.tokens.start(self._session)
         if self.guard is not None:
@@ -102,6 +114,7 @@ class ProxyServer:
                 config.port,
                 backlog=_BACKLOG,
                 reuse_port=bool(config.admin_socket) or None,
+                ssl=self.tls.context if self.tls is not None else None,
             )
         except OSError as error:
             raise listen_error("--port", config.host, config.port, error) from None
@@ -132,8 +145,9 @@ class ProxyServer:
             if engine.address == address:
                 return engine
         timeouts = address.options.applied_to(self.config.timeouts)
-        pool = UpstreamPool(address, timeouts, self.config.limits)
-        engine = Engine(self.registry.free_slot(), address, pool, timeouts)
+        pool = UpstreamPool(address, timeouts, self.config.limits, self._engine_tls)
+        key = self.config.engine_api_key
+        engine = Engine(self.registry.free_slot(), address, pool, timeouts, credential=key)
         engine.draining = address.options.draining
         self.registry.add(engine)
         self.monitor.watch(engine)
@@ -172,6 +186,8 @@ class ProxyServer:
             await self._admin.cleanup()
         if self.guard is not None:
             await self.guard.close()
+        if self.tls is not None:
+            await self.tls.close()
         await self.tokens.close()
         await self.monitor.close()
         for engine in self.registry:
@@ -236,4 +252,5 @@ def _banner(server: ProxyServer) -> str:
     host = banner_host(server.config.host)
     admin = f", admin http://{server.config.admin_host}:{server.admin_port}" if server.admin_port else ""
     mode = server.router.state.mode
-    return f"listening on http://{host}:{server.port}{admin} (mode {mode}, {len(server.registry)} engines)"
+    scheme = "https" if server.tls is not None else "http"
+    return f"listening on {scheme}://{host}:{server.port}{admin} (mode {mode}, {len(server.registry)} engines)"

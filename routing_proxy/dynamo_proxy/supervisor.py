@@ -183,7 +183,8 @@ async def supervise(config: ProxyConfig) -> None:
         try:
             await supervisor.start(held)
             admin = f", admin http://{config.admin_host}:{supervisor.admin_port}" if supervisor.admin_port else ""
-            where = f"http://{banner_host(config.host)}:{supervisor.port}{admin}"
+            scheme = "https" if config.tls.cert_file else "http"
+            where = f"{scheme}://{banner_host(config.host)}:{supervisor.port}{admin}"
             log.info("listening on %s (%d workers, mode %s)", where, config.workers, config.router_mode)
             await signals.get()
             log.info("stopping %d workers", config.workers)

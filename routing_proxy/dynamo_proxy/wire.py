@@ -8,12 +8,12 @@ from .http_heads import RequestHead, ResponseHead
 from .router import Placement
 
 
-def request_bytes(head: RequestHead, target: bytes, body: bytes, authority: bytes) -> bytes:
+def request_bytes(head: RequestHead, target: bytes, body: bytes, host_lines: bytes) -> bytes:
     """The request as an engine gets it: one length, our Host, no hop-by-hop headers."""
     has_body = body or head.chunked or head.method in (b"POST", b"PUT", b"PATCH")
     length = b"content-length: %d\r\n" % len(body) if has_body else b""
-    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%b" % (
-        head.method, target, authority, head.passing, length, body,
+    return b"%b %b HTTP/1.1\r\n%b%b%b\r\n%b" % (
+        head.method, target, host_lines, head.passing, length, body,
     )  # fmt: skip
 
 
