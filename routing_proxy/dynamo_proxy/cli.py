@@ -6,21 +6,26 @@ import inspect
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .api_keys import KeyRing
 from .config import (
     MIB,
     Limits,
     ProxyConfig,
     Routing,
     Timeouts,
+    TlsFiles,
+    parse_aliases,
     parse_engine_urls,
     parse_router_mode,
     require_range,
 )
-from .errors import ProxyError
+from .errors import ConfigError, ProxyError
+from .tls import ServerTls, client_context
 
 _DAY = 86_400.0
 
@@ -55,6 +60,7 @@ FLAGS = (
     _Flag("port", 8080, "Port to listen on; 0 takes a free one", 0, 65535),
     _Flag("admin_host", "127.0.0.1", "Address of the admin listener"),
     _Flag("admin_port", 8081, "Port of the admin listener; 0 turns it off", 0, 65535),
+    _Flag("workers", 1, "Processes that serve the port", 1, 128),
     _Flag("router_mode", "kv", "kv, round-robin, random or least-loaded"),
     _Flag("kv_overlap_score_weight", -1.0, "Use Dynamo's cost rule with this weight; -1: ours", -1, 1000),
     _Flag("router_temperature", 0.0, "Above 0: draw engines by a softmax over costs", 0, 1000),
@@ -64,6 +70,13 @@ FLAGS = (
     _Flag("kv_cache_block_size", 16, "Tokens per KV block until an engine tells its own", 1, 65536),
     _Flag("kv_events", True, "Subscribe to the engines' KV events"),
     _Flag("stream_resume", True, "Go on with broken text streams on another engine"),
+    _Flag("api_keys_file", "", "File of hashed API keys; without it everybody may call"),
+    _Flag("model_alias", None, "NAME=MODEL: a name that clients may use for a model; repeat for each"),
+    _Flag("tls_cert_file", "", "PEM certificate (chain) for clients; without it they speak plain HTTP"),
+    _Flag("tls_key_file", "", "PEM key of the certificate, if it is not in the same file"),
+    _Flag("engine_ca_file", "", "PEM authorities that engines' certificates are checked by"),
+    _Flag("engine_api_key_file", "", "File with the API key that the engines want"),
+    _Flag("engine_control_routes", False, "Pass on routes that operate an engine (/sleep, /server_info, ...)"),
     _Flag("max_body_bytes", 32 * MIB, "Largest request body", 1024, 4096 * MIB),
     _Flag("connect_timeout", 5.0, "Seconds to connect to an engine", 0.01, 600),
     _Flag("request_timeout", 300.0, "Seconds until the first byte of an answer", 0.01, _DAY),
@@ -85,6 +98,11 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         drain_seconds=values["drain_timeout"],
         probe_interval_seconds=values["health_interval"],
     )
+    if values["api_keys_file"]:
+        KeyRing(Path(values["api_keys_file"]), 0.0)  # mistakes in it are told now, once
+    if values["tls_cert_file"]:
+        ServerTls(values["tls_cert_file"], values["tls_key_file"])
+    client_context(values["engine_ca_file"])
     return ProxyConfig(
         engines=parse_engine_urls(values["engine"] or []),
         host=values["host"],
@@ -101,10 +119,29 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         ),
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],
+        workers=values["workers"],
+        aliases=parse_aliases(values["model_alias"] or []),
+        tls=TlsFiles(values["tls_cert_file"], values["tls_key_file"], values["engine_ca_file"]),
+        engine_api_key=read_secret(values["engine_api_key_file"]),
+        api_keys_path=values["api_keys_file"],
+        control_routes=values["engine_control_routes"],
         resume_streams=values["stream_resume"],
         limits=Limits(max_body_bytes=values["max_body_bytes"]),
         timeouts=timeouts,
     )
+
+
+def read_secret(path: str) -> str:
+    """The one line of a file; empty for no file. Raises ConfigError."""
+    if not path:
+        return ""
+    try:
+        text = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --engine-api-key-file {path} ({error}); name a file with the key") from None
+    if not text.isascii() or not text.isprintable() or not text or " " in text:
+        raise ConfigError(f"--engine-api-key-file {path} holds no key; write the key into it, on one line")
+    return text
 
 
 def _run(**values: Any) -> None:
@@ -141,9 +178,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(config: ProxyConfig) -> None:
     import uvloop
 
-    from .server import serve
+    if config.workers > 1:
+        from .supervisor import supervise
 
-    uvloop.run(serve(config))
+        uvloop.run(supervise(config))
+    else:
+        from .server import serve
+
+        uvloop.run(serve(config))
 
 
 def _complain(message: str) -> int:

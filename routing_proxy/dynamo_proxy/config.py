@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import ConfigError
@@ -23,6 +24,7 @@ class EngineOptions:
     connect_seconds: float | None = None
     first_byte_seconds: float | None = None
     idle_seconds: float | None = None
+    draining: bool = False
 
     def applied_to(self, timeouts: Timeouts) -> Timeouts:
         own = {name: value for name in _DEADLINES.values() if (value := getattr(self, name)) is not None}
@@ -36,10 +38,11 @@ class EngineAddress:
     host: str
     port: int
     options: EngineOptions = field(default=EngineOptions(), compare=False)
+    tls: bool = False
 
     @property
     def url(self) -> str:
-        return f"http://{self.authority}"
+        return f"http{'s' if self.tls else ''}://{self.authority}"
 
     @property
     def authority(self) -> str:
@@ -83,6 +86,15 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files; no certificate: clients speak plain HTTP; no authorities: the system's."""
+
+    cert_file: str = ""
+    key_file: str = ""
+    engine_ca_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ProxyConfig:
     """Everything `dynamo-proxy` was told. `admin_port` None means no admin listener; port 0 means any free
     one.
@@ -98,33 +110,40 @@ class ProxyConfig:
     kv_block_tokens: int = 16
     use_kv_events: bool = True
     resume_streams: bool = True
+    api_keys_path: str = ""  # empty: everybody may call
+    aliases: tuple[tuple[str, str], ...] = ()  # names that clients may use, and the models that they mean
+    tls: TlsFiles = field(default_factory=TlsFiles)
+    engine_api_key: str = field(default="", repr=False)
+    control_routes: bool = False  # pass what operates an engine to it
+    workers: int = 1
+    admin_socket: str = ""  # of a worker: where its supervisor asks
+    supervisor_socket: str = ""  # of a worker: where the numbers of all workers are to be had
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
 
 def parse_engine_url(text: str) -> EngineAddress:
     """Return the address in an engine URL such as http://10.0.0.5:8000; raise ConfigError with the remedy."""
-    example = "give it as http://HOST:PORT, for example http://127.0.0.1:8000"
+    example = "give it as http://HOST:PORT or https://HOST:PORT, for example http://127.0.0.1:8000"
     text, *settings = text.strip().split(",")
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"engine URL {text!r} is not valid ({error}); {example}") from None
-    if parts.scheme == "https":
-        raise ConfigError(f"engine URL {text!r}: TLS to engines is not supported; {example}")
-    if parts.scheme != "http" or not parts.hostname:
+    tls = parts.scheme == "https"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"engine URL {text!r} is not valid; {example}")
     if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
         raise ConfigError(f"engine URL {text!r} has more than a host and a port; {example}")
     if port == 0 or not _is_host(parts.hostname):
         raise ConfigError(f"engine URL {text!r} has no usable host and port; {example}")
-    return EngineAddress(parts.hostname, port or 80, _parse_options(text, settings))
+    return EngineAddress(parts.hostname, port or (443 if tls else 80), _parse_options(text, settings), tls)
 
 
 def _parse_options(url: str, settings: list[str]) -> EngineOptions:
     """NAME=VALUE pairs behind an engine URL."""
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         try:
@@ -135,7 +154,7 @@ def _parse_options(url: str, settings: list[str]) -> EngineOptions:
             names = ", ".join(f"{known}=SECONDS" for known in _DEADLINES)
             raise ConfigError(f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}")
         values[_DEADLINES[name]] = seconds
-    return EngineOptions(**values)
+    return replace(EngineOptions(), **values)
 
 
 def _is_host(host: str) -> bool:
@@ -156,6 +175,19 @@ def parse_engine_urls(texts: list[str]) -> tuple[EngineAddress, ...]:
         if engines.count(address) > 1:
             raise ConfigError(f"engine {address.url} is given twice; name each engine once")
     return engines
+
+
+def parse_aliases(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """NAME=MODEL pairs. Raises ConfigError."""
+    aliases: list[tuple[str, str]] = []
+    for text in texts:
+        name, _, model = text.partition("=")
+        if not name or not model or name == model or any(name == other for other, _ in aliases):
+            raise ConfigError(
+                f"--model-alias {text!r} is not NAME=MODEL with a name of its own; for example fast=llama-8b"
+            )
+        aliases.append((name, model))
+    return tuple(aliases)
 
 
 def parse_router_mode(text: str) -> str:

@@ -57,7 +57,8 @@ class Engine:
     events_lost: bool = False
     name: str = field(init=False)  # what clients and metrics see; it tells no address
     label: bytes = field(init=False)
-    authority: bytes = field(init=False)
+    credential: str = field(default="", repr=False)  # the key that the engine wants; empty: none
+    host_lines: bytes = field(init=False, repr=False)  # what every request to it begins with
     root_url: bytes = field(init=False)
 
     on_change: Callable[[], None] = field(init=False, default=lambda: None)  # something in _DECISIVE was set
@@ -70,8 +71,10 @@ class Engine:
     def __post_init__(self) -> None:
         self.name = f"engine-{self.slot}"
         self.label = self.name.encode()
-        self.authority = self.address.authority.encode("latin-1")
-        self.root_url = b"http://%b/" % self.authority
+        self.root_url = self.address.url.encode("latin-1") + b"/"
+        self.host_lines = b"host: %b\r\n" % self.address.authority.encode("latin-1")
+        if self.credential:
+            self.host_lines += b"authorization: Bearer %b\r\n" % self.credential.encode("latin-1")
 
     @property
     def takes_requests(self) -> bool:

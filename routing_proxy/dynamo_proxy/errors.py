@@ -40,5 +40,13 @@ class RequestError(ProxyError):
         self.code = code
 
 
+class LimitError(RequestError):
+    """A caller has used up what it may use: the client may try again after a while."""
+
+    def __init__(self, retry_after_seconds: float, message: str) -> None:
+        super().__init__(429, "rate_limit_exceeded", message)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class ProtocolError(RequestError):
     """Bytes that are not HTTP/1.1 as we accept it: the connection cannot go on."""

@@ -13,14 +13,16 @@ import asyncio
 import orjson
 
 from . import stream_tape
-from .http1 import Request, ResponseReader
+from .config import Timeouts
+from .guard import Meter
+from .http1 import ResponseReader
 from .http_heads import ResponseHead
+from .intake import Asked
 from .router import Placement
 from .services import ClientSide, Services
 from .stream_tape import Frames, PlainFrames, StreamTape
-from .text_chain import Prompt
 from .upstream import UpstreamConnection
-from .wire import request_bytes, response_bytes, stream_error_bytes
+from .wire import is_framed, may_speak, request_bytes, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
 _RESUMES = 3  # per request
@@ -33,23 +35,23 @@ class Exchange:
 
     __slots__ = (
         "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_events", "_failure",
-        "_first_token", "_frames", "_head", "_heard", "_last_tail", "_loop", "_placement", "_prompt", "_relaying",
-        "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable", "_timer",
+        "_first_token", "_frames", "_head", "_heard", "_last_tail", "_loop", "_meter", "_placement", "_prompt",
+        "_relaying", "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable",
+        "_timer",
         "_tried", "_up", "over",
     )  # fmt: skip
 
     def __init__(
         self,
         client: ClientSide,
-        request: Request,
-        prompt: Prompt,
+        asked: Asked,
         endpoint: str,
         services: Services,
-        tapeable: bool = False,
+        meter: Meter | None = None,
     ) -> None:
         self._client = client
-        self._request = request
-        self._prompt = prompt
+        self._request = asked.request
+        self._prompt = asked.prompt
         self._endpoint = endpoint
         self._services = services
         self._loop = asyncio.get_running_loop()
@@ -58,7 +60,8 @@ class Exchange:
         self._failure = ""
         self._relaying = False
         self.over = False
-        self._tapeable = tapeable
+        self._meter = meter
+        self._tapeable = asked.tapeable
         self._tape: StreamTape | None = None
         self._continuation = b""  # what asks for the rest of a broken stream
         self._resumes = 0
@@ -137,7 +140,7 @@ class Exchange:
                 body = stream_tape.asking_for_ids(body)
         reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode)
         target = stream_tape.COMPLETIONS.encode() if self._resuming else head.target
-        connection.begin(self, reader, request_bytes(head, target, body, placement.engine.authority))
+        connection.begin(self, reader, request_bytes(head, target, body, placement.engine.host_lines))
         if self._timer is None:
             self._timer = self._loop.call_later(placement.engine.timeouts.first_byte_seconds, self._on_timer)
         if connection.transport is not None:
@@ -160,6 +163,12 @@ class Exchange:
         else:
             self._next_engine("first_byte_timeout")
 
+    def _watch_for_silence(self, limits: Timeouts) -> None:
+        """The first byte came: from now on the idle deadline counts, though the timer still runs for the other."""
+        if limits.idle_seconds < limits.first_byte_seconds and self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._loop.call_later(limits.idle_seconds, self._on_timer)
+
     # --- from the engine (ResponseSink)
 
     def on_head(self, head: ResponseHead) -> None:
@@ -178,6 +187,8 @@ class Exchange:
 
     def on_body(self, data: bytes) -> None:
         self._heard = self._loop.time()
+        if self._meter is not None:
+            self._meter.saw(data)
         frames = self._frames
         if frames is not None:
             data = frames.feed(data)
@@ -214,7 +225,7 @@ class Exchange:
             self._services.router.stream_ended(self._placement, self._events, self._heard - self._first_token)
         self._leave_engine()
         self._close(head.status, "ok" if head.status < 400 else "engine_answer")
-        self._client.finish(self._is_framed(head) and self._request.head.keep_alive)
+        self._client.finish(is_framed(head, self._request.head) and self._request.head.keep_alive)
 
     def on_lost(self, reason: str) -> None:
         if self._relaying and not self._resuming:
@@ -248,6 +259,7 @@ class Exchange:
         assert head is not None
         assert placement is not None
         now = self._loop.time()
+        self._watch_for_silence(placement.engine.timeouts)
         if self._resuming:
             self._resuming = False
             self._services.router.first_byte(placement, 0.0)
@@ -268,10 +280,6 @@ class Exchange:
         if head.status == 200:
             self._services.tokens.offer(self._prompt, placement.engine)
         self._client.write(response_bytes(head, self._request.head, placement) + first)
-
-    def _is_framed(self, head: ResponseHead) -> bool:
-        """True if the client can tell a whole answer from a cut one (a 1.0 client gets chunks decoded)."""
-        return head.content_length is not None or (head.chunked and self._request.head.minor_version == 1)
 
     def _next_engine(self, reason: str) -> None:
         """This engine failed before anything was relayed: count it, leave it, try another one."""
@@ -314,7 +322,7 @@ class Exchange:
         self._services.router.failed(placement.engine, reason)
         self._leave_engine()
         if self._tape is None:
-            self._end_broken(head.status, reason, self._may_speak(head, at_boundary))
+            self._end_broken(head.status, reason, at_boundary and may_speak(head, self._request.head, self._last_tail))
         elif not self._resume(self._tape, 1 << placement.engine.slot, reason):
             self._end_broken(head.status, reason)
 
@@ -351,12 +359,7 @@ class Exchange:
             self._client.write(stream_error_bytes("the engine was lost in the middle of this answer; try again"))
             self._client.finish(False)
         else:
-            self._client.cut(reset=not self._is_framed(head))
-
-    def _may_speak(self, head: ResponseHead, at_boundary: bool) -> bool:
-        """True if an in-band error event fits here: an event stream, between two events and two chunks."""
-        chunked = head.chunked and self._is_framed(head)
-        return head.is_events and chunked and at_boundary and self._last_tail.endswith(b"\n\n\r\n")
+            self._client.cut(reset=not is_framed(head, self._request.head))
 
     # --- endings
 
@@ -378,6 +381,8 @@ class Exchange:
 
     def _close(self, status: int, reason: str) -> None:
         self.over = True
+        if self._meter is not None:
+            self._meter.over(self._loop.time())
         self._services.metrics.finished(self._endpoint, status, reason, self._loop.time() - self._arrived)
 
     def check(self) -> None:

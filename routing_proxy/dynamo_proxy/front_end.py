@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import unquote
 
 import orjson
 
 from . import metrics as metric_names
-from .client_connection import ClientConnection
+from .client_connection import ClientConnection, Running, error_body
 from .engines import EngineRegistry
-from .errors import ProtocolError, RequestError
+from .errors import LimitError, ProtocolError, RequestError
 from .exchange import Exchange
+from .guard import Guard, without_credentials
 from .http1 import Request
+from .intake import Intake
 from .knowledge import Knowledge
 from .ledger import Ledger
 from .openapi import JSON_ROUTES, document
 from .services import Services
-from .stream_tape import is_resumable
-from .text_chain import Prompt, read_prompt
+from .supervisor_page import SupervisorPage
 
 _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
+_MODEL_ROUTE = "/v1/models/"
 
 
 class FrontEnd:
     """The requests of all client connections."""
 
-    def __init__(self, registry: EngineRegistry, ledger: Ledger, knowledge: Knowledge, services: Services) -> None:
+    def __init__(
+        self,
+        registry: EngineRegistry,
+        ledger: Ledger,
+        knowledge: Knowledge,
+        services: Services,
+    ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._knowledge = knowledge
         self._services = services
+        self.intake = Intake(registry)
+        self.guard: Guard | None = None  # None: everybody may call
+        self.strip_credentials = False
+        self.page: SupervisorPage | None = None  # of a worker: the metrics of all workers
         self._openapi = orjson.dumps(document())
         self.clients: set[ClientConnection] = set()
         self.draining = False
@@ -49,42 +62,39 @@ class FrontEnd:
     def rejected(self, error: ProtocolError) -> None:
         self._services.metrics.finished("none", error.status, error.code, 0.0)
 
-    def handle(self, client: ClientConnection, request: Request) -> Exchange | None:
+    def handle(self, client: ClientConnection, request: Request) -> Running | None:
         """Start answering one request."""
         path = request.head.path
-        method = request.head.method
-        if path in _OWN_ROUTES and not (path == "/v1/models" and self._models_are_the_engines()):
-            self._own(client, path, method)
-            return None
+        if "%" in path:
+            path = unquote(path)  # as engines read it
         try:
-            prompt, tapeable = self._prompt(path, method, request)
+            return self._admitted(client, request, path)
         except RequestError as error:
             self._services.metrics.finished(_endpoint(path), error.status, error.code, 0.0)
-            client.refuse(error.status, error.code, str(error))
+            wait = error.retry_after_seconds if isinstance(error, LimitError) else 2
+            client.refuse(error.status, error.code, str(error), wait_seconds=wait)
             return None
-        exchange = Exchange(client, request, prompt, _endpoint(path), self._services, tapeable)
+
+    def _admitted(self, client: ClientConnection, request: Request, path: str) -> Running | None:
+        method, caller, guard = request.head.method, None, self.guard
+        if guard is not None and path != "/health":
+            request, caller = guard.admit(request)
+        elif self.strip_credentials:
+            request = without_credentials(request)
+        if path == "/metrics" and self.page is not None and method == b"GET":
+            self._services.metrics.finished(path, 200, "ok", 0.0)
+            return self.page.fetch(client)
+        own = path in _OWN_ROUTES or path.startswith(_MODEL_ROUTE)
+        if own and not (path.startswith("/v1/models") and self._models_are_the_engines()):
+            self._own(client, path, method)
+            return None
+        asked = self.intake.read(path, request)
+        meter = None
+        if guard is not None and caller is not None:
+            meter = guard.charge(caller, self._knowledge.prompt_tokens(asked.prompt))
+        exchange = Exchange(client, asked, _endpoint(path), self._services, meter)
         exchange.start()
         return None if exchange.over else exchange
-
-    def _prompt(self, path: str, method: bytes, request: Request) -> tuple[Prompt, bool]:
-        """The prompt, and whether its stream can go on tape."""
-        if method != b"POST" or path not in JSON_ROUTES:
-            return Prompt(), False
-        try:
-            body = orjson.loads(request.body)
-        except orjson.JSONDecodeError as error:
-            raise RequestError(400, "invalid_json", f"the request body is not valid JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise RequestError(400, "invalid_json", "the request body must be a JSON object")
-        if "model" in body and not isinstance(body["model"], str):
-            raise RequestError(400, "invalid_model", "`model` must be a string")
-        tapeable = False
-        if "stream" in body and self._services.resume_streams and request.head.minor_version:
-            tapeable = is_resumable(path, body)
-        try:
-            return read_prompt(body, self._registry.loras), tapeable
-        except (TypeError, RecursionError):
-            return Prompt(body.get("model") or ""), False  # deeper than we render: placed by load alone
 
     # --- own routes
 
@@ -98,12 +108,21 @@ class FrontEnd:
             status, body = self._health()
         elif path == "/v1/models":
             body = orjson.dumps({"object": "list", "data": self.models()})
+        elif path.startswith(_MODEL_ROUTE):
+            status, body = self._one_model(path[len(_MODEL_ROUTE) :])
         elif path == "/openapi.json":
             body = self._openapi
         else:
             body, content_type = self.metrics(), metric_names.CONTENT_TYPE.encode()
-        self._services.metrics.finished(path, status, "ok" if status == 200 else "no_engine_ready", 0.0)
+        reason = {200: "ok", 404: "model_not_found"}.get(status, "no_engine_ready")
+        self._services.metrics.finished(_endpoint(path), status, reason, 0.0)
         client.reply(status, body, content_type, b"retry-after: 2\r\n" if status == 503 else b"")
+
+    def _one_model(self, name: str) -> tuple[int, bytes]:
+        for entry in self.models():
+            if entry["id"] == name:
+                return 200, orjson.dumps(entry)
+        return 404, error_body(404, "model_not_found", f"The model `{name}` does not exist here.")
 
     def _health(self) -> tuple[int, bytes]:
         engines = [
@@ -121,6 +140,9 @@ class FrontEnd:
             if engine.takes_requests and engine.models is not None:
                 for entry in engine.models.entries:
                     merged.setdefault(entry["id"], entry)
+        for alias, model in self.intake.aliases.items():
+            if model in merged:
+                merged.setdefault(alias, {**merged[model], "id": alias, "root": model})
         return list(merged.values())
 
     def metrics(self) -> bytes:

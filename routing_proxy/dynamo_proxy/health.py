@@ -34,6 +34,7 @@ class EngineWatch:
         self.engine = engine
         self.feeds: list[EventFeed] = []
         self.wake = asyncio.Event()
+        self.looked = asyncio.Event()  # the first probe is over
         self._monitor = monitor
         self._sources: tuple[dialects.EventSource, ...] = ()
         self._failures = 0
@@ -48,6 +49,7 @@ class EngineWatch:
                 self._failed(reason)
             else:
                 await self._passed()
+            self.looked.set()
             down = self.engine.health is not Health.READY
             pause = interval * min(max(1, self._failures), _MAX_BACKOFF) if down else interval
             self.wake.clear()
@@ -169,6 +171,14 @@ class Monitor:
 
     def watch(self, engine: Engine) -> None:
         self.watches[engine.slot] = EngineWatch(engine, self)
+
+    async def first_looks(self, seconds: float) -> None:
+        """Wait until every engine was probed once, but not longer than this."""
+        looks = [asyncio.ensure_future(watch.looked.wait()) for watch in self.watches.values()]
+        if looks:
+            _, slow = await asyncio.wait(looks, timeout=seconds)
+            for look in slow:
+                look.cancel()
 
     async def unwatch(self, engine: Engine) -> None:
         watch = self.watches.pop(engine.slot, None)

@@ -32,4 +32,3 @@ class Services:
     tokens: TokenLearner
     limits: Limits
     timeouts: Timeouts
-    resume_streams: bool = True

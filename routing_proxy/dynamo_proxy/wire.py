@@ -8,12 +8,12 @@ from .http_heads import RequestHead, ResponseHead
 from .router import Placement
 
 
-def request_bytes(head: RequestHead, target: bytes, body: bytes, authority: bytes) -> bytes:
+def request_bytes(head: RequestHead, target: bytes, body: bytes, host_lines: bytes) -> bytes:
     """The request as an engine gets it: one length, our Host, no hop-by-hop headers."""
     has_body = body or head.chunked or head.method in (b"POST", b"PUT", b"PATCH")
     length = b"content-length: %d\r\n" % len(body) if has_body else b""
-    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%b" % (
-        head.method, target, authority, head.passing, length, body,
+    return b"%b %b HTTP/1.1\r\n%b%b%b\r\n%b" % (
+        head.method, target, host_lines, head.passing, length, body,
     )  # fmt: skip
 
 
@@ -35,6 +35,16 @@ def response_bytes(head: ResponseHead, request: RequestHead, placement: Placemen
     return b"HTTP/1.1 %d %b\r\n%b%bx-dynamo-engine: %b\r\nx-dynamo-matched-tokens: %d\r\n\r\n" % (
         head.status, head.reason, head.passing, ours, placement.engine.label, placement.decision.matched_tokens,
     )  # fmt: skip
+
+
+def is_framed(head: ResponseHead, request: RequestHead) -> bool:
+    """True if the client can tell a whole answer from a cut one (a 1.0 client gets chunks decoded)."""
+    return head.content_length is not None or (head.chunked and request.minor_version == 1)
+
+
+def may_speak(head: ResponseHead, request: RequestHead, tail: bytes) -> bool:
+    """True if an in-band error event fits behind `tail`: in an event stream, between two events and two chunks."""
+    return head.is_events and head.chunked and is_framed(head, request) and tail.endswith(b"\n\n\r\n")
 
 
 def stream_error_bytes(message: str) -> bytes:

@@ -41,8 +41,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return uvloop.run(guarded())
 
 
-async def wait_until(condition: Callable[[], bool], what: str = "condition") -> None:
-    for _ in range(1000):
+async def wait_until(condition: Callable[[], bool], what: str = "condition", seconds: float = 30) -> None:
+    for _ in range(int(seconds * 100)):
         if condition():
             return
         await asyncio.sleep(0.01)
