@@ -21,6 +21,7 @@ from .config import (
     TlsFiles,
     parse_aliases,
     parse_engine_urls,
+    parse_replicas,
     parse_router_mode,
     require_range,
 )
@@ -67,6 +68,9 @@ FLAGS = (
     _Flag("router_host_cache_hit_weight", 0.75, "Worth of a block in host memory, of one in HBM", 0, 1),
     _Flag("router_disk_cache_hit_weight", 0.25, "Worth of a block on disk", 0, 1),
     _Flag("router_object_cache_hit_weight", 0.25, "Worth of a block in an object store", 0, 1),
+    _Flag("replica_sync_listen", "", "IP:PORT where other proxies before this fleet tell their load (UDP)"),
+    _Flag("replica_sync_peer", None, "IP:PORT of another proxy; repeat for each"),
+    _Flag("replica_sync_key_file", "", "File with the key that all of them share"),
     _Flag("kv_cache_block_size", 16, "Tokens per KV block until an engine tells its own", 1, 65536),
     _Flag("kv_events", True, "Subscribe to the engines' KV events"),
     _Flag("stream_resume", True, "Go on with broken text streams on another engine"),
@@ -110,6 +114,9 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         admin_host=values["admin_host"],
         admin_port=values["admin_port"] or None,
         router_mode=parse_router_mode(values["router_mode"]),
+        replicas=parse_replicas(
+            values["replica_sync_listen"], values["replica_sync_peer"] or [], values["replica_sync_key_file"]
+        ),
         routing=Routing(
             overlap_weight=values["kv_overlap_score_weight"] if values["kv_overlap_score_weight"] >= 0 else None,
             temperature=values["router_temperature"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -95,6 +96,15 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Replicas:
+    """Other proxies before the same fleet: addresses are HOST:PORT (UDP) or unix:PATH; all share the key."""
+
+    listen: str
+    peers: tuple[str, ...]
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ProxyConfig:
     """Everything `dynamo-proxy` was told. `admin_port` None means no admin listener; port 0 means any free
     one.
@@ -107,6 +117,7 @@ class ProxyConfig:
     admin_port: int | None = 8081
     router_mode: str = "kv"
     routing: Routing = field(default_factory=Routing)
+    replicas: Replicas | None = None
     kv_block_tokens: int = 16
     use_kv_events: bool = True
     resume_streams: bool = True
@@ -188,6 +199,29 @@ def parse_aliases(texts: list[str]) -> tuple[tuple[str, str], ...]:
             )
         aliases.append((name, model))
     return tuple(aliases)
+
+
+def parse_replicas(listen: str, peers: list[str], key_path: str) -> Replicas | None:
+    """The settings of replica sync, None if it is off; raise ConfigError with the remedy."""
+    if not listen:
+        if peers or key_path:
+            raise ConfigError("--replica-sync-peer and -key-file need --replica-sync-listen HOST:PORT")
+        return None
+    for address in (listen, *peers):
+        host, _, port = address.rpartition(":")
+        try:
+            plain = bool(ipaddress.ip_address(host.strip("[]")))
+        except ValueError:
+            plain = False
+        if not address.startswith("unix:/") and not (plain and port.isdigit() and 0 < int(port) < 65536):
+            raise ConfigError(f"replica address {address!r} is not valid; give IP:PORT, for example 10.0.0.7:8082")
+    try:
+        key = Path(key_path).read_bytes().strip() if key_path else b""
+    except OSError as error:
+        raise ConfigError(f"--replica-sync-key-file {key_path}: {error.strerror}; name a readable file") from None
+    if len(key) < 16:
+        raise ConfigError("--replica-sync-key-file must hold at least 16 bytes, for example `openssl rand -hex 32`")
+    return Replicas(listen, tuple(peers), key)
 
 
 def parse_router_mode(text: str) -> str:

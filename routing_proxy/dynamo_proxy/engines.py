@@ -145,7 +145,7 @@ class EngineRegistry:
         """
         if self._engines.get(engine.slot) is not engine:
             raise UnknownEngineError(f"no engine {engine.address.url} here; GET /engines lists them")
-        in_flight = self._ledger.load(engine.slot).in_flight
+        in_flight = self._ledger.own(engine.slot).in_flight
         if in_flight:
             raise EngineBusyError(f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait")
         del self._engines[engine.slot]
@@ -156,6 +156,7 @@ class EngineRegistry:
     def left(self, engine: Engine) -> None:
         """Nothing of a removed engine is left: its slot may be used again."""
         self._leaving.discard(engine.slot)
+        self._ledger.forget_slot(engine.slot)
 
     def models_changed(self) -> None:
         """Recompute which served models are LoRA adapters."""

@@ -148,7 +148,7 @@ class FrontEnd:
     def metrics(self) -> bytes:
         rows = []
         for engine in self._registry:
-            load = self._ledger.load(engine.slot)
+            load = self._ledger.own(engine.slot)
             blocks = self._knowledge.exact.held_blocks(engine.slot)
             rows.append((engine.name, load.in_flight, load.pending_tokens, engine.takes_requests, blocks))
         return self._services.metrics.render(rows)

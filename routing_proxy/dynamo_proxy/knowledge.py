@@ -29,6 +29,7 @@ class Knowledge:
         self.exact_mask = 0
         self.event_mask = 0
         self.weights = TierWeights()
+        self.sent_lately: list[tuple[int, tuple[int, ...]]] | None = None  # for other proxies; None: there are none
         self._default_block_tokens = default_block_tokens
 
     def prompt_tokens(self, prompt: Prompt) -> int:
@@ -70,6 +71,8 @@ class Knowledge:
         """The prompt was dispatched to an engine."""
         if prompt.chain:
             self.approx.insert(slot, prompt.chain, now)
+            if self.sent_lately is not None:
+                self.sent_lately.append((slot, prompt.chain))
 
     def set_capacity_tokens(self, slot: int, tokens: int) -> None:
         """Bound the approximate model by the engine's KV capacity."""

@@ -63,6 +63,7 @@ class Metrics(Collector):
         self.events = counter("dynamo_router_kv_events", "KV events by what became of them", "reason")
         self.event_gaps = counter("dynamo_router_kv_event_gaps", "Breaks in an event stream", "reason")
         self.tokenizations = counter("dynamo_router_tokenizations", "Background tokenisations", "reason")
+        self.replica_news = counter("dynamo_router_replica_news", "Datagrams between replicas", "reason")
         self.probes = counter("dynamo_router_probe_failures", "Failed health probes", "engine", "reason")
         self.in_flight = Gauge("dynamo_router_in_flight_requests", "In flight", ["engine"], registry=registry)
         self.pending = Gauge(

@@ -28,6 +28,7 @@ from .ledger import Ledger
 from .listening import banner_host, listen_error
 from .metrics import Metrics
 from .policy import OverlapRule, TierWeights
+from .replicas import ReplicaSync
 from .router import Router, RoutingState
 from .services import Services
 from .supervisor_page import SupervisorPage
@@ -74,6 +75,9 @@ class ProxyServer:
         files = config.tls
         self._engine_tls = client_context(files.engine_ca_file)
         self.tls = ServerTls(files.cert_file, files.key_file) if files.cert_file else None
+        self.replicas: ReplicaSync | None = None
+        if config.replicas is not None:
+            self.replicas = ReplicaSync(config.replicas, self.registry, self.ledger, self.knowledge, self.metrics)
         self.port = 0
         self.admin_port = 0
         self._server: asyncio.Server | None = None
@@ -96,6 +100,8 @@ class ProxyServer:
             self.tls.start()
         self.monitor.start(self._session)
         self.tokens.start(self._session)
+        if self.replicas is not None:
+            self.replicas.start()
         if self.guard is not None:
             self.guard.start()
         for address in config.engines:
@@ -188,6 +194,8 @@ class ProxyServer:
             await self.guard.close()
         if self.tls is not None:
             await self.tls.close()
+        if self.replicas is not None:
+            self.replicas.close()
         await self.tokens.close()
         await self.monitor.close()
         for engine in self.registry:
@@ -203,6 +211,8 @@ class ProxyServer:
             part.check()
         for part_at_work in (self.tokens, self.monitor, self.front_end):
             part_at_work.check()
+        if self.replicas is not None:
+            self.replicas.check()
 
 
 def routing_state(config: ProxyConfig) -> RoutingState:

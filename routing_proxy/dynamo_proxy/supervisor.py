@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import secrets
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .config import EngineAddress, ProxyConfig, parse_engine_url
+from .config import EngineAddress, ProxyConfig, Replicas, parse_engine_url
 from .errors import ListenError
 from .listening import banner_host, listen_error
 from .workers_admin import WorkersAdmin
@@ -77,6 +78,7 @@ class Supervisor:
     def __init__(self, config: ProxyConfig, folder: Path) -> None:
         self._config = config
         self._folder = folder
+        self._key = secrets.token_bytes(32)  # with which workers sign what they tell each other
         self.workers = [Worker(number, folder) for number in range(config.workers)]
         self.admin = WorkersAdmin(lambda: [worker.admin_socket for worker in self.workers if worker.is_up])
         self.port = 0
@@ -134,6 +136,9 @@ class Supervisor:
         return tuple(engines)
 
     def _config_of(self, worker: Worker, engines: tuple[EngineAddress, ...]) -> ProxyConfig:
+        # Our own place first, then the others': what each tells of its load.
+        places = sorted(self.workers, key=lambda other: other is not worker)
+        told = [f"unix:{self._folder / f'replica-{place.number}.sock'}" for place in places]
         return replace(
             self._config,
             engines=engines,
@@ -141,6 +146,7 @@ class Supervisor:
             admin_port=None,
             admin_socket=worker.admin_socket,
             supervisor_socket=str(self._folder / "supervisor.sock"),
+            replicas=Replicas(told[0], tuple(told[1:]), self._key),
         )
 
     async def stop(self, signals: asyncio.Queue[int]) -> None:
