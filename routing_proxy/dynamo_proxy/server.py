@@ -19,6 +19,7 @@ from .admin import AdminRoutes
 from .api_keys import KeyRing
 from .client_connection import ClientConnection
 from .config import EngineAddress, ProxyConfig
+from .discovery import Discovery
 from .engines import Engine, EngineRegistry
 from .front_end import FrontEnd
 from .guard import Guard
@@ -74,6 +75,7 @@ class ProxyServer:
         files = config.tls
         self._engine_tls = client_context(files.engine_ca_file)
         self.tls = ServerTls(files.cert_file, files.key_file) if files.cert_file else None
+        self.discovery = Discovery(config.discovery, self)
         self.port = 0
         self.admin_port = 0
         self._server: asyncio.Server | None = None
@@ -100,6 +102,7 @@ class ProxyServer:
             self.guard.start()
         for address in config.engines:
             self.add_engine(address)
+        await self.discovery.start()
         if config.admin_socket:  # a worker: others serve the port until this one knows its engines
             await self._start_worker_admin(config.admin_socket)
             await self.monitor.first_looks(_FIRST_LOOKS_SECONDS)
@@ -188,6 +191,7 @@ class ProxyServer:
             await self.guard.close()
         if self.tls is not None:
             await self.tls.close()
+        await self.discovery.close()
         await self.tokens.close()
         await self.monitor.close()
         for engine in self.registry:
@@ -201,7 +205,7 @@ class ProxyServer:
     def check(self) -> None:
         for part in (self.metrics, self.ledger, self.knowledge, self.registry, self.router):
             part.check()
-        for part_at_work in (self.tokens, self.monitor, self.front_end):
+        for part_at_work in (self.tokens, self.monitor, self.front_end, self.discovery):
             part_at_work.check()
 
 
