@@ -14,17 +14,20 @@ import typer
 from .api_keys import KeyRing
 from .config import (
     MIB,
+    DiscoverySources,
     Limits,
     ProxyConfig,
     Routing,
     Timeouts,
     TlsFiles,
     parse_aliases,
+    parse_engine_url,
     parse_engine_urls,
     parse_replicas,
     parse_router_mode,
     require_range,
 )
+from .discovery import parse_service
 from .errors import ConfigError, ProxyError
 from .tls import ServerTls, client_context
 
@@ -57,6 +60,11 @@ class _Flag:
 
 FLAGS = (
     _Flag("engine", None, "An engine, http://HOST:PORT[,connect=S][,first-byte=S][,idle=S]; repeat for each"),
+    _Flag("engines_file", None, "A file of engines, one a line as for --engine; read again when it changes"),
+    _Flag("engine_dns", None, "http://NAME:PORT: every address of the name is an engine; repeat for each"),
+    _Flag("engine_k8s_service", None, "NAMESPACE/SERVICE:PORT: its ready endpoints are engines; repeat for each"),
+    _Flag("kubernetes_api", "", "URL of the API server; without it, as pods find it"),
+    _Flag("discovery_interval", 2.0, "Seconds between looks for engines", 0.05, 3600),
     _Flag("host", "127.0.0.1", "Address to listen on"),
     _Flag("port", 8080, "Port to listen on; 0 takes a free one", 0, 65535),
     _Flag("admin_host", "127.0.0.1", "Address of the admin listener"),
@@ -68,6 +76,10 @@ FLAGS = (
     _Flag("router_host_cache_hit_weight", 0.75, "Worth of a block in host memory, of one in HBM", 0, 1),
     _Flag("router_disk_cache_hit_weight", 0.25, "Worth of a block on disk", 0, 1),
     _Flag("router_object_cache_hit_weight", 0.25, "Worth of a block in an object store", 0, 1),
+    _Flag("router_session_affinity_ttl_secs", 0.0, "Keep a session on its engine for so long; 0: no", 0, _DAY),
+    _Flag("engine_request_limit", 0, "Requests an engine may have, then they wait; 0: no limit", 0, 1_000_000),
+    _Flag("queue_size", 1024, "Requests that may wait; more get 429", 0, 1_000_000),
+    _Flag("queue_timeout", 30.0, "Seconds a request may wait, then it gets 503", 0.01, 3600),
     _Flag("replica_sync_listen", "", "IP:PORT where other proxies before this fleet tell their load (UDP)"),
     _Flag("replica_sync_peer", None, "IP:PORT of another proxy; repeat for each"),
     _Flag("replica_sync_key_file", "", "File with the key that all of them share"),
@@ -102,13 +114,23 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         drain_seconds=values["drain_timeout"],
         probe_interval_seconds=values["health_interval"],
     )
+    discovery = DiscoverySources(
+        tuple(values["engines_file"] or ()),
+        tuple(parse_engine_url(url).url for url in values["engine_dns"] or ()),
+        tuple(values["engine_k8s_service"] or ()),
+        values["kubernetes_api"].rstrip("/"),
+        values["discovery_interval"],
+    )
+    for service in discovery.services:
+        parse_service(service)
     if values["api_keys_file"]:
         KeyRing(Path(values["api_keys_file"]), 0.0)  # mistakes in it are told now, once
     if values["tls_cert_file"]:
         ServerTls(values["tls_cert_file"], values["tls_key_file"])
     client_context(values["engine_ca_file"])
     return ProxyConfig(
-        engines=parse_engine_urls(values["engine"] or []),
+        engines=parse_engine_urls(values["engine"] or [], may_be_none=bool(discovery)),
+        discovery=discovery,
         host=values["host"],
         port=values["port"],
         admin_host=values["admin_host"],
@@ -123,6 +145,10 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
             host_hit_weight=values["router_host_cache_hit_weight"],
             disk_hit_weight=values["router_disk_cache_hit_weight"],
             object_hit_weight=values["router_object_cache_hit_weight"],
+            session_seconds=values["router_session_affinity_ttl_secs"],
+            engine_request_limit=values["engine_request_limit"],
+            queue_size=values["queue_size"],
+            queue_seconds=values["queue_timeout"],
         ),
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],

@@ -26,6 +26,7 @@ class EngineOptions:
     first_byte_seconds: float | None = None
     idle_seconds: float | None = None
     draining: bool = False
+    discovered: bool = False  # a source of engines named it, and may take it away
 
     def applied_to(self, timeouts: Timeouts) -> Timeouts:
         own = {name: value for name in _DEADLINES.values() if (value := getattr(self, name)) is not None}
@@ -84,6 +85,24 @@ class Routing:
     host_hit_weight: float = 0.75
     disk_hit_weight: float = 0.25
     object_hit_weight: float = 0.25
+    session_seconds: float = 0.0  # how long a session stays with its engine; 0: it does not
+    engine_request_limit: int = 0  # requests an engine may have; 0: as many as come
+    queue_size: int = 1024  # requests that may wait for one with room
+    queue_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoverySources:
+    """Where engines are named besides the command line."""
+
+    files: tuple[str, ...] = ()
+    dns: tuple[str, ...] = ()
+    services: tuple[str, ...] = ()
+    kubernetes_api: str = ""  # empty: as a pod finds it
+    interval_seconds: float = 2.0
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.dns or self.services)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +143,7 @@ class ProxyConfig:
     api_keys_path: str = ""  # empty: everybody may call
     aliases: tuple[tuple[str, str], ...] = ()  # names that clients may use, and the models that they mean
     tls: TlsFiles = field(default_factory=TlsFiles)
+    discovery: DiscoverySources = field(default_factory=DiscoverySources)
     engine_api_key: str = field(default="", repr=False)
     control_routes: bool = False  # pass what operates an engine to it
     workers: int = 1
@@ -177,9 +197,9 @@ def _is_host(host: str) -> bool:
     return _HOST_NAME.fullmatch(host) is not None
 
 
-def parse_engine_urls(texts: list[str]) -> tuple[EngineAddress, ...]:
-    """Parse all engine URLs; at least one, none twice."""
-    if not texts:
+def parse_engine_urls(texts: list[str], may_be_none: bool = False) -> tuple[EngineAddress, ...]:
+    """Parse all engine URLs; at least one, unless more may be found, and none twice."""
+    if not texts and not may_be_none:
         raise ConfigError("no engine given; name at least one, for example --engine http://127.0.0.1:8000")
     engines = tuple(parse_engine_url(text) for text in texts)
     for address in engines:

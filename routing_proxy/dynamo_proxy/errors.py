@@ -15,6 +15,10 @@ class ListenError(ProxyError):
     """A listening socket could not be opened."""
 
 
+class DiscoveryError(ProxyError):
+    """A source of engines cannot be asked."""
+
+
 class UnknownEngineError(ProxyError):
     """An admin call named an engine that the proxy does not have."""
 

@@ -37,8 +37,7 @@ class Exchange:
         "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_events", "_failure",
         "_first_token", "_frames", "_head", "_heard", "_last_tail", "_loop", "_meter", "_placement", "_prompt",
         "_relaying", "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable",
-        "_timer",
-        "_tried", "_up", "over",
+        "_timer", "_tried", "_up", "over",
     )  # fmt: skip
 
     def __init__(
@@ -310,6 +309,10 @@ class Exchange:
                 "no engine is ready to take this request, and not every engine has told its models yet; "
                 "try again in a few seconds, and check the model's name if this goes on"
             )
+        self.turn_away(status, code, message)
+
+    def turn_away(self, status: int, code: str, message: str) -> None:
+        """Answer with an error; no engine has this request."""
         self._close(status, self._failure or code)
         self._client.refuse(status, code, message)
 

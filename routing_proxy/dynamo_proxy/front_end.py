@@ -21,6 +21,7 @@ from .ledger import Ledger
 from .openapi import JSON_ROUTES, document
 from .services import Services
 from .supervisor_page import SupervisorPage
+from .waiting_room import WaitingRoom
 
 _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
 _MODEL_ROUTE = "/v1/models/"
@@ -43,6 +44,7 @@ class FrontEnd:
         self.intake = Intake(registry)
         self.guard: Guard | None = None  # None: everybody may call
         self.strip_credentials = False
+        self.waiting: WaitingRoom | None = None  # None: engines have no limit
         self.page: SupervisorPage | None = None  # of a worker: the metrics of all workers
         self._openapi = orjson.dumps(document())
         self.clients: set[ClientConnection] = set()
@@ -93,7 +95,10 @@ class FrontEnd:
         if guard is not None and caller is not None:
             meter = guard.charge(caller, self._knowledge.prompt_tokens(asked.prompt))
         exchange = Exchange(client, asked, _endpoint(path), self._services, meter)
-        exchange.start()
+        if self.waiting is None:
+            exchange.start()
+        else:
+            self.waiting.enter(exchange, asked.prompt.model, asked.prompt.priority)
         return None if exchange.over else exchange
 
     # --- own routes
@@ -162,6 +167,8 @@ class FrontEnd:
 
     def check(self) -> None:
         assert self.empty.is_set() == (not self.clients), "the empty flag and the clients differ"
+        if self.waiting is not None:
+            self.waiting.check()
         for client in self.clients:
             client.check()
 

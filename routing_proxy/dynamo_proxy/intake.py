@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -17,6 +17,9 @@ from .text_chain import Prompt, read_prompt
 
 # The model in a multipart form (audio, images).
 _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+
+
+_SESSION_HEADER = re.compile(rb"^x-session-id:[ \t]*([^\r\n]{1,256})", re.IGNORECASE | re.MULTILINE)
 
 
 class Asked(NamedTuple):
@@ -35,6 +38,7 @@ class Intake:
         self.aliases: dict[str, str] = {}
         self.resume_streams = True
         self.pass_control_routes = False
+        self.read_sessions = False
 
     def read(self, path: str, request: Request) -> Asked:
         """Raises RequestError for what no engine should see."""
@@ -61,9 +65,14 @@ class Intake:
         if "stream" in body and self.resume_streams and request.head.minor_version:
             tapeable = is_resumable(path, body)
         try:
-            return Asked(request, read_prompt(body, self._registry.loras), tapeable)
+            prompt = read_prompt(body, self._registry.loras)
         except (TypeError, RecursionError):
             return Asked(request, Prompt(body.get("model") or ""))  # deeper than we render: placed by load alone
+        if self.read_sessions:
+            prompt = prompt._replace(session=_session(request, body))
+        if "priority" in body and type(body["priority"]) is int:
+            prompt = prompt._replace(priority=body["priority"])
+        return Asked(request, prompt, tapeable)
 
     def _other(self, request: Request) -> Asked:
         """A route that is not ours to understand: it goes to an engine of the model that it names, if it does."""
@@ -82,3 +91,12 @@ class Intake:
             return Asked(request, Prompt(named) if isinstance(named, str) else Prompt())
         field = _FORM_MODEL.search(body) if b'name="model"' in body else None
         return Asked(request, Prompt(field[1].decode("utf-8", "replace")) if field is not None else Prompt())
+
+
+def _session(request: Request, body: dict[str, Any]) -> str:
+    """The session a request says it belongs to."""
+    named = _SESSION_HEADER.search(request.head.passing)
+    if named is not None:
+        return named[1].strip().decode("latin-1")
+    value = body.get("session_id") or body.get("prompt_cache_key")
+    return value[:256] if isinstance(value, str) else ""

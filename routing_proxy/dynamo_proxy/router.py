@@ -15,6 +15,7 @@ from .knowledge import Knowledge
 from .learning import CostLearner
 from .ledger import Lease, Ledger
 from .metrics import Metrics
+from .sessions import Sessions
 from .text_chain import Prompt
 
 
@@ -37,6 +38,8 @@ class RoutingState:
     overlap: policy.OverlapRule | None = None  # Dynamo's rule in the place of ours
     temperature: float = 0.0
     last_slot: int = -1
+    max_in_flight: int = 0  # requests an engine may have; 0: as many as come
+    sessions: Sessions | None = None  # None: requests of a session go where they like
 
 
 class Router:
@@ -52,10 +55,20 @@ class Router:
         self._rng = rng
         self.state = RoutingState()
         self._on_failure: Callable[[Engine, str], None] = lambda engine, reason: None
+        self._on_room: Callable[[], None] | None = None
 
     def when_failed(self, call: Callable[[Engine, str], None]) -> None:
         """Name who hears that a request failed on an engine."""
         self._on_failure = call
+
+    def when_room(self, call: Callable[[], None]) -> None:
+        """Name who hears that an engine may have room again."""
+        self._on_room = call
+
+    def has_room(self, model: str) -> bool:
+        """True unless every engine that could take such a request has as many as it may have."""
+        limit, loads = self.state.max_in_flight, self._registry.fleet(model, 0).loads
+        return not limit or not loads or any(load.in_flight < limit for load in loads)
 
     def place(self, prompt: Prompt, tried: int, now: float) -> Placement | None:
         """Pick an engine not yet in the bitmask `tried`, or None if there is none."""
@@ -64,7 +77,13 @@ class Router:
             return None
         tokens = self._knowledge.prompt_tokens(prompt)
         held = self._knowledge.matched_tokens(prompt, mask, now)
-        decision = self._choose(loads, held, tokens)
+        state = self.state
+        if state.max_in_flight:
+            loads = tuple(load for load in loads if load.in_flight < state.max_in_flight) or loads
+        if prompt.session and state.sessions is not None:
+            decision = self._choose_for_session(loads, held, tokens, prompt.session, now)
+        else:
+            decision = self._choose(loads, held, tokens)
         queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         self._knowledge.sent(decision.slot, prompt, now)
@@ -96,6 +115,8 @@ class Router:
         self._ledger.release(placement.lease)
         if placement.engine.breaker.score:
             placement.engine.breaker.left()
+        if self._on_room is not None:
+            self._on_room()
 
     def another(self, prompt: Prompt, tried: int) -> bool:
         """True if an untried engine could take this prompt."""
@@ -114,6 +135,17 @@ class Router:
         """A request failed on an engine: health looks again, at once."""
         self._on_failure(engine, reason)
 
+    def _choose_for_session(
+        self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int, session: str, now: float
+    ) -> policy.Decision:
+        """Where the session lives, if that engine may take it; else where the rule says, and it lives there then."""
+        assert self.state.sessions is not None
+        home = self.state.sessions.slot(session, now)
+        there = [load for load in fleet if load.slot == home]
+        decision = self._choose(there or fleet, held, tokens)
+        self.state.sessions.placed(session, decision.slot, now)
+        return decision._replace(reason="session") if there else decision
+
     def _choose(self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int) -> policy.Decision:
         state = self.state
         mode = state.mode
@@ -130,3 +162,5 @@ class Router:
     def check(self) -> None:
         assert self.state.mode in ("kv", "round-robin", "random", "least-loaded"), f"mode {self.state.mode}"
         self.state.learner.check()
+        if self.state.sessions is not None:
+            self.state.sessions.check()

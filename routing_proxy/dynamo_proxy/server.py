@@ -19,6 +19,7 @@ from .admin import AdminRoutes
 from .api_keys import KeyRing
 from .client_connection import ClientConnection
 from .config import EngineAddress, ProxyConfig
+from .discovery import Discovery
 from .engines import Engine, EngineRegistry
 from .front_end import FrontEnd
 from .guard import Guard
@@ -31,10 +32,12 @@ from .policy import OverlapRule, TierWeights
 from .replicas import ReplicaSync
 from .router import Router, RoutingState
 from .services import Services
+from .sessions import Sessions
 from .supervisor_page import SupervisorPage
 from .tls import ServerTls, client_context
 from .tokens import TokenLearner
 from .upstream import UpstreamPool
+from .waiting_room import WaitingRoom
 
 _BACKLOG = 4096
 _FIRST_LOOKS_SECONDS = 3.0
@@ -71,6 +74,11 @@ class ProxyServer:
             self.guard = Guard(KeyRing(Path(config.api_keys_path), asyncio.get_running_loop().time()))
         self.front_end.guard = self.guard
         self.front_end.strip_credentials = bool(config.engine_api_key)
+        if routing.engine_request_limit:
+            room = WaitingRoom(self.router.has_room, routing.queue_size, routing.queue_seconds)
+            self.front_end.waiting = room
+            self.router.when_room(room.wake)
+        self.front_end.intake.read_sessions = bool(routing.session_seconds)
         self.front_end.intake.aliases = dict(config.aliases)
         files = config.tls
         self._engine_tls = client_context(files.engine_ca_file)
@@ -78,6 +86,7 @@ class ProxyServer:
         self.replicas: ReplicaSync | None = None
         if config.replicas is not None:
             self.replicas = ReplicaSync(config.replicas, self.registry, self.ledger, self.knowledge, self.metrics)
+        self.discovery = Discovery(config.discovery, self)
         self.port = 0
         self.admin_port = 0
         self._server: asyncio.Server | None = None
@@ -106,6 +115,7 @@ class ProxyServer:
             self.guard.start()
         for address in config.engines:
             self.add_engine(address)
+        await self.discovery.start()
         if config.admin_socket:  # a worker: others serve the port until this one knows its engines
             await self._start_worker_admin(config.admin_socket)
             await self.monitor.first_looks(_FIRST_LOOKS_SECONDS)
@@ -167,6 +177,8 @@ class ProxyServer:
             await engine.pool.close()
         finally:
             self.knowledge.forget(engine.slot)
+            if self.router.state.sessions is not None:
+                self.router.state.sessions.forget_slot(engine.slot)
             self.metrics.forget_engine(engine.name)
             self.registry.left(engine)
 
@@ -188,6 +200,8 @@ class ProxyServer:
         for client in list(self.front_end.clients):
             client.cut(reset=True)
         await self.front_end.empty.wait()
+        if self.front_end.waiting is not None:
+            self.front_end.waiting.close()
         if self._admin is not None:
             await self._admin.cleanup()
         if self.guard is not None:
@@ -196,6 +210,7 @@ class ProxyServer:
             await self.tls.close()
         if self.replicas is not None:
             self.replicas.close()
+        await self.discovery.close()
         await self.tokens.close()
         await self.monitor.close()
         for engine in self.registry:
@@ -209,7 +224,7 @@ class ProxyServer:
     def check(self) -> None:
         for part in (self.metrics, self.ledger, self.knowledge, self.registry, self.router):
             part.check()
-        for part_at_work in (self.tokens, self.monitor, self.front_end):
+        for part_at_work in (self.tokens, self.monitor, self.front_end, self.discovery):
             part_at_work.check()
         if self.replicas is not None:
             self.replicas.check()
@@ -218,6 +233,9 @@ class ProxyServer:
 def routing_state(config: ProxyConfig) -> RoutingState:
     """The rules that a configuration asks for."""
     state = RoutingState(config.router_mode, temperature=config.routing.temperature)
+    state.max_in_flight = config.routing.engine_request_limit
+    if config.routing.session_seconds:
+        state.sessions = Sessions(config.routing.session_seconds)
     if config.routing.overlap_weight is not None:
         state.overlap = OverlapRule(config.routing.overlap_weight, config.routing.temperature, config.kv_block_tokens)
     return state

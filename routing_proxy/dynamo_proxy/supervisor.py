@@ -129,6 +129,8 @@ class Supervisor:
         known = {address: address for address in self._config.engines}
         engines = []
         for row in await self.admin.engines():
+            if row["discovered"]:
+                continue  # the new worker finds it too
             address = parse_engine_url(row["url"])
             address = known.get(address, address)
             options = replace(address.options, draining=row["state"] == "draining")

@@ -47,6 +47,8 @@ class Prompt(NamedTuple):
     chain: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
     body: dict[str, Any] | str | None = None  # what an engine could tokenise: a chat request, or a plain text
+    session: str = ""  # requests of one session stay on one engine, if that is wanted
+    priority: int = 0  # the smallest is served first, as in vLLM
 
     @property
     def question(self) -> dict[str, Any] | None:
