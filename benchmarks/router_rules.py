@@ -160,7 +160,8 @@ class Replay:
         first, done = self.engines[slot].end_step()
         for sequence in first:
             proxy, lease, placed, new, queued = self._open[sequence.number]
-            proxy.ledger.prefilled(lease)
+            seconds = proxy.learner.model.prefill_seconds(new, sequence.prompt_tokens)
+            proxy.ledger.prefilled(lease, seconds)
             proxy.learner.first_token(now - placed, queued, new, sequence.prompt_tokens)
             self._tell(proxy, slot, now)
             self.first_token.append(now - placed)
@@ -169,7 +170,8 @@ class Replay:
         for sequence in done:
             proxy, lease, *_ = self._open.pop(sequence.number)
             seconds, load = now - self._begun.pop(sequence.number), proxy.ledger.load(slot)
-            proxy.learner.stream_ended(seconds, sequence.output_tokens, load.in_flight, load.active_tokens)
+            beside = proxy.ledger.seconds_beside(lease)
+            proxy.learner.stream_ended(seconds, sequence.output_tokens, load, beside)
             if sequence.output_tokens > 1:
                 self.token_seconds.append(seconds / (sequence.output_tokens - 1))
             proxy.ledger.release(lease)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .policy import CostModel
+from .policy import CostModel, Load
 
 _FORGET = 0.995  # of the weight of what was seen before, per observation
 _PRIOR_OBSERVATIONS = 8.0
@@ -66,8 +66,10 @@ class CostLearner:
         start = self.model
         # First token: fixed part, seconds per 1,000 tokens, seconds per million token pairs.
         self._prefill = Fit((start.t_0, start.t_p * _KILO, start.t_a * _MEGA), (1.0, 4.0, 16.0), (0.0, 1e-3, 0.0))
-        # Token: fixed part, seconds per 10 sequences, per 100,000 cached tokens.
-        self._decode = Fit((start.t_0, start.t_d * 10, start.t_k * 1e5), (1.0, 1.0, 1.0), (1e-4, 0.0, 0.0))
+        # Token: fixed part, and how many times the load's share by the model we started with. Sequences and cached
+        # tokens rise and fall together, so that no fit can tell their prices apart.
+        self._start = start
+        self._decode = Fit((start.t_0, 1.0), (1.0, 0.01), (1e-4, 0.0))
         self._output_tokens = start.expected_output_tokens
         self._seen = 0
 
@@ -81,12 +83,17 @@ class CostLearner:
         self._prefill.observe(terms, min(seconds, most))
         self._count()
 
-    def stream_ended(self, seconds: float, events: int, in_flight: int, active_tokens: int) -> None:
-        """A stream gave `events` within `seconds` after its first, beside so many others."""
+    def stream_ended(self, seconds: float, events: int, load: Load, prefill_seconds: float) -> None:
+        """A stream gave `events` within `seconds` after its first, beside such a load.
+
+        Meanwhile its engine prefilled others for `prefill_seconds`: that is no decode time.
+        """
         if events < 2 or seconds <= 0:
             return
         self._output_tokens += 0.02 * (events - self._output_tokens)
-        self._decode.observe((1.0, in_flight / 10, active_tokens / 1e5), min(seconds / (events - 1), 10.0))
+        decoding = max(seconds - prefill_seconds, seconds / 10)
+        share = self._start.t_d * load.in_flight + self._start.t_k * load.active_tokens
+        self._decode.observe((1.0, share), min(decoding / (events - 1), 10.0))
         self._count()
 
     def _count(self) -> None:
@@ -94,14 +101,14 @@ class CostLearner:
         if self._seen % _PUBLISH_EVERY:
             return
         _, per_kilo, per_mega = self._prefill.coefficients
-        t_0, per_ten, per_many = self._decode.coefficients
+        t_0, times = self._decode.coefficients
         self.model = replace(
             self.model,
             t_p=min(per_kilo / _KILO, 0.1),
             t_a=min(per_mega / _MEGA, 1e-5),
             t_0=min(t_0, 5.0),
-            t_d=min(per_ten / 10, 1.0),
-            t_k=min(per_many / 1e5, 1e-3),
+            t_d=min(times * self._start.t_d, 1.0),
+            t_k=min(times * self._start.t_k, 1e-3),
             expected_output_tokens=max(1.0, self._output_tokens),
         )
 

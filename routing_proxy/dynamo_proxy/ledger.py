@@ -16,6 +16,7 @@ class Lease:
     pending_tokens: int
     active_tokens: int
     held: bool = True
+    prefill_mark: float = 0.0  # its engine's prefill seconds so far, when its own prefill was over
 
 
 class Counts(NamedTuple):
@@ -37,6 +38,7 @@ class Ledger:
         # records.
         self.loads: dict[int, Load] = {}
         self._leases: set[Lease] = set()
+        self._prefill_seconds: dict[int, float] = {}  # so far, by slot
         self._told: dict[str, dict[int, Counts]] = {}  # by other proxy, by slot
 
     def load(self, slot: int) -> Load:
@@ -99,11 +101,17 @@ class Ledger:
         self._leases.add(lease)
         return lease
 
-    def prefilled(self, lease: Lease) -> None:
-        """The first response byte came: its prefill no longer waits. Harmless when repeated."""
+    def prefilled(self, lease: Lease, seconds: float = 0.0) -> None:
+        """The first response byte came: its prefill, of so many seconds, no longer waits. Harmless when repeated."""
         if lease.held and lease.pending_tokens:
             self.loads[lease.slot].pending_tokens -= lease.pending_tokens
+            done = self._prefill_seconds.get(lease.slot, 0.0) + seconds
+            self._prefill_seconds[lease.slot] = lease.prefill_mark = done
             lease.pending_tokens = 0
+
+    def seconds_beside(self, lease: Lease) -> float:
+        """How long its engine prefilled our other requests since this one's prefill was over."""
+        return self._prefill_seconds.get(lease.slot, 0.0) - lease.prefill_mark if lease.prefill_mark else 0.0
 
     def release(self, lease: Lease) -> None:
         """The request left the engine, however it ended. Harmless when repeated."""

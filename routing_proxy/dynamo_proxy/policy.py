@@ -39,6 +39,10 @@ class CostModel:
     chunk_tokens: int = 8192
     expected_output_tokens: float = 300.0
 
+    def prefill_seconds(self, new_tokens: int, prompt_tokens: int) -> float:
+        """Time to prefill the uncached tail of a prompt."""
+        return (self.t_p + self.t_a * (prompt_tokens - new_tokens / 2)) * new_tokens
+
 
 @dataclass(slots=True)
 class Load:

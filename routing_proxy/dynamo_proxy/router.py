@@ -100,15 +100,15 @@ class Router:
         """The first body byte came: stop counting its prefill. Learn, if the time to a first token is known
         (above 0).
         """
-        self._ledger.prefilled(placement.lease)
+        learner, new, tokens = self.state.learner, placement.decision.new_tokens, placement.prompt_tokens
+        self._ledger.prefilled(placement.lease, learner.model.prefill_seconds(new, tokens))
         if first_token_seconds:
-            new = placement.decision.new_tokens
-            self.state.learner.first_token(first_token_seconds, placement.queued_tokens, new, placement.prompt_tokens)
+            learner.first_token(first_token_seconds, placement.queued_tokens, new, tokens)
 
     def stream_ended(self, placement: Placement, events: int, seconds: float) -> None:
         """A stream came to its end: so many events, the last one `seconds` after the first."""
-        load = self._ledger.loads[placement.engine.slot]
-        self.state.learner.stream_ended(seconds, events, load.in_flight, load.active_tokens)
+        load, beside = self._ledger.loads[placement.engine.slot], self._ledger.seconds_beside(placement.lease)
+        self.state.learner.stream_ended(seconds, events, load, beside)
 
     def release(self, placement: Placement) -> None:
         """The request left its engine."""

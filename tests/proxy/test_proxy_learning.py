@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from dynamo_proxy.learning import CostLearner
-from dynamo_proxy.policy import Load, OverlapRule, TierWeights, choose_overlap, credited_blocks, sample
+from dynamo_proxy.policy import CostModel, Load, OverlapRule, TierWeights, choose_overlap, credited_blocks, sample
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,15 +23,16 @@ def test_the_price_of_a_token_and_of_a_pair_is_found_under_noise() -> None:
 
 
 def test_token_times_and_output_lengths_are_learnt() -> None:
-    learner, rng = CostLearner(), Random(2)
+    learner, rng, start = CostLearner(), Random(2), CostModel()
     for _ in range(1000):
         in_flight, active = rng.randrange(1, 60), rng.randrange(1000, 400_000)
-        each = 0.008 + 5e-5 * in_flight + 4e-8 * active
-        learner.stream_ended(each * 99, 100, in_flight, active)
+        each = 0.008 + 3 * (start.t_d * in_flight + start.t_k * active)
+        beside = rng.choice([0.0, 0.3])
+        learner.stream_ended(each * 99 + beside, 100, Load(0, in_flight, 0, active), beside)
     model = learner.model
     assert abs(model.t_0 / 0.008 - 1) < 0.1
-    assert abs(model.t_d / 5e-5 - 1) < 0.1
-    assert abs(model.t_k / 4e-8 - 1) < 0.1
+    assert abs(model.t_d / start.t_d / 3 - 1) < 0.1
+    assert abs(model.t_k / start.t_k / 3 - 1) < 0.1
     assert abs(model.expected_output_tokens - 100) < 1
     learner.check()
 
@@ -46,7 +47,7 @@ def test_no_observation_breaks_the_model(seen: list[tuple[float, int, int, int]]
     learner = CostLearner()
     for seconds, first, second, third in seen:
         learner.first_token(seconds, first, second, second + third)
-        learner.stream_ended(seconds, first, second, third)
+        learner.stream_ended(seconds, first, Load(0, second, 0, third), first)
         learner.check()
     model = learner.model
     assert 0 < model.t_p <= 0.1
@@ -58,7 +59,7 @@ def test_a_load_that_never_varies_teaches_and_harms_nothing() -> None:
     learner = CostLearner()
     for _ in range(20_000):
         learner.first_token(0.1 + 1000 * 1e-4, 0, 1000, 1000)
-        learner.stream_ended(1.0, 101, 4, 4000)
+        learner.stream_ended(1.0, 101, Load(0, 4, 0, 4000), 0)
     learner.check()
     learner.first_token(30.0, 0, 1000, 1000)
     learner.check()
