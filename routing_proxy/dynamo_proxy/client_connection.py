@@ -209,12 +209,16 @@ class ClientConnection(asyncio.Protocol):
         self.write(head if self._is_head_request else head + body)
         self.finish(keep)
 
-    def refuse(self, status: int, code: str, message: str, close: bool = False, wait_seconds: float = 2) -> None:
+    def refuse(
+        self, status: int, code: str, message: str, close: bool = False, wait_seconds: float = 2, allow: bytes = b""
+    ) -> None:
         """Answer with an error in the shape OpenAI clients read."""
         if close:
             self._keep_alive = False
         body = error_body(status, code, message)
         wait = b"retry-after: %d\r\n" % max(1, math.ceil(wait_seconds)) if status in (429, 503) else b""
+        if allow:
+            wait += b"allow: %b\r\n" % allow
         self.reply(status, body, extra=wait)
 
     def finish(self, keep_alive: bool) -> None:

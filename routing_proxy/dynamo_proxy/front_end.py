@@ -46,7 +46,6 @@ class FrontEnd:
         self.strip_credentials = False
         self.waiting: WaitingRoom | None = None  # None: engines have no limit
         self.page: SupervisorPage | None = None  # of a worker: the metrics of all workers
-        self._openapi = orjson.dumps(document())
         self.clients: set[ClientConnection] = set()
         self.draining = False
         self.empty = asyncio.Event()  # no client is connected
@@ -107,7 +106,7 @@ class FrontEnd:
         status, content_type = 200, b"application/json"
         if method not in (b"GET", b"HEAD"):
             self._services.metrics.finished(path, 405, "method_not_allowed", 0.0)
-            client.refuse(405, "method_not_allowed", f"{path} answers GET only")
+            client.refuse(405, "method_not_allowed", f"{path} answers GET only", allow=b"GET, HEAD")
             return
         if path == "/health":
             status, body = self._health()
@@ -116,7 +115,7 @@ class FrontEnd:
         elif path.startswith(_MODEL_ROUTE):
             status, body = self._one_model(path[len(_MODEL_ROUTE) :])
         elif path == "/openapi.json":
-            body = self._openapi
+            body = orjson.dumps(document(with_keys=self.guard is not None))
         else:
             body, content_type = self.metrics(), metric_names.CONTENT_TYPE.encode()
         reason = {200: "ok", 404: "model_not_found"}.get(status, "no_engine_ready")
