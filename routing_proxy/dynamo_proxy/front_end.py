@@ -73,7 +73,8 @@ class FrontEnd:
         except RequestError as error:
             self._services.metrics.finished(_endpoint(path), error.status, error.code, 0.0)
             wait = error.retry_after_seconds if isinstance(error, LimitError) else 2
-            client.refuse(error.status, error.code, str(error), wait_seconds=wait)
+            allow = b"POST" if error.status == 405 else b""
+            client.refuse(error.status, error.code, str(error), wait_seconds=wait, allow=allow)
             return None
 
     def _admitted(self, client: ClientConnection, request: Request, path: str) -> Running | None:

@@ -15,6 +15,7 @@ from .openapi import JSON_ROUTES
 from .stream_tape import is_resumable
 from .text_chain import Prompt, read_prompt
 
+_NEVER = (b"TRACE", b"CONNECT")  # they would tell what only the engine should see
 # The model in a multipart form (audio, images).
 _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
 
@@ -42,7 +43,10 @@ class Intake:
 
     def read(self, path: str, request: Request) -> Asked:
         """Raises RequestError for what no engine should see."""
-        if request.head.method != b"POST" or path not in JSON_ROUTES:
+        method = request.head.method
+        if method != b"POST" or path not in JSON_ROUTES:
+            if method in _NEVER or (path in JSON_ROUTES and method != b"OPTIONS"):
+                raise RequestError(405, "method_not_allowed", f"{path} does not answer {method.decode('latin-1')}")
             if is_control_route(path) and not self.pass_control_routes:
                 message = "this route controls an engine; call the engine itself (or see --engine-control-routes)"
                 raise RequestError(403, "control_route", message)

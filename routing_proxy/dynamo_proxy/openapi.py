@@ -112,6 +112,7 @@ def _passed_through(summary: str) -> dict[str, Any]:
             "400": _error("The body is not a JSON object, or `model` is not a string"),
             "401": _error("No API key, or an unknown one (only where keys are asked for)"),
             "404": _error("No engine serves this model"),
+            "405": _error("Anything but POST and OPTIONS"),
             "413": _error("The body is too large"),
             "429": _error("The limits of this API key, or of the fleet, are used up; Retry-After says for how long"),
             "502": _error("Every engine failed before answering"),
