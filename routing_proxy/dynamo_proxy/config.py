@@ -145,6 +145,7 @@ class ProxyConfig:
     tls: TlsFiles = field(default_factory=TlsFiles)
     discovery: DiscoverySources = field(default_factory=DiscoverySources)
     engine_api_key: str = field(default="", repr=False)
+    access_log: str = ""  # a file, or - for standard output; empty: none
     control_routes: bool = False  # pass what operates an engine to it
     workers: int = 1
     admin_socket: str = ""  # of a worker: where its supervisor asks

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import asyncio
 
-import orjson
-
 from . import stream_tape
 from .config import Timeouts
 from .guard import Meter
 from .http1 import ResponseReader
 from .http_heads import ResponseHead
 from .intake import Asked
+from .receipts import Receipt, receipt_of
 from .router import Placement
 from .services import ClientSide, Services
 from .stream_tape import Frames, PlainFrames, StreamTape
 from .upstream import UpstreamConnection
-from .wire import is_framed, may_speak, request_bytes, response_bytes, stream_error_bytes
+from .wire import is_framed, may_speak, refusal, request_bytes, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
 _RESUMES = 3  # per request
 _RETRY_STATUSES = frozenset((502, 503))
-_GATEWAY_TIMEOUT_REASONS = frozenset(("first_byte_timeout", "connect_timeout"))
 
 
 class Exchange:
@@ -36,8 +34,8 @@ class Exchange:
     __slots__ = (
         "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_events", "_failure",
         "_first_token", "_frames", "_head", "_heard", "_last_tail", "_loop", "_meter", "_placement", "_prompt",
-        "_relaying", "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape", "_tapeable",
-        "_timer", "_tried", "_up", "over",
+        "_receipt", "_relaying", "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape",
+        "_tapeable", "_timer", "_tried", "_up", "over",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +58,7 @@ class Exchange:
         self._relaying = False
         self.over = False
         self._meter = meter
+        self._receipt: Receipt | None = None
         self._tapeable = asked.tapeable
         self._tape: StreamTape | None = None
         self._continuation = b""  # what asks for the rest of a broken stream
@@ -276,9 +275,17 @@ class Exchange:
         self._events, self._first_token = 0, now if is_token else 0.0
         self._services.router.first_byte(placement, now - self._attempt_started if is_token else 0.0)
         self._services.metrics.ttft.observe(now - self._arrived)
+        if is_token:
+            self._services.metrics.prefilled(placement.engine.name, now - self._attempt_started)
         if head.status == 200:
             self._services.tokens.offer(self._prompt, placement.engine)
-        self._client.write(response_bytes(head, self._request.head, placement) + first)
+        asked = self._request.head.wants_route
+        if asked or self._services.log is not None:
+            state, tries = self._services.router.state, self._tried.bit_count()
+            spent = now - self._attempt_started, now - self._arrived
+            self._receipt = receipt_of(placement, state.mode, state.learner.model, tries, *spent)
+        receipt = self._receipt.header() if asked and self._receipt is not None else b""
+        self._client.write(response_bytes(head, self._request.head, placement, receipt) + first)
 
     def _next_engine(self, reason: str) -> None:
         """This engine failed before anything was relayed: count it, leave it, try another one."""
@@ -296,20 +303,8 @@ class Exchange:
             self._services.metrics.resumes.labels("no_engine").inc()
             self._end_broken(200, self._failure)
             return
-        if self._failure:
-            late = self._failure in _GATEWAY_TIMEOUT_REASONS
-            status, code = (504, "engine_timeout") if late else (502, "engine_failed")
-            message = f"every engine that could serve this request failed ({self._failure}); try again"
-        elif self._services.router.model_is_unknown(self._prompt.model):
-            status, code = 404, "model_not_found"
-            message = f"The model `{self._prompt.model}` does not exist here; GET /v1/models lists what is served."
-        else:
-            status, code = 503, "no_engine_ready"
-            message = (
-                "no engine is ready to take this request, and not every engine has told its models yet; "
-                "try again in a few seconds, and check the model's name if this goes on"
-            )
-        self.turn_away(status, code, message)
+        unknown = not self._failure and self._services.router.model_is_unknown(self._prompt.model)
+        self.turn_away(*refusal(self._failure, self._prompt.model if unknown else ""))
 
     def turn_away(self, status: int, code: str, message: str) -> None:
         """Answer with an error; no engine has this request."""
@@ -331,21 +326,20 @@ class Exchange:
 
     def _resume(self, tape: StreamTape, lost: int, reason: str) -> bool:
         """Go on with a stream on tape on another engine; False if that cannot be."""
-        resumes = self._services.metrics.resumes
-        if not tape.can_resume or self._resumes >= _RESUMES:
-            resumes.labels("not_resumable" if self._resumes < _RESUMES else "too_often").inc()
-            return False
-        body = orjson.loads(self._request.body)
-        if tape.finished or tape.done:
-            resumes.labels("concluded").inc()
-            self._client.write(tape.conclude(body))
+        outcome, said = "too_often", b""
+        if self._resumes < _RESUMES:
+            most = self._services.router.max_model_tokens(self._prompt.model)
+            outcome, said = stream_tape.plan_rest(tape, self._request.body, most)
+        if outcome != "go_on":
+            self._services.metrics.resumes.labels(outcome).inc()
+        if outcome == "concluded":
+            self._client.write(said)
             self._close(200, "ok")
             self._client.finish(self._request.head.keep_alive)
             return True
-        self._continuation = tape.continuation(body, self._services.router.max_model_tokens(self._prompt.model))
-        if not self._continuation:
-            resumes.labels("not_resumable").inc()
+        if outcome != "go_on":
             return False
+        self._continuation = said
         self._resumes += 1
         self._resuming, self._failure = True, reason
         if not self._services.router.another(self._prompt, self._tried):
@@ -386,7 +380,10 @@ class Exchange:
         self.over = True
         if self._meter is not None:
             self._meter.over(self._loop.time())
-        self._services.metrics.finished(self._endpoint, status, reason, self._loop.time() - self._arrived)
+        seconds = self._loop.time() - self._arrived
+        self._services.metrics.finished(self._endpoint, status, reason, seconds)
+        if self._services.log is not None:
+            self._services.log.add(self._endpoint, self._prompt.model, status, reason, seconds, self._receipt)
 
     def check(self) -> None:
         assert not (self.over and self._placement is not None), "a finished exchange still holds its engine"

@@ -17,14 +17,15 @@ _CONTROL_BYTES = bytes(set(range(32)) - set(b"\t")) + b"\x7f"
 _BARE_NEWLINE = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n]*))?")
 # Names that we read. `content-type` passes on as well; the others are written anew where they belong.
+_ROUTE = b"x-dynamo-route"
 _READ = frozenset(
-    (b"host", b"content-length", b"transfer-encoding", b"expect", b"connection", b"content-type", b"location")
+    (b"host", b"content-length", b"transfer-encoding", b"expect", b"connection", b"content-type", b"location", _ROUTE)
 )
 _HOP_BY_HOP = frozenset(
     (b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
      b"upgrade", b"http2-settings")
 )  # fmt: skip
-_OURS = b"x-dynamo-"  # never taken from either side
+_OURS = b"x-dynamo-"  # never passed on from either side
 _PASS, _DROP = b"", b"-"
 _MAX_NAMES = 4096
 # Heads seen before, by all their bytes but the digits of their one Content-Length: a client's requests differ in
@@ -50,6 +51,7 @@ class RequestHead(NamedTuple):
     keep_alive: bool
     expect_continue: bool
     path: str  # the target without its query
+    wants_route: bool = False  # x-dynamo-route: the client asks why it went where it went
 
 
 class ResponseHead(NamedTuple):
@@ -71,7 +73,9 @@ class ResponseHead(NamedTuple):
 class _Fields:
     """What a head's lines say of framing and connection, and which of them pass (gathered in one pass)."""
 
-    __slots__ = ("codings", "connection", "expect", "hosts", "is_events", "lengths", "location", "passing")
+    __slots__ = (
+        "codings", "connection", "expect", "hosts", "is_events", "lengths", "location", "passing", "wants_route",
+    )  # fmt: skip
 
     def __init__(self, lines: list[bytes]) -> None:
         self.passing: list[bytes] = []
@@ -82,6 +86,7 @@ class _Fields:
         self.hosts = 0
         self.is_events = False
         self.location = b""
+        self.wants_route = False
         kinds, keep = _kinds, self.passing.append
         for line in lines:
             name, colon, value = line.partition(b":")
@@ -112,6 +117,8 @@ class _Fields:
             self.expect.append(value.lower())
         elif name == b"location":
             self.location = value
+        elif name == _ROUTE:
+            self.wants_route = value not in (b"", b"0", b"false")
         else:
             self.connection += tuple(token.strip() for token in value.lower().split(b","))
 
@@ -196,7 +203,8 @@ def _parse_request_head(block: bytes) -> tuple[RequestHead, int]:
     expects = bool(fields.expect) and minor == 1
     keep = fields.keeps_alive(minor)
     name = path.partition(b"?")[0].decode("latin-1")
-    return RequestHead(method, path, minor, fields.passing_block(), chunked, keep, expects, name), length or 0
+    route = fields.wants_route
+    return RequestHead(method, path, minor, fields.passing_block(), chunked, keep, expects, name, route), length or 0
 
 
 def parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:
@@ -247,7 +255,7 @@ def _kind(name: bytes) -> bytes:
         _kinds.clear()
     low = name.lower()
     kind = next((known for known in _READ if known == low), _PASS)
-    if low in _HOP_BY_HOP or low.startswith(_OURS):
+    if low in _HOP_BY_HOP or (low.startswith(_OURS) and low != _ROUTE):
         kind = _DROP
     _kinds[name] = kind
     return kind

@@ -15,6 +15,7 @@ from random import Random
 import aiohttp
 from aiohttp import web
 
+from .access_log import AccessLog
 from .admin import AdminRoutes
 from .api_keys import KeyRing
 from .client_connection import ClientConnection
@@ -63,7 +64,8 @@ class ProxyServer:
         self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts)
         self.monitor.use_events = config.use_kv_events
         self.router.when_failed(self.monitor.request_failed)
-        services = Services(self.router, self.metrics, self.tokens, config.limits, config.timeouts)
+        self.access_log = AccessLog(config.access_log) if config.access_log else None
+        services = Services(self.router, self.metrics, self.tokens, config.limits, config.timeouts, self.access_log)
         self.front_end = FrontEnd(self.registry, self.ledger, self.knowledge, services)
         self.front_end.intake.resume_streams = config.resume_streams
         self.front_end.intake.pass_control_routes = config.control_routes
@@ -105,8 +107,9 @@ class ProxyServer:
             connector=aiohttp.TCPConnector(ssl=self._engine_tls, limit=0),
             headers={"authorization": f"Bearer {key}"} if key else None,
         )
-        if self.tls is not None:
-            self.tls.start()
+        for part in (self.tls, self.access_log):
+            if part is not None:
+                part.start()
         self.monitor.start(self._session)
         self.tokens.start(self._session)
         if self.replicas is not None:
@@ -206,8 +209,9 @@ class ProxyServer:
             await self._admin.cleanup()
         if self.guard is not None:
             await self.guard.close()
-        if self.tls is not None:
-            await self.tls.close()
+        for part in (self.tls, self.access_log):
+            if part is not None:
+                await part.close()
         if self.replicas is not None:
             self.replicas.close()
         await self.discovery.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from .access_log import AccessLog
 from .config import Limits, Timeouts
 from .flow_control import FlowControl
 from .metrics import Metrics
@@ -32,3 +33,4 @@ class Services:
     tokens: TokenLearner
     limits: Limits
     timeouts: Timeouts
+    log: AccessLog | None = None

@@ -95,6 +95,19 @@ def _is_text(messages: Any) -> bool:
     return True
 
 
+def plan_rest(tape: StreamTape, request_body: bytes, max_model_tokens: int) -> tuple[str, bytes]:
+    """What to do with a broken stream: ("concluded", its last chunks), ("go_on", the request for its rest), or
+    ("not_resumable", nothing).
+    """
+    if not tape.can_resume:
+        return "not_resumable", b""
+    body = orjson.loads(request_body)
+    if tape.finished or tape.done:
+        return "concluded", tape.conclude(body)
+    rest = tape.continuation(body, max_model_tokens)
+    return ("go_on", rest) if rest else ("not_resumable", b"")
+
+
 def asking_for_ids(body: bytes) -> bytes:
     """A JSON object's text that asks for token ids as well."""
     return b'{"return_token_ids":true,' + body[body.index(b"{") + 1 :]

@@ -7,6 +7,8 @@ import orjson
 from .http_heads import RequestHead, ResponseHead
 from .router import Placement
 
+_LATE = frozenset(("first_byte_timeout", "connect_timeout"))
+
 
 def request_bytes(head: RequestHead, target: bytes, body: bytes, host_lines: bytes) -> bytes:
     """The request as an engine gets it: one length, our Host, no hop-by-hop headers."""
@@ -17,7 +19,7 @@ def request_bytes(head: RequestHead, target: bytes, body: bytes, host_lines: byt
     )  # fmt: skip
 
 
-def response_bytes(head: ResponseHead, request: RequestHead, placement: Placement) -> bytes:
+def response_bytes(head: ResponseHead, request: RequestHead, placement: Placement, receipt: bytes) -> bytes:
     """The response head as the client gets it."""
     ours = b""
     if head.chunked and request.minor_version:
@@ -27,6 +29,7 @@ def response_bytes(head: ResponseHead, request: RequestHead, placement: Placemen
         ours += b"connection: close\r\n"
     elif request.minor_version == 0:
         ours += b"connection: keep-alive\r\n"
+    ours += receipt
     if head.location:  # made of the Host that we sent: the engine's address is nobody's business
         at_engine = head.location.startswith(placement.engine.root_url)
         ours += b"location: %b\r\n" % (
@@ -45,6 +48,21 @@ def is_framed(head: ResponseHead, request: RequestHead) -> bool:
 def may_speak(head: ResponseHead, request: RequestHead, tail: bytes) -> bool:
     """True if an in-band error event fits behind `tail`: in an event stream, between two events and two chunks."""
     return head.is_events and head.chunked and is_framed(head, request) and tail.endswith(b"\n\n\r\n")
+
+
+def refusal(failure: str, unknown_model: str) -> tuple[int, str, str]:
+    """(status, code, message) for a request that no engine answered: `failure` says how the last one tried failed."""
+    if failure:
+        status, code = (504, "engine_timeout") if failure in _LATE else (502, "engine_failed")
+        return status, code, f"every engine that could serve this request failed ({failure}); try again"
+    if unknown_model:
+        message = f"The model `{unknown_model}` does not exist here; GET /v1/models lists what is served."
+        return 404, "model_not_found", message
+    message = (
+        "no engine is ready to take this request, and not every engine has told its models yet; "
+        "try again in a few seconds, and check the model's name if this goes on"
+    )
+    return 503, "no_engine_ready", message
 
 
 def stream_error_bytes(message: str) -> bytes:
