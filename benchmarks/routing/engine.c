@@ -1,8 +1,8 @@
 /* N plain OpenAI engines in one epoll loop.  usage: engine FIRST_PORT COUNT [TTFT_US [ITL_US]]
  *
  * A request with "stream":true gets max_tokens events (64 if it names none), each in a chunk and a write of its own: the
- * first after TTFT_US, the others ITL_US apart.  Any other POST gets one JSON answer.  GET /stats says how many POSTs
- * each engine took.  What routers probe (health, models, server info) is answered as vLLM and SGLang answer it. */
+ * first after TTFT_US, the others ITL_US apart.  Other chats get one JSON answer.  GET /stats says how many chats each
+ * engine took.  What routers probe (health, models, server info) is answered as vLLM and SGLang answer it. */
 #include "wire.h"
 
 typedef struct client {
@@ -74,7 +74,7 @@ static void event(client *c) { /* one token of a stream */
 
 static void serve(client *c, char *head, char *body, size_t length) {
     char text[1024];
-    if (!strncmp(head, "POST ", 5)) {
+    if (!strncmp(head, "POST /v1/chat/completions ", 26)) {
         posts[c->engine]++;
         char kept = body[length];
         body[length] = 0;
@@ -96,6 +96,9 @@ static void serve(client *c, char *head, char *body, size_t length) {
                  "\"usage\":{\"prompt_tokens\":%zu,\"completion_tokens\":16,\"total_tokens\":%zu}}", ++serial, length / 4,
                  length / 4 + 16);
         answer(c, text, "application/json");
+    } else if (!strncmp(head, "POST ", 5)) { /* as an engine without its render and tokenize routes */
+        const char *none = "HTTP/1.1 404 Not Found\r\ncontent-length: 2\r\ncontent-type: application/json\r\n\r\n{}";
+        append(&c->out, none, strlen(none));
     } else if (!strncmp(head, "GET /stats", 10)) {
         size_t n = 0;
         for (int i = 0; i < count; i++) n += snprintf(text + n, sizeof text - n, "%s%lu", i ? "," : "[", posts[i]);

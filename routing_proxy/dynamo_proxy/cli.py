@@ -108,6 +108,10 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
     for flag in FLAGS:
         if flag.high:
             require_range(flag.spelling, values[flag.name], flag.low, flag.high)
+    if values["workers"] > 1 and values["replica_sync_listen"]:
+        raise ConfigError(
+            "--workers already share their load among themselves; give --replica-sync-listen with one worker"
+        )
     timeouts = Timeouts(
         connect_seconds=values["connect_timeout"],
         first_byte_seconds=values["request_timeout"],

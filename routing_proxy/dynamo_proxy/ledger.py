@@ -110,8 +110,15 @@ class Ledger:
             lease.pending_tokens = 0
 
     def seconds_beside(self, lease: Lease) -> float:
-        """How long its engine prefilled our other requests since this one's prefill was over."""
-        return self._prefill_seconds.get(lease.slot, 0.0) - lease.prefill_mark if lease.prefill_mark else 0.0
+        """How long its engine prefilled other requests since this one's prefill was over. What other proxies sent there
+        is taken to be as much as their share of its load.
+        """
+        if not lease.prefill_mark:
+            return 0.0
+        seconds = self._prefill_seconds.get(lease.slot, 0.0) - lease.prefill_mark
+        if self._told:
+            seconds *= self.loads[lease.slot].in_flight / max(1, self.own(lease.slot).in_flight)
+        return seconds
 
     def release(self, lease: Lease) -> None:
         """The request left the engine, however it ended. Harmless when repeated."""

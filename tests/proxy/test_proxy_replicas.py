@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dynamo_proxy.cli import FLAGS, read_config
 from dynamo_proxy.config import Replicas, parse_replicas
 from dynamo_proxy.errors import ConfigError, ListenError
 from dynamo_proxy.ledger import Counts, Ledger
+from dynamo_proxy.policy import OverlapRule
 from dynamo_proxy.replica_wire import Chain, News, Order, parcels, sign, verify
+from dynamo_proxy.server import routing_state
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -133,6 +136,21 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     for listen, peers, path in bad:
         with pytest.raises(ConfigError):
             parse_replicas(listen, peers, str(path))
+
+
+def test_flags_become_settings_and_what_contradicts_is_refused(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(KEY)
+    given = {flag.name: flag.default for flag in FLAGS}
+    given |= {"engine": ["http://127.0.0.1:1"], "replica_sync_listen": "127.0.0.1:9", "replica_sync_key_file": str(key)}
+    given |= {"kv_overlap_score_weight": 2.0, "router_temperature": 0.5, "engine_request_limit": 7}
+    config = read_config(given)
+    assert config.replicas == Replicas("127.0.0.1:9", (), KEY)
+    assert (config.routing.overlap_weight, config.routing.temperature) == (2.0, 0.5)
+    state = routing_state(config)
+    assert (state.overlap, state.max_in_flight) == (OverlapRule(2.0, 0.5, 16), 7)
+    with pytest.raises(ConfigError, match="--workers"):
+        read_config({**given, "workers": 2})
 
 
 # --- the wire
