@@ -157,9 +157,7 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
 
 def _read_replicas(values: dict[str, Any]) -> Replicas | None:
     if values["workers"] > 1 and values["replica_sync_listen"]:
-        raise ConfigError(
-            "--workers share their load themselves; give --replica-sync-listen with one worker only"
-        )
+        raise ConfigError("--workers share their load themselves; give --replica-sync-listen with one worker only")
     listen, peers = values["replica_sync_listen"], values["replica_sync_peer"] or []
     return parse_replicas(listen, peers, values["replica_sync_key_file"])
 
