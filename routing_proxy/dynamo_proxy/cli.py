@@ -112,27 +112,8 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         raise ConfigError(
             "--workers already share their load among themselves; give --replica-sync-listen with one worker"
         )
-    timeouts = Timeouts(
-        connect_seconds=values["connect_timeout"],
-        first_byte_seconds=values["request_timeout"],
-        idle_seconds=values["idle_timeout"],
-        drain_seconds=values["drain_timeout"],
-        probe_interval_seconds=values["health_interval"],
-    )
-    discovery = DiscoverySources(
-        tuple(values["engines_file"] or ()),
-        tuple(parse_engine_url(url).url for url in values["engine_dns"] or ()),
-        tuple(values["engine_k8s_service"] or ()),
-        values["kubernetes_api"].rstrip("/"),
-        values["discovery_interval"],
-    )
-    for service in discovery.services:
-        parse_service(service)
-    if values["api_keys_file"]:
-        KeyRing(Path(values["api_keys_file"]), 0.0)  # mistakes in it are told now, once
-    if values["tls_cert_file"]:
-        ServerTls(values["tls_cert_file"], values["tls_key_file"])
-    client_context(values["engine_ca_file"])
+    discovery = _discovery(values)
+    _check_files(values)
     return ProxyConfig(
         engines=parse_engine_urls(values["engine"] or [], may_be_none=bool(discovery)),
         discovery=discovery,
@@ -166,8 +147,40 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         control_routes=values["engine_control_routes"],
         resume_streams=values["stream_resume"],
         limits=Limits(max_body_bytes=values["max_body_bytes"]),
-        timeouts=timeouts,
+        timeouts=_timeouts(values),
     )
+
+
+def _timeouts(values: dict[str, Any]) -> Timeouts:
+    return Timeouts(
+        connect_seconds=values["connect_timeout"],
+        first_byte_seconds=values["request_timeout"],
+        idle_seconds=values["idle_timeout"],
+        drain_seconds=values["drain_timeout"],
+        probe_interval_seconds=values["health_interval"],
+    )
+
+
+def _discovery(values: dict[str, Any]) -> DiscoverySources:
+    discovery = DiscoverySources(
+        tuple(values["engines_file"] or ()),
+        tuple(parse_engine_url(url).url for url in values["engine_dns"] or ()),
+        tuple(values["engine_k8s_service"] or ()),
+        values["kubernetes_api"].rstrip("/"),
+        values["discovery_interval"],
+    )
+    for service in discovery.services:
+        parse_service(service)
+    return discovery
+
+
+def _check_files(values: dict[str, Any]) -> None:
+    """Mistakes in files are told now, and once."""
+    if values["api_keys_file"]:
+        KeyRing(Path(values["api_keys_file"]), 0.0)
+    if values["tls_cert_file"]:
+        ServerTls(values["tls_cert_file"], values["tls_key_file"])
+    client_context(values["engine_ca_file"])
 
 
 def read_secret(path: str) -> str:
