@@ -17,7 +17,6 @@ from .config import (
     DiscoverySources,
     Limits,
     ProxyConfig,
-    Replicas,
     Routing,
     Timeouts,
     TlsFiles,
@@ -109,27 +108,12 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
     for flag in FLAGS:
         if flag.high:
             require_range(flag.spelling, values[flag.name], flag.low, flag.high)
-    timeouts = Timeouts(
-        connect_seconds=values["connect_timeout"],
-        first_byte_seconds=values["request_timeout"],
-        idle_seconds=values["idle_timeout"],
-        drain_seconds=values["drain_timeout"],
-        probe_interval_seconds=values["health_interval"],
-    )
-    discovery = DiscoverySources(
-        tuple(values["engines_file"] or ()),
-        tuple(parse_engine_url(url).url for url in values["engine_dns"] or ()),
-        tuple(values["engine_k8s_service"] or ()),
-        values["kubernetes_api"].rstrip("/"),
-        values["discovery_interval"],
-    )
-    for service in discovery.services:
-        parse_service(service)
-    if values["api_keys_file"]:
-        KeyRing(Path(values["api_keys_file"]), 0.0)  # mistakes in it are told now, once
-    if values["tls_cert_file"]:
-        ServerTls(values["tls_cert_file"], values["tls_key_file"])
-    client_context(values["engine_ca_file"])
+    if values["workers"] > 1 and values["replica_sync_listen"]:
+        raise ConfigError(
+            "--workers already share their load among themselves; give --replica-sync-listen with one worker"
+        )
+    discovery = _discovery(values)
+    _check_files(values)
     return ProxyConfig(
         engines=parse_engine_urls(values["engine"] or [], may_be_none=bool(discovery)),
         discovery=discovery,
@@ -138,8 +122,20 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         admin_host=values["admin_host"],
         admin_port=values["admin_port"] or None,
         router_mode=parse_router_mode(values["router_mode"]),
-        replicas=_read_replicas(values),
-        routing=_read_routing(values),
+        replicas=parse_replicas(
+            values["replica_sync_listen"], values["replica_sync_peer"] or [], values["replica_sync_key_file"]
+        ),
+        routing=Routing(
+            overlap_weight=values["kv_overlap_score_weight"] if values["kv_overlap_score_weight"] >= 0 else None,
+            temperature=values["router_temperature"],
+            host_hit_weight=values["router_host_cache_hit_weight"],
+            disk_hit_weight=values["router_disk_cache_hit_weight"],
+            object_hit_weight=values["router_object_cache_hit_weight"],
+            session_seconds=values["router_session_affinity_ttl_secs"],
+            engine_request_limit=values["engine_request_limit"],
+            queue_size=values["queue_size"],
+            queue_seconds=values["queue_timeout"],
+        ),
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],
         workers=values["workers"],
@@ -151,30 +147,40 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         control_routes=values["engine_control_routes"],
         resume_streams=values["stream_resume"],
         limits=Limits(max_body_bytes=values["max_body_bytes"]),
-        timeouts=timeouts,
+        timeouts=_timeouts(values),
     )
 
 
-def _read_replicas(values: dict[str, Any]) -> Replicas | None:
-    if values["workers"] > 1 and values["replica_sync_listen"]:
-        raise ConfigError("--workers share their load themselves; give --replica-sync-listen with one worker only")
-    listen, peers = values["replica_sync_listen"], values["replica_sync_peer"] or []
-    return parse_replicas(listen, peers, values["replica_sync_key_file"])
-
-
-def _read_routing(values: dict[str, Any]) -> Routing:
-    weight = values["kv_overlap_score_weight"]
-    return Routing(
-        overlap_weight=weight if weight >= 0 else None,
-        temperature=values["router_temperature"],
-        host_hit_weight=values["router_host_cache_hit_weight"],
-        disk_hit_weight=values["router_disk_cache_hit_weight"],
-        object_hit_weight=values["router_object_cache_hit_weight"],
-        session_seconds=values["router_session_affinity_ttl_secs"],
-        engine_request_limit=values["engine_request_limit"],
-        queue_size=values["queue_size"],
-        queue_seconds=values["queue_timeout"],
+def _timeouts(values: dict[str, Any]) -> Timeouts:
+    return Timeouts(
+        connect_seconds=values["connect_timeout"],
+        first_byte_seconds=values["request_timeout"],
+        idle_seconds=values["idle_timeout"],
+        drain_seconds=values["drain_timeout"],
+        probe_interval_seconds=values["health_interval"],
     )
+
+
+def _discovery(values: dict[str, Any]) -> DiscoverySources:
+    discovery = DiscoverySources(
+        tuple(values["engines_file"] or ()),
+        tuple(parse_engine_url(url).url for url in values["engine_dns"] or ()),
+        tuple(values["engine_k8s_service"] or ()),
+        values["kubernetes_api"].rstrip("/"),
+        values["discovery_interval"],
+    )
+    for service in discovery.services:
+        parse_service(service)
+    return discovery
+
+
+def _check_files(values: dict[str, Any]) -> None:
+    """Mistakes in files are told now, and once."""
+    if values["api_keys_file"]:
+        KeyRing(Path(values["api_keys_file"]), 0.0)
+    if values["tls_cert_file"]:
+        ServerTls(values["tls_cert_file"], values["tls_key_file"])
+    client_context(values["engine_ca_file"])
 
 
 def read_secret(path: str) -> str:
