@@ -12,7 +12,7 @@ from .config import EngineAddress, parse_engine_url, parse_router_mode
 from .engines import Engine, EngineRegistry
 from .errors import ConfigError, EngineBusyError, UnknownEngineError
 from .ledger import Ledger
-from .metrics import Metrics
+from .metrics import CONTENT_TYPE, Metrics
 from .router import Router
 
 _MAX_BODY_BYTES = 64 * 1024
@@ -26,6 +26,7 @@ class Fleet(Protocol):
     metrics: Metrics
     router: Router
 
+    def metrics_page(self) -> bytes: ...
     def add_engine(self, address: EngineAddress) -> Engine: ...
     async def remove_engine(self, engine: Engine) -> None: ...
 
@@ -44,6 +45,7 @@ class AdminRoutes:
         app.router.add_post("/engines/resume", self._resume)
         app.router.add_delete("/engines", self._remove)
         app.router.add_get("/router-mode", self._mode)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/router-mode", self._set_mode)
         return app
 
@@ -52,7 +54,8 @@ class AdminRoutes:
             "url": engine.address.url,
             "name": engine.name,
             "state": engine.state,
-            "in_flight": self._fleet.ledger.load(engine.slot).in_flight,
+            "discovered": engine.address.options.discovered,
+            "in_flight": self._fleet.ledger.own(engine.slot).in_flight,
             "knowledge": engine.knowledge,
             "models": sorted(engine.models.ids) if engine.models is not None else [],
         }
@@ -69,6 +72,9 @@ class AdminRoutes:
                 "router_mode": self._fleet.router.state.mode,
             },
         )
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._fleet.metrics_page(), headers={"content-type": CONTENT_TYPE})
 
     async def _add(self, request: web.Request) -> web.Response:
         address = parse_engine_url(await _field(request, "url"))

@@ -1,5 +1,5 @@
 """Which engine was sent which prompt text: one bounded LRU of text-chain nodes per engine, one walk for all
-engines.
+engines. Capacities are in units of the chain (text_chain.py), so that a coarse node counts for what it covers.
 
 With the engine's true capacity this routes as well as exact knowledge (one router); an unbounded one does
 not.
@@ -11,40 +11,48 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from .prefix_walk import leading_runs
+from .text_chain import node_units
 
-DEFAULT_CAPACITY_NODES = 8192  # about 500k tokens at four bytes a token
+DEFAULT_CAPACITY_UNITS = 8192  # about 500k tokens at four bytes a token
 
 
 class ApproxIndex:
     """node -> bitmask of the engines that were sent it, and per engine the order in which to forget."""
 
-    def __init__(self, default_capacity_nodes: int = DEFAULT_CAPACITY_NODES) -> None:
-        self._default = default_capacity_nodes
+    def __init__(self, default_capacity_units: int = DEFAULT_CAPACITY_UNITS) -> None:
+        self._default = default_capacity_units
         self._masks: dict[int, int] = {}
         self._orders: dict[int, OrderedDict[int, float]] = {}
         self._capacity: dict[int, int] = {}
+        self._units: dict[int, int] = {}  # held per engine
 
     def __len__(self) -> int:
         return len(self._masks)
 
-    def set_capacity(self, slot: int, nodes: int) -> None:
-        self._capacity[slot] = max(1, nodes)
+    def set_capacity(self, slot: int, units: int) -> None:
+        self._capacity[slot] = max(1, units)
         self._trim(slot)
 
     def insert(self, slot: int, chain: Sequence[int], now: float) -> None:
         """Engine `slot` was sent this chain. The deepest node is touched first, so that it is forgotten
         first.
         """
-        order = self._orders.setdefault(slot, OrderedDict())
+        order = self._orders.get(slot)
+        if order is None:
+            order = self._orders[slot] = OrderedDict()
+            self._units[slot] = 0
         bit = 1 << slot
-        masks = self._masks
+        masks, touch, new = self._masks, order.move_to_end, 0
         for node in reversed(chain):
             if node in order:
-                order.move_to_end(node)
+                touch(node)
             else:
                 masks[node] = masks.get(node, 0) | bit
+                new += 4 if node & 1 else 1  # node_units, without its call
             order[node] = now
-        self._trim(slot)
+        if new:
+            self._units[slot] += new
+            self._trim(slot)
 
     def matched(self, chain: Sequence[int], mask: int) -> dict[int, int]:
         """How many leading nodes each engine of `mask` holds (engines with none are left out)."""
@@ -63,6 +71,7 @@ class ApproxIndex:
         """Forget everything about one engine."""
         for node in self._orders.pop(slot, ()):
             self._drop(node, 1 << slot)
+        self._units.pop(slot, None)
         self._capacity.pop(slot, None)
 
     def forget_nodes(self, slot: int) -> None:
@@ -75,8 +84,9 @@ class ApproxIndex:
     def _trim(self, slot: int) -> None:
         order = self._orders.get(slot)
         limit = self._capacity.get(slot, self._default)
-        while order and len(order) > limit:
+        while order and self._units[slot] > limit:
             node, _ = order.popitem(last=False)
+            self._units[slot] -= node_units(node)
             self._drop(node, 1 << slot)
 
     def _drop(self, node: int, bit: int) -> None:
@@ -90,7 +100,8 @@ class ApproxIndex:
         expected: dict[int, int] = {}
         for slot, order in self._orders.items():
             limit = self._capacity.get(slot, self._default)
-            assert len(order) <= limit, f"slot {slot} holds {len(order)} nodes of {limit}"
+            units = sum(map(node_units, order))
+            assert units == self._units[slot] <= limit, f"slot {slot} holds {units} units of {limit}"
             for node in order:
                 expected[node] = expected.get(node, 0) | 1 << slot
         assert expected == self._masks, "the mask index and the per-engine orders differ"

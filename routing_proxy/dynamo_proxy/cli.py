@@ -6,20 +6,30 @@ import inspect
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .api_keys import KeyRing
 from .config import (
     MIB,
+    DiscoverySources,
     Limits,
     ProxyConfig,
+    Routing,
     Timeouts,
+    TlsFiles,
+    parse_aliases,
+    parse_engine_url,
     parse_engine_urls,
+    parse_replicas,
     parse_router_mode,
     require_range,
 )
-from .errors import ProxyError
+from .discovery import parse_service
+from .errors import ConfigError, ProxyError
+from .tls import ServerTls, client_context
 
 _DAY = 86_400.0
 
@@ -49,14 +59,41 @@ class _Flag:
 
 
 FLAGS = (
-    _Flag("engine", None, "An engine, http://HOST:PORT; repeat for each"),
+    _Flag("engine", None, "An engine, http://HOST:PORT[,connect=S][,first-byte=S][,idle=S]; repeat for each"),
+    _Flag("engines_file", None, "A file of engines, one a line as for --engine; read again when it changes"),
+    _Flag("engine_dns", None, "http://NAME:PORT: every address of the name is an engine; repeat for each"),
+    _Flag("engine_k8s_service", None, "NAMESPACE/SERVICE:PORT: its ready endpoints are engines; repeat for each"),
+    _Flag("kubernetes_api", "", "URL of the API server; without it, as pods find it"),
+    _Flag("discovery_interval", 2.0, "Seconds between looks for engines", 0.05, 3600),
     _Flag("host", "127.0.0.1", "Address to listen on"),
     _Flag("port", 8080, "Port to listen on; 0 takes a free one", 0, 65535),
     _Flag("admin_host", "127.0.0.1", "Address of the admin listener"),
     _Flag("admin_port", 8081, "Port of the admin listener; 0 turns it off", 0, 65535),
+    _Flag("workers", 1, "Processes that serve the port", 1, 128),
     _Flag("router_mode", "kv", "kv, round-robin, random or least-loaded"),
+    _Flag("kv_overlap_score_weight", -1.0, "Use Dynamo's cost rule with this weight; -1: ours", -1, 1000),
+    _Flag("router_temperature", 0.0, "Above 0: draw engines by a softmax over costs", 0, 1000),
+    _Flag("router_host_cache_hit_weight", 0.75, "Worth of a block in host memory, of one in HBM", 0, 1),
+    _Flag("router_disk_cache_hit_weight", 0.25, "Worth of a block on disk", 0, 1),
+    _Flag("router_object_cache_hit_weight", 0.25, "Worth of a block in an object store", 0, 1),
+    _Flag("router_session_affinity_ttl_secs", 0.0, "Keep a session on its engine for so long; 0: no", 0, _DAY),
+    _Flag("engine_request_limit", 0, "Requests an engine may have, then they wait; 0: no limit", 0, 1_000_000),
+    _Flag("queue_size", 1024, "Requests that may wait; more get 429", 0, 1_000_000),
+    _Flag("queue_timeout", 30.0, "Seconds a request may wait, then it gets 503", 0.01, 3600),
+    _Flag("replica_sync_listen", "", "IP:PORT where other proxies before this fleet tell their load (UDP)"),
+    _Flag("replica_sync_peer", None, "IP:PORT of another proxy; repeat for each"),
+    _Flag("replica_sync_key_file", "", "File with the key that all of them share"),
     _Flag("kv_cache_block_size", 16, "Tokens per KV block until an engine tells its own", 1, 65536),
     _Flag("kv_events", True, "Subscribe to the engines' KV events"),
+    _Flag("stream_resume", True, "Go on with broken text streams on another engine"),
+    _Flag("access_log", "", "File for one line of JSON per request; - is standard output"),
+    _Flag("api_keys_file", "", "File of hashed API keys; without it everybody may call"),
+    _Flag("model_alias", None, "NAME=MODEL: a name that clients may use for a model; repeat for each"),
+    _Flag("tls_cert_file", "", "PEM certificate (chain) for clients; without it they speak plain HTTP"),
+    _Flag("tls_key_file", "", "PEM key of the certificate, if it is not in the same file"),
+    _Flag("engine_ca_file", "", "PEM authorities that engines' certificates are checked by"),
+    _Flag("engine_api_key_file", "", "File with the API key that the engines want"),
+    _Flag("engine_control_routes", False, "Pass on routes that operate an engine (/sleep, /server_info, ...)"),
     _Flag("max_body_bytes", 32 * MIB, "Largest request body", 1024, 4096 * MIB),
     _Flag("connect_timeout", 5.0, "Seconds to connect to an engine", 0.01, 600),
     _Flag("request_timeout", 300.0, "Seconds until the first byte of an answer", 0.01, _DAY),
@@ -71,25 +108,92 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
     for flag in FLAGS:
         if flag.high:
             require_range(flag.spelling, values[flag.name], flag.low, flag.high)
-    timeouts = Timeouts(
+    if values["workers"] > 1 and values["replica_sync_listen"]:
+        raise ConfigError(
+            "--workers already share their load among themselves; give --replica-sync-listen with one worker"
+        )
+    discovery = _discovery(values)
+    _check_files(values)
+    return ProxyConfig(
+        engines=parse_engine_urls(values["engine"] or [], may_be_none=bool(discovery)),
+        discovery=discovery,
+        host=values["host"],
+        port=values["port"],
+        admin_host=values["admin_host"],
+        admin_port=values["admin_port"] or None,
+        router_mode=parse_router_mode(values["router_mode"]),
+        replicas=parse_replicas(
+            values["replica_sync_listen"], values["replica_sync_peer"] or [], values["replica_sync_key_file"]
+        ),
+        routing=Routing(
+            overlap_weight=values["kv_overlap_score_weight"] if values["kv_overlap_score_weight"] >= 0 else None,
+            temperature=values["router_temperature"],
+            host_hit_weight=values["router_host_cache_hit_weight"],
+            disk_hit_weight=values["router_disk_cache_hit_weight"],
+            object_hit_weight=values["router_object_cache_hit_weight"],
+            session_seconds=values["router_session_affinity_ttl_secs"],
+            engine_request_limit=values["engine_request_limit"],
+            queue_size=values["queue_size"],
+            queue_seconds=values["queue_timeout"],
+        ),
+        kv_block_tokens=values["kv_cache_block_size"],
+        use_kv_events=values["kv_events"],
+        workers=values["workers"],
+        aliases=parse_aliases(values["model_alias"] or []),
+        tls=TlsFiles(values["tls_cert_file"], values["tls_key_file"], values["engine_ca_file"]),
+        engine_api_key=read_secret(values["engine_api_key_file"]),
+        access_log=values["access_log"],
+        api_keys_path=values["api_keys_file"],
+        control_routes=values["engine_control_routes"],
+        resume_streams=values["stream_resume"],
+        limits=Limits(max_body_bytes=values["max_body_bytes"]),
+        timeouts=_timeouts(values),
+    )
+
+
+def _timeouts(values: dict[str, Any]) -> Timeouts:
+    return Timeouts(
         connect_seconds=values["connect_timeout"],
         first_byte_seconds=values["request_timeout"],
         idle_seconds=values["idle_timeout"],
         drain_seconds=values["drain_timeout"],
         probe_interval_seconds=values["health_interval"],
     )
-    return ProxyConfig(
-        engines=parse_engine_urls(values["engine"] or []),
-        host=values["host"],
-        port=values["port"],
-        admin_host=values["admin_host"],
-        admin_port=values["admin_port"] or None,
-        router_mode=parse_router_mode(values["router_mode"]),
-        kv_block_tokens=values["kv_cache_block_size"],
-        use_kv_events=values["kv_events"],
-        limits=Limits(max_body_bytes=values["max_body_bytes"]),
-        timeouts=timeouts,
+
+
+def _discovery(values: dict[str, Any]) -> DiscoverySources:
+    discovery = DiscoverySources(
+        tuple(values["engines_file"] or ()),
+        tuple(parse_engine_url(url).url for url in values["engine_dns"] or ()),
+        tuple(values["engine_k8s_service"] or ()),
+        values["kubernetes_api"].rstrip("/"),
+        values["discovery_interval"],
     )
+    for service in discovery.services:
+        parse_service(service)
+    return discovery
+
+
+def _check_files(values: dict[str, Any]) -> None:
+    """Mistakes in files are told now, and once."""
+    if values["api_keys_file"]:
+        KeyRing(Path(values["api_keys_file"]), 0.0)
+    if values["tls_cert_file"]:
+        ServerTls(values["tls_cert_file"], values["tls_key_file"])
+    client_context(values["engine_ca_file"])
+
+
+def read_secret(path: str) -> str:
+    """The one line of a file; empty for no file. Raises ConfigError."""
+    if not path:
+        return ""
+    try:
+        text = Path(path).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read --engine-api-key-file {path} ({error}); name a file with the key") from None
+    if not text.isascii() or not text.isprintable() or not text or " " in text:
+        raise ConfigError(f"--engine-api-key-file {path} holds no key; write the key into it, on one line")
+    return text
 
 
 def _run(**values: Any) -> None:
@@ -126,9 +230,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(config: ProxyConfig) -> None:
     import uvloop
 
-    from .server import serve
+    if config.workers > 1:
+        from .supervisor import supervise
 
-    uvloop.run(serve(config))
+        uvloop.run(supervise(config))
+    else:
+        from .server import serve
+
+        uvloop.run(serve(config))
 
 
 def _complain(message: str) -> int:

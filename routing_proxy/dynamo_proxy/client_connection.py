@@ -5,6 +5,7 @@ purpose.
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import struct
 from typing import Protocol, cast
@@ -19,16 +20,23 @@ from .http_heads import RequestHead
 from .upstream import no_delay
 
 _REASONS = {
-    200: b"OK", 400: b"Bad Request", 404: b"Not Found", 405: b"Method Not Allowed", 408: b"Request Timeout",
-    413: b"Content Too Large", 417: b"Expectation Failed", 431: b"Request Header Fields Too Large",
-    500: b"Internal Server Error", 501: b"Not Implemented", 502: b"Bad Gateway", 503: b"Service Unavailable",
-    504: b"Gateway Timeout", 505: b"HTTP Version Not Supported",
+    200: b"OK", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
+    405: b"Method Not Allowed", 408: b"Request Timeout", 413: b"Content Too Large", 417: b"Expectation Failed",
+    429: b"Too Many Requests", 431: b"Request Header Fields Too Large", 500: b"Internal Server Error",
+    501: b"Not Implemented", 502: b"Bad Gateway", 503: b"Service Unavailable", 504: b"Gateway Timeout",
+    505: b"HTTP Version Not Supported",
 }  # fmt: skip
 _LINGER_SECONDS = 5.0
 # What a client must send on average, beyond its idle time: slower ones hold a connection for nothing.
 _MIN_BYTES_PER_SECOND = 4096
 _LINGER_BYTES = 256 << 20
 _JSON = b"application/json"
+
+
+def error_body(status: int, code: str, message: str) -> bytes:
+    """An error in the shape that OpenAI clients read."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
 
 
 class Running(Protocol):
@@ -114,6 +122,11 @@ class ClientConnection(asyncio.Protocol):
             if self._came_bytes > _LINGER_BYTES:
                 self.cut()
             return
+        if not self._must_wait():
+            request = self._reader.whole(data)
+            if request is not None:
+                self._begin(request)
+                return
         self._reader.receive(data)
         if not self._busy:
             self._pump()
@@ -196,13 +209,17 @@ class ClientConnection(asyncio.Protocol):
         self.write(head if self._is_head_request else head + body)
         self.finish(keep)
 
-    def refuse(self, status: int, code: str, message: str, close: bool = False) -> None:
+    def refuse(
+        self, status: int, code: str, message: str, close: bool = False, wait_seconds: float = 2, allow: bytes = b""
+    ) -> None:
         """Answer with an error in the shape OpenAI clients read."""
         if close:
             self._keep_alive = False
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        body = orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
-        self.reply(status, body, extra=b"retry-after: 2\r\n" if status == 503 else b"")
+        body = error_body(status, code, message)
+        wait = b"retry-after: %d\r\n" % max(1, math.ceil(wait_seconds)) if status in (429, 503) else b""
+        if allow:
+            wait += b"allow: %b\r\n" % allow
+        self.reply(status, body, extra=wait)
 
     def finish(self, keep_alive: bool) -> None:
         """The answer is written. Go on with the next request, or close after what was written is read."""

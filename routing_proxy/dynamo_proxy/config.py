@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import ConfigError
 
 ROUTER_MODES = ("kv", "round-robin", "random", "least-loaded")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+# Names in an engine's specification -> fields of EngineOptions and Timeouts.
+_DEADLINES = {"connect": "connect_seconds", "first-byte": "first_byte_seconds", "idle": "idle_seconds"}
 MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What is different about one engine; None: as for all."""
+
+    connect_seconds: float | None = None
+    first_byte_seconds: float | None = None
+    idle_seconds: float | None = None
+    draining: bool = False
+    discovered: bool = False  # a source of engines named it, and may take it away
+
+    def applied_to(self, timeouts: Timeouts) -> Timeouts:
+        own = {name: value for name in _DEADLINES.values() if (value := getattr(self, name)) is not None}
+        return replace(timeouts, **own) if own else timeouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +39,12 @@ class EngineAddress:
 
     host: str
     port: int
+    options: EngineOptions = field(default=EngineOptions(), compare=False)
+    tls: bool = False
 
     @property
     def url(self) -> str:
-        return f"http://{self.authority}"
+        return f"http{'s' if self.tls else ''}://{self.authority}"
 
     @property
     def authority(self) -> str:
@@ -56,6 +77,53 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """How engines are chosen in kv mode, beyond the mode itself. `overlap_weight` None means our rule, not Dynamo's."""
+
+    overlap_weight: float | None = None
+    temperature: float = 0.0
+    host_hit_weight: float = 0.75
+    disk_hit_weight: float = 0.25
+    object_hit_weight: float = 0.25
+    session_seconds: float = 0.0  # how long a session stays with its engine; 0: it does not
+    engine_request_limit: int = 0  # requests an engine may have; 0: as many as come
+    queue_size: int = 1024  # requests that may wait for one with room
+    queue_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoverySources:
+    """Where engines are named besides the command line."""
+
+    files: tuple[str, ...] = ()
+    dns: tuple[str, ...] = ()
+    services: tuple[str, ...] = ()
+    kubernetes_api: str = ""  # empty: as a pod finds it
+    interval_seconds: float = 2.0
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.dns or self.services)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files; no certificate: clients speak plain HTTP; no authorities: the system's."""
+
+    cert_file: str = ""
+    key_file: str = ""
+    engine_ca_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """Other proxies before the same fleet: addresses are HOST:PORT (UDP) or unix:PATH; all share the key."""
+
+    listen: str
+    peers: tuple[str, ...]
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ProxyConfig:
     """Everything `dynamo-proxy` was told. `admin_port` None means no admin listener; port 0 means any free
     one.
@@ -67,29 +135,58 @@ class ProxyConfig:
     admin_host: str = "127.0.0.1"
     admin_port: int | None = 8081
     router_mode: str = "kv"
+    routing: Routing = field(default_factory=Routing)
+    replicas: Replicas | None = None
     kv_block_tokens: int = 16
     use_kv_events: bool = True
+    resume_streams: bool = True
+    api_keys_path: str = ""  # empty: everybody may call
+    aliases: tuple[tuple[str, str], ...] = ()  # names that clients may use, and the models that they mean
+    tls: TlsFiles = field(default_factory=TlsFiles)
+    discovery: DiscoverySources = field(default_factory=DiscoverySources)
+    engine_api_key: str = field(default="", repr=False)
+    access_log: str = ""  # a file, or - for standard output; empty: none
+    control_routes: bool = False  # pass what operates an engine to it
+    workers: int = 1
+    admin_socket: str = ""  # of a worker: where its supervisor asks
+    supervisor_socket: str = ""  # of a worker: where the numbers of all workers are to be had
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
 
 def parse_engine_url(text: str) -> EngineAddress:
     """Return the address in an engine URL such as http://10.0.0.5:8000; raise ConfigError with the remedy."""
-    example = "give it as http://HOST:PORT, for example http://127.0.0.1:8000"
+    example = "give it as http://HOST:PORT or https://HOST:PORT, for example http://127.0.0.1:8000"
+    text, *settings = text.strip().split(",")
     try:
-        parts = urlsplit(text.strip())
+        parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"engine URL {text!r} is not valid ({error}); {example}") from None
-    if parts.scheme == "https":
-        raise ConfigError(f"engine URL {text!r}: TLS to engines is not supported; {example}")
-    if parts.scheme != "http" or not parts.hostname:
+    tls = parts.scheme == "https"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"engine URL {text!r} is not valid; {example}")
     if parts.path not in ("", "/") or parts.query or parts.fragment or parts.username is not None:
         raise ConfigError(f"engine URL {text!r} has more than a host and a port; {example}")
     if port == 0 or not _is_host(parts.hostname):
         raise ConfigError(f"engine URL {text!r} has no usable host and port; {example}")
-    return EngineAddress(parts.hostname, port or 80)
+    return EngineAddress(parts.hostname, port or (443 if tls else 80), _parse_options(text, settings), tls)
+
+
+def _parse_options(url: str, settings: list[str]) -> EngineOptions:
+    """NAME=VALUE pairs behind an engine URL."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if name not in _DEADLINES or not 0.01 <= seconds <= 86_400:
+            names = ", ".join(f"{known}=SECONDS" for known in _DEADLINES)
+            raise ConfigError(f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}")
+        values[_DEADLINES[name]] = seconds
+    return replace(EngineOptions(), **values)
 
 
 def _is_host(host: str) -> bool:
@@ -101,15 +198,51 @@ def _is_host(host: str) -> bool:
     return _HOST_NAME.fullmatch(host) is not None
 
 
-def parse_engine_urls(texts: list[str]) -> tuple[EngineAddress, ...]:
-    """Parse all engine URLs; at least one, none twice."""
-    if not texts:
+def parse_engine_urls(texts: list[str], may_be_none: bool = False) -> tuple[EngineAddress, ...]:
+    """Parse all engine URLs; at least one, unless more may be found, and none twice."""
+    if not texts and not may_be_none:
         raise ConfigError("no engine given; name at least one, for example --engine http://127.0.0.1:8000")
     engines = tuple(parse_engine_url(text) for text in texts)
     for address in engines:
         if engines.count(address) > 1:
             raise ConfigError(f"engine {address.url} is given twice; name each engine once")
     return engines
+
+
+def parse_aliases(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """NAME=MODEL pairs. Raises ConfigError."""
+    aliases: list[tuple[str, str]] = []
+    for text in texts:
+        name, _, model = text.partition("=")
+        if not name or not model or name == model or any(name == other for other, _ in aliases):
+            raise ConfigError(
+                f"--model-alias {text!r} is not NAME=MODEL with a name of its own; for example fast=llama-8b"
+            )
+        aliases.append((name, model))
+    return tuple(aliases)
+
+
+def parse_replicas(listen: str, peers: list[str], key_path: str) -> Replicas | None:
+    """The settings of replica sync, None if it is off; raise ConfigError with the remedy."""
+    if not listen:
+        if peers or key_path:
+            raise ConfigError("--replica-sync-peer and -key-file need --replica-sync-listen HOST:PORT")
+        return None
+    for address in (listen, *peers):
+        host, _, port = address.rpartition(":")
+        try:
+            plain = bool(ipaddress.ip_address(host.strip("[]")))
+        except ValueError:
+            plain = False
+        if not address.startswith("unix:/") and not (plain and port.isdigit() and 0 < int(port) < 65536):
+            raise ConfigError(f"replica address {address!r} is not valid; give IP:PORT, for example 10.0.0.7:8082")
+    try:
+        key = Path(key_path).read_bytes().strip() if key_path else b""
+    except OSError as error:
+        raise ConfigError(f"--replica-sync-key-file {key_path}: {error.strerror}; name a readable file") from None
+    if len(key) < 16:
+        raise ConfigError("--replica-sync-key-file must hold at least 16 bytes, for example `openssl rand -hex 32`")
+    return Replicas(listen, tuple(peers), key)
 
 
 def parse_router_mode(text: str) -> str:

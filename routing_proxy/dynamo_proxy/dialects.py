@@ -11,6 +11,8 @@ from typing import Any
 
 VLLM_SOURCES_PATH = "/kv_event_sources"  # 0.32 and newer
 SGLANG_INFO_PATH = "/server_info"
+# Streams that carry token ids when asked (SGLang refuses it for chats).
+TELL_IDS = {"vllm": ("/v1/chat/completions", "/v1/completions"), "sglang": ("/v1/completions",)}
 _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
@@ -27,11 +29,20 @@ class EventSource:
 
 @dataclass(frozen=True, slots=True)
 class ServedModels:
-    """Model ids an engine serves, those of them that are LoRA adapters, and their listing entries."""
+    """Model ids an engine serves, those of them that are LoRA adapters, their listing entries, and what kind of
+    engine it says it is (empty: it does not say).
+    """
 
     ids: frozenset[str]
     loras: frozenset[str]
     entries: tuple[dict[str, Any], ...]
+    kind: str = ""
+
+    @property
+    def max_model_tokens(self) -> int:
+        """The longest context in tokens, 0 if the engine does not say."""
+        lengths = [entry.get("max_model_len") for entry in self.entries]
+        return max((length for length in lengths if type(length) is int), default=0)
 
 
 def read_models(listing: Any) -> ServedModels | None:
@@ -41,7 +52,9 @@ def read_models(listing: Any) -> ServedModels | None:
         return None
     entries = tuple(entry for entry in data if isinstance(entry, dict) and isinstance(entry.get("id"), str))
     loras = frozenset(entry["id"] for entry in entries if entry.get("parent"))
-    return ServedModels(frozenset(entry["id"] for entry in entries), loras, entries)
+    owners = {str(entry.get("owned_by")) for entry in entries}
+    kind = owners.pop() if len(owners) == 1 else ""
+    return ServedModels(frozenset(entry["id"] for entry in entries), loras, entries, kind)
 
 
 def vllm_sources(answer: Any, host: str) -> tuple[EventSource, ...]:

@@ -4,15 +4,21 @@ states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, NamedTuple
 
-from .config import EngineAddress
+from . import dialects
+from .breaker import Breaker
+from .config import EngineAddress, Timeouts
 from .dialects import ServedModels
 from .errors import EngineBusyError, UnknownEngineError
 from .ledger import Ledger
+from .policy import Load
 from .upstream import UpstreamPool
+
+_MAX_FLEETS = 256  # clients may ask for models that nobody serves
 
 
 class Health(Enum):
@@ -23,6 +29,17 @@ class Health(Enum):
     DOWN = "down"
 
 
+# What decides whether an engine may take a request.
+_DECISIVE = frozenset(("health", "draining", "models"))
+
+
+class Fleet(NamedTuple):
+    """The engines that may take a request: their loads, and a bitmask of their slots."""
+
+    loads: tuple[Load, ...]
+    mask: int
+
+
 @dataclass(slots=True, eq=False)
 class Engine:
     """One engine. `slot` is its small number: its bit in every mask, and its name towards clients."""
@@ -30,6 +47,8 @@ class Engine:
     slot: int
     address: EngineAddress
     pool: UpstreamPool
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    breaker: Breaker = field(default_factory=Breaker)
     health: Health = Health.STARTING
     draining: bool = False
     models: ServedModels | None = None  # None: not known, so any model may be served
@@ -38,14 +57,24 @@ class Engine:
     events_lost: bool = False
     name: str = field(init=False)  # what clients and metrics see; it tells no address
     label: bytes = field(init=False)
-    authority: bytes = field(init=False)
+    credential: str = field(default="", repr=False)  # the key that the engine wants; empty: none
+    host_lines: bytes = field(init=False, repr=False)  # what every request to it begins with
     root_url: bytes = field(init=False)
+
+    on_change: Callable[[], None] = field(init=False, default=lambda: None)  # something in _DECISIVE was set
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in _DECISIVE and hasattr(self, "on_change"):
+            self.on_change()
 
     def __post_init__(self) -> None:
         self.name = f"engine-{self.slot}"
         self.label = self.name.encode()
-        self.authority = self.address.authority.encode("latin-1")
-        self.root_url = b"http://%b/" % self.authority
+        self.root_url = self.address.url.encode("latin-1") + b"/"
+        self.host_lines = b"host: %b\r\n" % self.address.authority.encode("latin-1")
+        if self.credential:
+            self.host_lines += b"authorization: Bearer %b\r\n" % self.credential.encode("latin-1")
 
     @property
     def takes_requests(self) -> bool:
@@ -53,13 +82,19 @@ class Engine:
 
     @property
     def state(self) -> str:
-        return "draining" if self.draining else self.health.value
+        if self.draining:
+            return "draining"
+        return "tripped" if self.health is Health.READY and self.breaker.blocks else self.health.value
 
     @property
     def knowledge(self) -> str:
         if self.events_lost:
             return "degraded"
         return "exact" if self.event_feeds and self.events_complete else "approximate"
+
+    def tells_ids(self, path: str) -> bool:
+        """True if streams of this route can carry token ids."""
+        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
 
     def serves(self, model: str) -> bool:
         return not model or self.models is None or model in self.models.ids
@@ -73,6 +108,7 @@ class EngineRegistry:
         self._engines: dict[int, Engine] = {}
         self._leaving: set[int] = set()  # slots of engines that were removed but have parts still open
         self.loras: frozenset[str] = frozenset()
+        self._fleets: dict[str, Fleet] = {}  # by model; emptied whenever an engine changes
 
     def __iter__(self) -> Iterator[Engine]:
         return iter(list(self._engines.values()))
@@ -100,6 +136,8 @@ class EngineRegistry:
         assert engine.slot not in self._engines, f"slot {engine.slot} is taken"
         self._engines[engine.slot] = engine
         self._ledger.load(engine.slot)
+        engine.on_change = engine.breaker.on_change = self._fleets.clear
+        self._fleets.clear()
 
     def remove(self, engine: Engine) -> None:
         """Take an engine out; its slot stays taken until `left`. Raises EngineBusyError while requests are in
@@ -107,32 +145,38 @@ class EngineRegistry:
         """
         if self._engines.get(engine.slot) is not engine:
             raise UnknownEngineError(f"no engine {engine.address.url} here; GET /engines lists them")
-        in_flight = self._ledger.load(engine.slot).in_flight
+        in_flight = self._ledger.own(engine.slot).in_flight
         if in_flight:
             raise EngineBusyError(f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait")
         del self._engines[engine.slot]
+        self._fleets.clear()
         self._leaving.add(engine.slot)
         self.models_changed()
 
     def left(self, engine: Engine) -> None:
         """Nothing of a removed engine is left: its slot may be used again."""
         self._leaving.discard(engine.slot)
+        self._ledger.forget_slot(engine.slot)
 
     def models_changed(self) -> None:
         """Recompute which served models are LoRA adapters."""
         self.loras = frozenset().union(*(e.models.loras for e in self._engines.values() if e.models is not None))
 
-    def candidates(self, model: str, tried: int) -> list[Engine]:
-        """Engines that may take a request for `model`, without the slots of the bitmask `tried`."""
-        ready = Health.READY  # the loop is Engine.takes_requests and Engine.serves, without their calls
-        return [
-            engine
-            for engine in self._engines.values()
-            if engine.health is ready
-            and not engine.draining
-            and not tried >> engine.slot & 1
-            and (not model or engine.models is None or model in engine.models.ids)
-        ]
+    def fleet(self, model: str, tried: int) -> Fleet:
+        """The engines that may take a request for `model`, without the slots of the bitmask `tried`."""
+        if tried:
+            return self._fleet(model, tried)
+        fleet = self._fleets.get(model)
+        if fleet is None:
+            if len(self._fleets) >= _MAX_FLEETS:
+                self._fleets.clear()
+            fleet = self._fleets[model] = self._fleet(model, 0)
+        return fleet
+
+    def _fleet(self, model: str, tried: int) -> Fleet:
+        fit = [e for e in self._engines.values() if e.takes_requests and not tried >> e.slot & 1 and e.serves(model)]
+        fit = [e for e in fit if not e.breaker.blocks] or fit  # a doubtful engine is better than none
+        return Fleet(tuple(self._ledger.load(e.slot) for e in fit), sum(1 << e.slot for e in fit))
 
     def any_ready(self) -> bool:
         return any(engine.takes_requests for engine in self._engines.values())
@@ -145,3 +189,6 @@ class EngineRegistry:
             assert engine.slot == slot, f"engine {engine.slot} is filed under {slot}"
             assert not (engine.events_complete and engine.events_lost), f"{engine.name}: events complete and lost"
             engine.pool.check()
+            engine.breaker.check()
+        for model, fleet in self._fleets.items():
+            assert fleet == self._fleet(model, 0), f"the fleet for {model!r} is out of date"

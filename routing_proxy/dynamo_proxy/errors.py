@@ -15,6 +15,10 @@ class ListenError(ProxyError):
     """A listening socket could not be opened."""
 
 
+class DiscoveryError(ProxyError):
+    """A source of engines cannot be asked."""
+
+
 class UnknownEngineError(ProxyError):
     """An admin call named an engine that the proxy does not have."""
 
@@ -38,6 +42,14 @@ class RequestError(ProxyError):
         super().__init__(message)
         self.status = status
         self.code = code
+
+
+class LimitError(RequestError):
+    """A caller has used up what it may use: the client may try again after a while."""
+
+    def __init__(self, retry_after_seconds: float, message: str) -> None:
+        super().__init__(429, "rate_limit_exceeded", message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class ProtocolError(RequestError):

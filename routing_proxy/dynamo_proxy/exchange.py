@@ -1,69 +1,54 @@
 """One request on its way: placed, sent, retried while nothing was relayed, then relayed byte by byte.
 
 States: waiting (no body byte relayed: every failure moves on to the next engine) -> relaying (the answer has
-begun: a failure can only end it) -> over. The response head is held back until the first body byte, because
-engines send "200 OK" before they prefill; so an engine that dies during prefill still costs the client
-nothing.
+begun) -> over. The response head is held back until the first body byte, because engines send "200 OK" before
+they prefill; so an engine that dies during prefill still costs the client nothing. A failure while relaying ends
+the answer, unless the stream is on tape: then relaying -> resuming (as waiting, for the rest) -> relaying.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import Protocol
 
-import orjson
-
-from .config import Limits, Timeouts
-from .flow_control import FlowControl
-from .http1 import Request, ResponseReader
-from .http_heads import RequestHead, ResponseHead
-from .metrics import Metrics
-from .router import Placement, Router
-from .text_chain import Prompt
-from .tokens import TokenLearner
+from . import stream_tape
+from .config import Timeouts
+from .guard import Meter
+from .http1 import ResponseReader
+from .http_heads import ResponseHead
+from .intake import Asked
+from .receipts import Receipt, receipt_of
+from .router import Placement
+from .services import ClientSide, Services
+from .stream_tape import Frames, PlainFrames, StreamTape
 from .upstream import UpstreamConnection
+from .wire import is_framed, may_speak, refusal, request_bytes, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
+_RESUMES = 3  # per request
 _RETRY_STATUSES = frozenset((502, 503))
-_GATEWAY_TIMEOUT_REASONS = frozenset(("first_byte_timeout", "connect_timeout"))
-
-
-class ClientSide(Protocol):
-    """The client connection as an exchange sees it."""
-
-    flow: FlowControl
-
-    def write(self, data: bytes) -> None: ...
-    def finish(self, keep_alive: bool) -> None: ...
-    def cut(self, reset: bool = False) -> None: ...
-    def refuse(self, status: int, code: str, message: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What every exchange needs."""
-
-    router: Router
-    metrics: Metrics
-    tokens: TokenLearner
-    limits: Limits
-    timeouts: Timeouts
 
 
 class Exchange:
     """Carries one request to an engine and its answer back. It owns at most one placement at any time."""
 
     __slots__ = (
-        "_arrived", "_attempt_started", "_client", "_dial", "_endpoint", "_failure", "_head", "_heard",
-        "_last_tail", "_loop", "_placement", "_prompt", "_relaying", "_request", "_reused", "_services",
-        "_stale", "_timer", "_tried", "_up", "over",
+        "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_events", "_failure",
+        "_first_token", "_frames", "_head", "_heard", "_last_tail", "_loop", "_meter", "_placement", "_prompt",
+        "_receipt", "_relaying", "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape",
+        "_tapeable", "_timer", "_tried", "_up", "over",
     )  # fmt: skip
 
-    def __init__(self, client: ClientSide, request: Request, prompt: Prompt, endpoint: str, services: Services) -> None:
+    def __init__(
+        self,
+        client: ClientSide,
+        asked: Asked,
+        endpoint: str,
+        services: Services,
+        meter: Meter | None = None,
+    ) -> None:
         self._client = client
-        self._request = request
-        self._prompt = prompt
+        self._request = asked.request
+        self._prompt = asked.prompt
         self._endpoint = endpoint
         self._services = services
         self._loop = asyncio.get_running_loop()
@@ -72,12 +57,21 @@ class Exchange:
         self._failure = ""
         self._relaying = False
         self.over = False
+        self._meter = meter
+        self._receipt: Receipt | None = None
+        self._tapeable = asked.tapeable
+        self._tape: StreamTape | None = None
+        self._continuation = b""  # what asks for the rest of a broken stream
+        self._resumes = 0
+        self._resuming = False
         # per attempt
-        self._attempt_started = self._heard = 0.0
+        self._attempt_started = self._heard = self._first_token = 0.0
+        self._events = 0  # of a stream since its first
         self._placement: Placement | None = None
         self._up: UpstreamConnection | None = None
         self._dial: asyncio.Task[None] | None = None
         self._head: ResponseHead | None = None
+        self._frames: Frames | None = None  # None: the engine's bytes pass as they are
         self._timer: asyncio.TimerHandle | None = None
         self._reused = False
         self._stale = 0
@@ -131,60 +125,108 @@ class Exchange:
             self._send(placement, connection)
 
     def _send(self, placement: Placement, connection: UpstreamConnection) -> None:
-        head = self._request.head
+        head, body = self._request.head, self._request.body
         self._up = connection
-        self._head = None
-        reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode=head.minor_version == 0)
-        payload = request_bytes(head, self._request.body, placement.engine.authority)
-        connection.begin(self, reader, payload)
+        decode = head.minor_version == 0
+        if self._resuming and self._tape is not None:
+            self._tape.rewind()
+            body, decode = self._continuation, True
+        else:
+            self._head = self._frames = self._tape = None
+            if self._tapeable and placement.engine.tells_ids(self._endpoint):
+                self._tape, decode = StreamTape(self._endpoint == stream_tape.CHAT), True
+                body = stream_tape.asking_for_ids(body)
+        reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode)
+        target = stream_tape.COMPLETIONS.encode() if self._resuming else head.target
+        connection.begin(self, reader, request_bytes(head, target, body, placement.engine.host_lines))
         if self._timer is None:
-            self._timer = self._loop.call_later(self._services.timeouts.first_byte_seconds, self._on_timer)
+            self._timer = self._loop.call_later(placement.engine.timeouts.first_byte_seconds, self._on_timer)
         if connection.transport is not None:
             self._client.flow.attach(connection.transport)
 
     def _on_timer(self) -> None:
         """One timer per attempt, re-armed lazily: no timer work per token."""
         self._timer = None
-        limits = self._services.timeouts
-        limit = limits.idle_seconds if self._relaying else limits.first_byte_seconds
+        assert self._placement is not None
+        limits = self._placement.engine.timeouts
+        started = self._relaying and not self._resuming
+        limit = limits.idle_seconds if started else limits.first_byte_seconds
         # While the client is too slow to take what came, the engine is not at fault.
         since = self._loop.time() if self._client.flow.writing_paused else self._heard
         left = since + limit - self._loop.time()
         if left > 0:
             self._timer = self._loop.call_later(left, self._on_timer)
-        elif self._relaying:
+        elif started:
             self._broken("idle_timeout")
         else:
             self._next_engine("first_byte_timeout")
 
+    def _watch_for_silence(self, limits: Timeouts) -> None:
+        """The first byte came: from now on the idle deadline counts, though the timer still runs for the other."""
+        if limits.idle_seconds < limits.first_byte_seconds and self._timer is not None:
+            self._timer.cancel()
+            self._timer = self._loop.call_later(limits.idle_seconds, self._on_timer)
+
     # --- from the engine (ResponseSink)
 
     def on_head(self, head: ResponseHead) -> None:
+        if self._resuming:
+            if head.status != 200 or not head.is_events:
+                self._next_engine(f"status_{head.status}")
+            return
         if head.status in _RETRY_STATUSES and self._services.router.another(self._prompt, self._tried):
             self._next_engine(f"status_{head.status}")
             return
         self._head = head
+        if self._tape is not None:
+            if head.status != 200 or not head.is_events or not head.chunked:
+                self._tape = None
+            self._frames = self._tape or (PlainFrames() if head.chunked else None)
 
     def on_body(self, data: bytes) -> None:
         self._heard = self._loop.time()
-        if not self._relaying:
-            self._begin_relay(data)
-        else:
-            self._client.write(data)
+        if self._meter is not None:
+            self._meter.saw(data)
+        frames = self._frames
+        if frames is not None:
+            data = frames.feed(data)
+            if frames.failed or not data:
+                self._relay(data)
+                if frames.failed:
+                    self._lost(frames.failed)
+                return
+        self._relay(data)
         self._last_tail = data[-8:]
+
+    def _relay(self, data: bytes) -> None:
+        if self._relaying and not self._resuming:
+            self._client.write(data)
+            if self._first_token:
+                self._events += data.count(b"data: ")
+        elif data:
+            self._begin_relay(data)
 
     def on_end(self) -> None:
         self._up = None
+        frames = self._frames
+        if frames is not None:
+            last = frames.end()
+            if frames.failed:
+                self._lost(frames.failed)
+                return
+            self._relay(last)
         if not self._relaying:
             self._begin_relay(b"")
         head = self._head
         assert head is not None
+        if self._events and self._placement is not None:
+            self._services.router.stream_ended(self._placement, self._events, self._heard - self._first_token)
         self._leave_engine()
         self._close(head.status, "ok" if head.status < 400 else "engine_answer")
-        self._client.finish(self._is_framed(head) and self._request.head.keep_alive)
+        self._client.finish(is_framed(head, self._request.head) and self._request.head.keep_alive)
 
     def on_lost(self, reason: str) -> None:
-        if self._relaying:
+        if self._relaying and not self._resuming:
             self._broken(reason)
         elif self._reused and reason == "connection_lost" and not self._answer_began():
             # The engine closed an idle connection just as we used it: not its fault, and not a try.
@@ -194,6 +236,13 @@ class Exchange:
             self._stale += 1
             assert self._placement is not None
             self._connect(self._placement)
+        else:
+            self._next_engine(reason)
+
+    def _lost(self, reason: str) -> None:
+        """The connection lives, the answer does not."""
+        if self._relaying and not self._resuming:
+            self._broken(reason)
         else:
             self._next_engine(reason)
 
@@ -207,19 +256,36 @@ class Exchange:
         head, placement = self._head, self._placement
         assert head is not None
         assert placement is not None
-        self._relaying = True
         now = self._loop.time()
+        self._watch_for_silence(placement.engine.timeouts)
+        if self._resuming:
+            self._resuming = False
+            self._services.router.first_byte(placement, 0.0)
+            placement.engine.breaker.passed()
+            self._services.metrics.resumes.labels("resumed").inc()
+            self._client.write(first)
+            return
+        self._relaying = True
+        if head.status >= 500:
+            self._services.router.failed(placement.engine, f"status_{head.status}")
+        elif placement.engine.breaker.score:
+            placement.engine.breaker.passed()
         # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
         is_token = head.status == 200 and head.is_events
+        self._events, self._first_token = 0, now if is_token else 0.0
         self._services.router.first_byte(placement, now - self._attempt_started if is_token else 0.0)
         self._services.metrics.ttft.observe(now - self._arrived)
+        if is_token:
+            self._services.metrics.prefilled(placement.engine.name, now - self._attempt_started)
         if head.status == 200:
             self._services.tokens.offer(self._prompt, placement.engine)
-        self._client.write(response_bytes(head, self._request.head, placement) + first)
-
-    def _is_framed(self, head: ResponseHead) -> bool:
-        """True if the client can tell a whole answer from a cut one (a 1.0 client gets chunks decoded)."""
-        return head.content_length is not None or (head.chunked and self._request.head.minor_version == 1)
+        asked = self._request.head.wants_route
+        if asked or self._services.log is not None:
+            state, tries = self._services.router.state, self._tried.bit_count()
+            spent = now - self._attempt_started, now - self._arrived
+            self._receipt = receipt_of(placement, state.mode, state.learner.model, tries, *spent)
+        receipt = self._receipt.header() if asked and self._receipt is not None else b""
+        self._client.write(response_bytes(head, self._request.head, placement, receipt) + first)
 
     def _next_engine(self, reason: str) -> None:
         """This engine failed before anything was relayed: count it, leave it, try another one."""
@@ -233,41 +299,64 @@ class Exchange:
 
     def _give_up(self) -> None:
         """No engine is left to try."""
-        if self._failure:
-            late = self._failure in _GATEWAY_TIMEOUT_REASONS
-            status, code = (504, "engine_timeout") if late else (502, "engine_failed")
-            message = f"every engine that could serve this request failed ({self._failure}); try again"
-        elif self._services.router.model_is_unknown(self._prompt.model):
-            status, code = 404, "model_not_found"
-            message = f"The model `{self._prompt.model}` does not exist here; GET /v1/models lists what is served."
-        else:
-            status, code = 503, "no_engine_ready"
-            message = (
-                "no engine is ready to take this request, and not every engine has told its models yet; "
-                "try again in a few seconds, and check the model's name if this goes on"
-            )
+        if self._resuming:
+            self._services.metrics.resumes.labels("no_engine").inc()
+            self._end_broken(200, self._failure)
+            return
+        unknown = not self._failure and self._services.router.model_is_unknown(self._prompt.model)
+        self.turn_away(*refusal(self._failure, self._prompt.model if unknown else ""))
+
+    def turn_away(self, status: int, code: str, message: str) -> None:
+        """Answer with an error; no engine has this request."""
         self._close(status, self._failure or code)
         self._client.refuse(status, code, message)
 
     def _broken(self, reason: str) -> None:
         """The engine was lost in the middle of its answer."""
-        head, up = self._head, self._up
+        head, up, placement = self._head, self._up, self._placement
         assert head is not None
-        assert self._placement is not None
+        assert placement is not None
         at_boundary = up is not None and up.reader is not None and up.reader.at_boundary
-        self._services.router.failed(self._placement.engine, reason)
+        self._services.router.failed(placement.engine, reason)
         self._leave_engine()
-        self._close(head.status, reason)
-        if self._may_speak(head, at_boundary):
+        if self._tape is None:
+            self._end_broken(head.status, reason, at_boundary and may_speak(head, self._request.head, self._last_tail))
+        elif not self._resume(self._tape, 1 << placement.engine.slot, reason):
+            self._end_broken(head.status, reason)
+
+    def _resume(self, tape: StreamTape, lost: int, reason: str) -> bool:
+        """Go on with a stream on tape on another engine; False if that cannot be."""
+        outcome, said = "too_often", b""
+        if self._resumes < _RESUMES:
+            most = self._services.router.max_model_tokens(self._prompt.model)
+            outcome, said = stream_tape.plan_rest(tape, self._request.body, most)
+        if outcome != "go_on":
+            self._services.metrics.resumes.labels(outcome).inc()
+        if outcome == "concluded":
+            self._client.write(said)
+            self._close(200, "ok")
+            self._client.finish(self._request.head.keep_alive)
+            return True
+        if outcome != "go_on":
+            return False
+        self._continuation = said
+        self._resumes += 1
+        self._resuming, self._failure = True, reason
+        if not self._services.router.another(self._prompt, self._tried):
+            self._tried = lost  # those that failed this request before may be well again
+        self._attempt()
+        return True
+
+    def _end_broken(self, status: int, reason: str, may_speak: bool = True) -> None:
+        """End an answer that cannot be made whole."""
+        head = self._head
+        assert head is not None
+        self._close(status, reason)
+        if may_speak:
             self._client.write(stream_error_bytes("the engine was lost in the middle of this answer; try again"))
             self._client.finish(False)
         else:
-            self._client.cut(reset=not self._is_framed(head))
-
-    def _may_speak(self, head: ResponseHead, at_boundary: bool) -> bool:
-        """True if an in-band error event fits here: an event stream, between two events and two chunks."""
-        chunked = head.chunked and self._is_framed(head)
-        return head.is_events and chunked and at_boundary and self._last_tail.endswith(b"\n\n\r\n")
+            self._client.cut(reset=not is_framed(head, self._request.head))
 
     # --- endings
 
@@ -289,45 +378,17 @@ class Exchange:
 
     def _close(self, status: int, reason: str) -> None:
         self.over = True
-        self._services.metrics.finished(self._endpoint, status, reason, self._loop.time() - self._arrived)
+        if self._meter is not None:
+            self._meter.over(self._loop.time())
+        seconds = self._loop.time() - self._arrived
+        self._services.metrics.finished(self._endpoint, status, reason, seconds)
+        if self._services.log is not None:
+            self._services.log.add(self._endpoint, self._prompt.model, status, reason, seconds, self._receipt)
 
     def check(self) -> None:
         assert not (self.over and self._placement is not None), "a finished exchange still holds its engine"
         assert not (self.over and self._timer is not None), "a finished exchange still has a timer"
         assert not self._relaying or self._head is not None, "relaying without a head"
-
-
-def request_bytes(head: RequestHead, body: bytes, authority: bytes) -> bytes:
-    """The request as an engine gets it: one length, our Host, no hop-by-hop headers."""
-    has_body = body or head.chunked or head.method in (b"POST", b"PUT", b"PATCH")
-    length = b"content-length: %d\r\n" % len(body) if has_body else b""
-    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%b" % (
-        head.method, head.target, authority, head.passing, length, body,
-    )  # fmt: skip
-
-
-def response_bytes(head: ResponseHead, request: RequestHead, placement: Placement) -> bytes:
-    """The response head as the client gets it."""
-    ours = b""
-    if head.chunked and request.minor_version:
-        ours = b"transfer-encoding: chunked\r\n"
-    framed = head.content_length is not None or ours
-    if not (framed and request.keep_alive):
-        ours += b"connection: close\r\n"
-    elif request.minor_version == 0:
-        ours += b"connection: keep-alive\r\n"
-    if head.location:  # made of the Host that we sent: the engine's address is nobody's business
-        at_engine = head.location.startswith(placement.engine.root_url)
-        ours += b"location: %b\r\n" % (
-            head.location[len(placement.engine.root_url) - 1 :] if at_engine else head.location
-        )
-    return b"HTTP/1.1 %d %b\r\n%b%bx-dynamo-engine: %b\r\nx-dynamo-matched-tokens: %d\r\n\r\n" % (
-        head.status, head.reason, head.passing, ours, placement.engine.label, placement.decision.matched_tokens,
-    )  # fmt: skip
-
-
-def stream_error_bytes(message: str) -> bytes:
-    """An error event and the end of the stream, in chunks."""
-    error = {"error": {"message": message, "type": "engine_error", "code": "engine_lost"}}
-    event = b"data: " + orjson.dumps(error) + b"\n\n"
-    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event)
+        assert not self._resuming or self._tape is not None, "resuming without a tape"
+        if self._tape is not None:
+            self._tape.check()

@@ -4,32 +4,48 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from urllib.parse import unquote
 
 import orjson
 
 from . import metrics as metric_names
-from .client_connection import ClientConnection
+from .client_connection import ClientConnection, Running, error_body
 from .engines import EngineRegistry
-from .errors import ProtocolError, RequestError
-from .exchange import Exchange, Services
+from .errors import LimitError, ProtocolError, RequestError
+from .exchange import Exchange
+from .guard import Guard, without_credentials
 from .http1 import Request
+from .intake import Intake
 from .knowledge import Knowledge
 from .ledger import Ledger
 from .openapi import JSON_ROUTES, document
-from .text_chain import Prompt, read_prompt
+from .services import Services
+from .supervisor_page import SupervisorPage
+from .waiting_room import WaitingRoom
 
 _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
+_MODEL_ROUTE = "/v1/models/"
 
 
 class FrontEnd:
     """The requests of all client connections."""
 
-    def __init__(self, registry: EngineRegistry, ledger: Ledger, knowledge: Knowledge, services: Services) -> None:
+    def __init__(
+        self,
+        registry: EngineRegistry,
+        ledger: Ledger,
+        knowledge: Knowledge,
+        services: Services,
+    ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._knowledge = knowledge
         self._services = services
-        self._openapi = orjson.dumps(document())
+        self.intake = Intake(registry)
+        self.guard: Guard | None = None  # None: everybody may call
+        self.strip_credentials = False
+        self.waiting: WaitingRoom | None = None  # None: engines have no limit
+        self.page: SupervisorPage | None = None  # of a worker: the metrics of all workers
         self.clients: set[ClientConnection] = set()
         self.draining = False
         self.empty = asyncio.Event()  # no client is connected
@@ -47,38 +63,43 @@ class FrontEnd:
     def rejected(self, error: ProtocolError) -> None:
         self._services.metrics.finished("none", error.status, error.code, 0.0)
 
-    def handle(self, client: ClientConnection, request: Request) -> Exchange | None:
+    def handle(self, client: ClientConnection, request: Request) -> Running | None:
         """Start answering one request."""
         path = request.head.path
-        method = request.head.method
-        if path in _OWN_ROUTES and not (path == "/v1/models" and self._models_are_the_engines()):
-            self._own(client, path, method)
-            return None
+        if "%" in path:
+            path = unquote(path)  # as engines read it
         try:
-            prompt = self._prompt(path, method, request)
+            return self._admitted(client, request, path)
         except RequestError as error:
             self._services.metrics.finished(_endpoint(path), error.status, error.code, 0.0)
-            client.refuse(error.status, error.code, str(error))
+            wait = error.retry_after_seconds if isinstance(error, LimitError) else 2
+            allow = b"POST" if error.status == 405 else b""
+            client.refuse(error.status, error.code, str(error), wait_seconds=wait, allow=allow)
             return None
-        exchange = Exchange(client, request, prompt, _endpoint(path), self._services)
-        exchange.start()
-        return None if exchange.over else exchange
 
-    def _prompt(self, path: str, method: bytes, request: Request) -> Prompt:
-        if method != b"POST" or path not in JSON_ROUTES:
-            return Prompt()
-        try:
-            body = orjson.loads(request.body)
-        except orjson.JSONDecodeError as error:
-            raise RequestError(400, "invalid_json", f"the request body is not valid JSON: {error}") from None
-        if not isinstance(body, dict):
-            raise RequestError(400, "invalid_json", "the request body must be a JSON object")
-        if "model" in body and not isinstance(body["model"], str):
-            raise RequestError(400, "invalid_model", "`model` must be a string")
-        try:
-            return read_prompt(body, self._registry.loras)
-        except (TypeError, RecursionError):
-            return Prompt(body.get("model") or "")  # deeper than we render: placed by load alone
+    def _admitted(self, client: ClientConnection, request: Request, path: str) -> Running | None:
+        method, caller, guard = request.head.method, None, self.guard
+        if guard is not None and path != "/health":
+            request, caller = guard.admit(request)
+        elif self.strip_credentials:
+            request = without_credentials(request)
+        if path == "/metrics" and self.page is not None and method == b"GET":
+            self._services.metrics.finished(path, 200, "ok", 0.0)
+            return self.page.fetch(client)
+        own = path in _OWN_ROUTES or path.startswith(_MODEL_ROUTE)
+        if own and not (path.startswith("/v1/models") and self._models_are_the_engines()):
+            self._own(client, path, method)
+            return None
+        asked = self.intake.read(path, request)
+        meter = None
+        if guard is not None and caller is not None:
+            meter = guard.charge(caller, self._knowledge.prompt_tokens(asked.prompt))
+        exchange = Exchange(client, asked, _endpoint(path), self._services, meter)
+        if self.waiting is None:
+            exchange.start()
+        else:
+            self.waiting.enter(exchange, asked.prompt.model, asked.prompt.priority)
+        return None if exchange.over else exchange
 
     # --- own routes
 
@@ -86,18 +107,27 @@ class FrontEnd:
         status, content_type = 200, b"application/json"
         if method not in (b"GET", b"HEAD"):
             self._services.metrics.finished(path, 405, "method_not_allowed", 0.0)
-            client.refuse(405, "method_not_allowed", f"{path} answers GET only")
+            client.refuse(405, "method_not_allowed", f"{path} answers GET only", allow=b"GET, HEAD")
             return
         if path == "/health":
             status, body = self._health()
         elif path == "/v1/models":
             body = orjson.dumps({"object": "list", "data": self.models()})
+        elif path.startswith(_MODEL_ROUTE):
+            status, body = self._one_model(path[len(_MODEL_ROUTE) :])
         elif path == "/openapi.json":
-            body = self._openapi
+            body = orjson.dumps(document(with_keys=self.guard is not None))
         else:
             body, content_type = self.metrics(), metric_names.CONTENT_TYPE.encode()
-        self._services.metrics.finished(path, status, "ok" if status == 200 else "no_engine_ready", 0.0)
+        reason = {200: "ok", 404: "model_not_found"}.get(status, "no_engine_ready")
+        self._services.metrics.finished(_endpoint(path), status, reason, 0.0)
         client.reply(status, body, content_type, b"retry-after: 2\r\n" if status == 503 else b"")
+
+    def _one_model(self, name: str) -> tuple[int, bytes]:
+        for entry in self.models():
+            if entry["id"] == name:
+                return 200, orjson.dumps(entry)
+        return 404, error_body(404, "model_not_found", f"The model `{name}` does not exist here.")
 
     def _health(self) -> tuple[int, bytes]:
         engines = [
@@ -115,12 +145,15 @@ class FrontEnd:
             if engine.takes_requests and engine.models is not None:
                 for entry in engine.models.entries:
                     merged.setdefault(entry["id"], entry)
+        for alias, model in self.intake.aliases.items():
+            if model in merged:
+                merged.setdefault(alias, {**merged[model], "id": alias, "root": model})
         return list(merged.values())
 
     def metrics(self) -> bytes:
         rows = []
         for engine in self._registry:
-            load = self._ledger.load(engine.slot)
+            load = self._ledger.own(engine.slot)
             blocks = self._knowledge.exact.held_blocks(engine.slot)
             rows.append((engine.name, load.in_flight, load.pending_tokens, engine.takes_requests, blocks))
         return self._services.metrics.render(rows)
@@ -134,6 +167,8 @@ class FrontEnd:
 
     def check(self) -> None:
         assert self.empty.is_set() == (not self.clients), "the empty flag and the clients differ"
+        if self.waiting is not None:
+            self.waiting.check()
         for client in self.clients:
             client.check()
 

@@ -34,6 +34,7 @@ class EngineWatch:
         self.engine = engine
         self.feeds: list[EventFeed] = []
         self.wake = asyncio.Event()
+        self.looked = asyncio.Event()  # the first probe is over
         self._monitor = monitor
         self._sources: tuple[dialects.EventSource, ...] = ()
         self._failures = 0
@@ -48,6 +49,7 @@ class EngineWatch:
                 self._failed(reason)
             else:
                 await self._passed()
+            self.looked.set()
             down = self.engine.health is not Health.READY
             pause = interval * min(max(1, self._failures), _MAX_BACKOFF) if down else interval
             self.wake.clear()
@@ -75,6 +77,7 @@ class EngineWatch:
         engine = self.engine
         self._failures = 0
         self._probes += 1
+        engine.breaker.tick(asyncio.get_running_loop().time())
         if engine.health is Health.READY:
             if self._probes % _REFRESH_PROBES == 0:
                 await self._monitor.read_models(engine)
@@ -85,6 +88,7 @@ class EngineWatch:
             self._monitor.knowledge.approx.forget_nodes(engine.slot)
         await self._find_events()
         self._monitor.tokens.engine_changed(engine.slot)
+        engine.breaker.reset()
         engine.health = Health.READY
         log.info("engine %s is ready (%s knowledge)", engine.address.url, engine.knowledge)
 
@@ -168,6 +172,14 @@ class Monitor:
     def watch(self, engine: Engine) -> None:
         self.watches[engine.slot] = EngineWatch(engine, self)
 
+    async def first_looks(self, seconds: float) -> None:
+        """Wait until every engine was probed once, but not longer than this."""
+        looks = [asyncio.ensure_future(watch.looked.wait()) for watch in self.watches.values()]
+        if looks:
+            _, slow = await asyncio.wait(looks, timeout=seconds)
+            for look in slow:
+                look.cancel()
+
     async def unwatch(self, engine: Engine) -> None:
         watch = self.watches.pop(engine.slot, None)
         if watch is not None:
@@ -180,6 +192,9 @@ class Monitor:
         watch = self.watches.get(engine.slot)
         if watch is None:
             return
+        if engine.breaker.failed(asyncio.get_running_loop().time()):
+            self.metrics.trips.labels(engine.name, reason).inc()
+            log.warning("engine %s fails its requests (%s): it gets none for a while", engine.address.url, reason)
         if reason in _AT_ONCE:
             watch.down(reason)
         if not reason.startswith("status_"):

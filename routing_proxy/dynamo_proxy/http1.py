@@ -75,8 +75,8 @@ class ChunkDecoder:
         `payload`.
         """
         position, end = 0, len(data)
-        if payload is None and self.at_boundary:
-            position = _whole_chunks(data)
+        if self.at_boundary:
+            position = _whole_chunks(data, payload)
         while position < end and self._state is not _Chunk.DONE:
             if self._state is _Chunk.DATA:
                 taken = min(self._left, end - position)
@@ -125,13 +125,17 @@ class ChunkDecoder:
         assert len(self._line) <= _MAX_CHUNK_LINE_BYTES, "chunk line beyond its bound"
 
 
-def _whole_chunks(data: bytes) -> int:
-    """Where the chunks end that `data` begins with and holds whole: a stream's tokens, nearly always."""
+def _whole_chunks(data: bytes, payload: bytearray | None) -> int:
+    """Where the chunks end that `data` begins with and holds whole: a stream's tokens, nearly always. Their
+    payload goes to `payload`.
+    """
     position, end = 0, len(data)
     while (size := _PLAIN_SIZE.match(data, position)) is not None:
         stop = size.end() + int(size[1], 16) + 2
         if stop > end or stop == size.end() + 2 or data[stop - 2 : stop] != b"\r\n":
             break
+        if payload is not None:
+            payload += data[size.end() : stop - 2]
         position = stop
     return position
 
@@ -149,6 +153,7 @@ class RequestReader:
         self._held_bytes = 0
         self._scanned = 0
         self._head: RequestHead | None = None
+        self._length = 0  # of the body under way, unless it is chunked
         self._chunks: ChunkDecoder | None = None
         self._payload = bytearray()
 
@@ -161,6 +166,25 @@ class RequestReader:
     def mid_request(self) -> bool:
         """True when part of a request has come."""
         return self._head is not None or self._held_bytes > 0
+
+    def whole(self, data: bytes) -> Request | None:
+        """The request that `data` is, if it is exactly one, plain and alone: what nearly all reads are.
+
+        None leaves everything as it was: then `receive` it, and whatever is wrong with it shows there.
+        """
+        if self._held or self._head is not None:
+            return None
+        end = data.find(b"\r\n\r\n")
+        if not 0 < end <= self._limits.max_head_bytes:
+            return None
+        try:
+            head, length = parse_request_head(data[:end])
+        except ProtocolError:
+            return None
+        end += 4
+        if end + length != len(data) or head.chunked or head.expect_continue or length > self._limits.max_body_bytes:
+            return None
+        return Request(head, data[end:])
 
     def receive(self, data: bytes) -> None:
         self._held.append(data)
@@ -200,18 +224,17 @@ class RequestReader:
                 raise ProtocolError(400, "bad_request", "the head holds a bare CR or LF")
             self._scanned = len(data)
             return None
-        head = parse_request_head(data[:end])
-        if (head.content_length or 0) > self._limits.max_body_bytes:
+        head, length = parse_request_head(data[:end])
+        if length > self._limits.max_body_bytes:
             raise self._too_large()
         self._scanned = 0
         self._keep(data[end + 4 :])
-        self._head = head
+        self._head, self._length = head, length
         self._chunks = ChunkDecoder() if head.chunked else None
         return head
 
     def _read_sized(self) -> bytes | None:
-        assert self._head is not None
-        length = self._head.content_length or 0
+        length = self._length
         if self._held_bytes < length:
             return None
         if not length:
@@ -274,15 +297,16 @@ class ResponseReader:
         if data:
             self.started = True
         while self._head is None:
-            self._held += data
-            data = b""
-            end = self._held.find(b"\r\n\r\n")
+            if self._held:
+                data, self._held = self._held + data, b""
+            end = data.find(b"\r\n\r\n")
             if end < 0:
-                if len(self._held) > self._max_head_bytes:
+                self._held = data
+                if len(data) > self._max_head_bytes:
                     raise ProtocolError(502, "bad_response", "the engine's response head is too large")
                 return events
-            head = parse_response_head(self._held[:end], self._method)
-            data, self._held = self._held[end + 4 :], b""
+            head = parse_response_head(data[:end], self._method)
+            data = data[end + 4 :]
             if head.status >= 200:
                 self._begin_body(head, events)
             elif head.status == 101:
@@ -313,13 +337,14 @@ class ResponseReader:
         assert self._head is not None
         if self.ended:
             raise ProtocolError(502, "bad_response", "the engine sent bytes past the end of its response")
-        if self._chunks is not None:
+        chunks = self._chunks
+        if chunks is not None:
             payload = bytearray() if self._decode else None
-            taken = self._chunks.feed(data, payload)
+            taken = chunks.feed(data, payload)
             raw = data if taken == len(data) else data[:taken]
             if payload is None or payload:
                 events.append(raw if payload is None else bytes(payload))
-            if self._chunks.done:
+            if chunks.done:
                 self._end(events, data[taken:])
         elif self._head.content_length is not None:
             taken = min(self._left, len(data))

@@ -17,21 +17,29 @@ _CONTROL_BYTES = bytes(set(range(32)) - set(b"\t")) + b"\x7f"
 _BARE_NEWLINE = re.compile(rb"(?<!\r)\n|\r[^\n]")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n]*))?")
 # Names that we read. `content-type` passes on as well; the others are written anew where they belong.
+_ROUTE = b"x-dynamo-route"
 _READ = frozenset(
-    (b"host", b"content-length", b"transfer-encoding", b"expect", b"connection", b"content-type", b"location")
+    (b"host", b"content-length", b"transfer-encoding", b"expect", b"connection", b"content-type", b"location", _ROUTE)
 )
 _HOP_BY_HOP = frozenset(
     (b"keep-alive", b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
      b"upgrade", b"http2-settings")
 )  # fmt: skip
-_OURS = b"x-dynamo-"  # never taken from either side
+_OURS = b"x-dynamo-"  # never passed on from either side
 _PASS, _DROP = b"", b"-"
 _MAX_NAMES = 4096
+# Heads seen before, by all their bytes but the digits of their one Content-Length: a client's requests differ in
+# nothing else. A head that has no such digits is never looked up here, so no head can be taken for another one.
+_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([0-9]{1,18})(?=\r\n|\Z)")
+_LENGTH_LINE = b"content-length: %d\r\n"
+_BODILESS = (204, 304)
+_MAX_KNOWN = 1024
+_MAX_KNOWN_BYTES = 2048
 _kinds: dict[bytes, bytes] = {}  # header name as written -> _PASS, _DROP or its name of _READ
 
 
 class RequestHead(NamedTuple):
-    """One request head; `content_length` is None when chunked. `passing` holds the header lines that may pass
+    """One request head, but for its Content-Length. `passing` holds the header lines that may pass
     a proxy, as they came and each with its CRLF, without Host and framing.
     """
 
@@ -39,14 +47,11 @@ class RequestHead(NamedTuple):
     target: bytes
     minor_version: int
     passing: bytes
-    content_length: int | None
     chunked: bool
     keep_alive: bool
     expect_continue: bool
-
-    @property
-    def path(self) -> str:
-        return self.target.partition(b"?")[0].decode("latin-1")
+    path: str  # the target without its query
+    wants_route: bool = False  # x-dynamo-route: the client asks why it went where it went
 
 
 class ResponseHead(NamedTuple):
@@ -68,7 +73,9 @@ class ResponseHead(NamedTuple):
 class _Fields:
     """What a head's lines say of framing and connection, and which of them pass (gathered in one pass)."""
 
-    __slots__ = ("codings", "connection", "expect", "hosts", "is_events", "lengths", "location", "passing")
+    __slots__ = (
+        "codings", "connection", "expect", "hosts", "is_events", "lengths", "location", "passing", "wants_route",
+    )  # fmt: skip
 
     def __init__(self, lines: list[bytes]) -> None:
         self.passing: list[bytes] = []
@@ -79,6 +86,7 @@ class _Fields:
         self.hosts = 0
         self.is_events = False
         self.location = b""
+        self.wants_route = False
         kinds, keep = _kinds, self.passing.append
         for line in lines:
             name, colon, value = line.partition(b":")
@@ -109,6 +117,8 @@ class _Fields:
             self.expect.append(value.lower())
         elif name == b"location":
             self.location = value
+        elif name == _ROUTE:
+            self.wants_route = value not in (b"", b"0", b"false")
         else:
             self.connection += tuple(token.strip() for token in value.lower().split(b","))
 
@@ -141,8 +151,36 @@ def has_bare_newline(data: bytes, start: int) -> bool:
     return _BARE_NEWLINE.search(data, start) is not None
 
 
-def parse_request_head(block: bytes) -> RequestHead:
-    """Parse the bytes before the empty line. Raises ProtocolError with the status to answer."""
+_known_requests: dict[bytes, RequestHead] = {}
+_known_responses: dict[bytes, ResponseHead] = {}  # without the line of their length
+
+
+def parse_request_head(block: bytes) -> tuple[RequestHead, int]:
+    """Parse the bytes before the empty line: the head, and its Content-Length (0 if it has none).
+
+    Raises ProtocolError with the status to answer.
+    """
+    length = _LENGTH.search(block)
+    if length is None:
+        return _parse_request_head(block)
+    key = block[: length.start(1)] + block[length.end(1) :]
+    known = _known_requests.get(key)
+    if known is not None:
+        return known, int(length[1])
+    parsed = _parse_request_head(block)
+    if _may_be_known(block, key):
+        if len(_known_requests) >= _MAX_KNOWN:
+            _known_requests.clear()
+        _known_requests[key] = parsed[0]
+    return parsed
+
+
+def _may_be_known(block: bytes, key: bytes) -> bool:
+    """True if the digits cut from this head are its only Content-Length, and it is small enough to keep."""
+    return len(key) <= _MAX_KNOWN_BYTES and block.lower().count(b"content-length") == 1
+
+
+def _parse_request_head(block: bytes) -> tuple[RequestHead, int]:
     first, *lines = _lines(block)
     parts = first.split(b" ")
     if len(parts) != 3 or not _is_token(parts[0]):
@@ -161,16 +199,37 @@ def parse_request_head(block: bytes) -> RequestHead:
         raise _bad("Transfer-Encoding needs HTTP/1.1")
     if fields.expect and fields.expect != [b"100-continue"]:
         raise ProtocolError(417, "expectation_failed", "the only expectation served is 100-continue")
-    if length is None and not chunked:
-        length = 0
     path = target if target.startswith(b"/") else _origin_form(method, target)
     expects = bool(fields.expect) and minor == 1
     keep = fields.keeps_alive(minor)
-    return RequestHead(method, path, minor, fields.passing_block(), length, chunked, keep, expects)
+    name = path.partition(b"?")[0].decode("latin-1")
+    route = fields.wants_route
+    return RequestHead(method, path, minor, fields.passing_block(), chunked, keep, expects, name, route), length or 0
 
 
 def parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:
     """Parse an engine's response head; `request_method` decides whether a body follows."""
+    length = _LENGTH.search(block) if request_method != b"HEAD" else None
+    if length is None:
+        return _parse_response_head(block, request_method)
+    key = block[: length.start(1)] + block[length.end(1) :]
+    known = _known_responses.get(key)
+    if known is not None:
+        status, reason, passing, location, is_events, _, chunked, keep = known
+        count = int(length[1])
+        passing += _LENGTH_LINE % count
+        return ResponseHead(status, reason, passing, location, is_events, count, chunked, keep)
+    head = _parse_response_head(block, request_method)
+    plain = head.content_length is not None and head.status >= 200 and head.status not in _BODILESS
+    if plain and _may_be_known(block, key):
+        if len(_known_responses) >= _MAX_KNOWN:
+            _known_responses.clear()
+        line = _LENGTH_LINE % int(length[1])
+        _known_responses[key] = head._replace(passing=head.passing.removesuffix(line))
+    return head
+
+
+def _parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:
     first, *lines = _lines(block)
     match = _STATUS_LINE.fullmatch(first)
     if match is None:
@@ -179,8 +238,8 @@ def parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:
     status = int(match[2])
     length, chunked = fields.framing()
     if length is not None and status != 204:
-        fields.passing.append(b"content-length: %d" % length)
-    if request_method == b"HEAD" or status in (204, 304) or status < 200:
+        fields.passing.append(_LENGTH_LINE[:-2] % length)
+    if request_method == b"HEAD" or status in _BODILESS or status < 200:
         length, chunked = 0, False
     keep = fields.keeps_alive(int(match[1])) and (chunked or length is not None)
     return ResponseHead(
@@ -196,7 +255,7 @@ def _kind(name: bytes) -> bytes:
         _kinds.clear()
     low = name.lower()
     kind = next((known for known in _READ if known == low), _PASS)
-    if low in _HOP_BY_HOP or low.startswith(_OURS):
+    if low in _HOP_BY_HOP or (low.startswith(_OURS) and low != _ROUTE):
         kind = _DROP
     _kinds[name] = kind
     return kind

@@ -4,10 +4,13 @@ elsewhere.
 
 from __future__ import annotations
 
-from .approx_index import DEFAULT_CAPACITY_NODES, ApproxIndex
+from collections.abc import Callable
+
+from .approx_index import DEFAULT_CAPACITY_UNITS, ApproxIndex
 from .block_hash import token_chain
 from .kv_index import KvIndex
-from .text_chain import APPROX_BLOCK_TOKENS, TEXT_BLOCK_BYTES, Prompt
+from .policy import TierWeights, credited_blocks
+from .text_chain import UNIT_BYTES, UNIT_TOKENS, Prompt, chain_units
 from .token_memo import TokenMemo
 
 # A prompt just sent is counted as held although the engine has not said so yet.
@@ -27,6 +30,8 @@ class Knowledge:
         self.memo = TokenMemo()
         self.exact_mask = 0
         self.event_mask = 0
+        self.weights = TierWeights()
+        self.on_sent: Callable[[int, tuple[int, ...]], None] | None = None  # who tells other proxies, if there are any
         self._default_block_tokens = default_block_tokens
 
     def prompt_tokens(self, prompt: Prompt) -> int:
@@ -43,8 +48,10 @@ class Knowledge:
         if not chain and not prompt.token_ids:
             return {}
         nodes = self.approx.matched(chain, mask)
-        unit = APPROX_BLOCK_TOKENS if prompt.token_ids else TEXT_BLOCK_BYTES * self.memo.tokens_per_byte
-        sent = {slot: int(depth * unit) for slot, depth in nodes.items()}
+        if not nodes and not self.event_mask:
+            return nodes
+        unit = UNIT_TOKENS if prompt.token_ids else UNIT_BYTES * self.memo.tokens_per_byte
+        sent = {slot: int(chain_units(depth) * unit) for slot, depth in nodes.items()}
         events = mask & self.event_mask
         if not events:
             return sent
@@ -58,7 +65,7 @@ class Knowledge:
                 # beyond.
                 beyond = said + self._block(slot) > known
                 if not beyond:
-                    guess = int(self.approx.fresh(slot, chain, nodes.get(slot, 0), since) * unit)
+                    guess = int(chain_units(self.approx.fresh(slot, chain, nodes.get(slot, 0), since)) * unit)
             sent[slot] = max(said, guess)
         return sent
 
@@ -66,11 +73,13 @@ class Knowledge:
         """The prompt was dispatched to an engine."""
         if prompt.chain:
             self.approx.insert(slot, prompt.chain, now)
+        if self.on_sent is not None:
+            self.on_sent(slot, prompt.chain)
 
     def set_capacity_tokens(self, slot: int, tokens: int) -> None:
         """Bound the approximate model by the engine's KV capacity."""
-        per_node = TEXT_BLOCK_BYTES * self.memo.tokens_per_byte
-        self.approx.set_capacity(slot, min(int(tokens / max(per_node, 1.0)), DEFAULT_CAPACITY_NODES * 16))
+        per_unit = UNIT_BYTES * self.memo.tokens_per_byte
+        self.approx.set_capacity(slot, min(int(tokens / max(per_unit, 1.0)), DEFAULT_CAPACITY_UNITS * 16))
 
     def forget(self, slot: int) -> None:
         """An engine left, or its number goes to another one."""
@@ -101,7 +110,8 @@ class Knowledge:
             else:
                 continue
             for slot, depth in self.exact.walk(blocks, slots).items():
-                found[slot] = depth * size
+                runs = self.exact.tier_runs(slot, blocks, depth)
+                found[slot] = depth * size if runs[0] == depth else int(credited_blocks(runs, self.weights) * size)
         return found, known
 
     def check(self) -> None:

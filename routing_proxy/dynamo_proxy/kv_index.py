@@ -7,6 +7,7 @@ one source.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from enum import Enum
 
@@ -14,8 +15,10 @@ from .block_hash import block_hash, root_hash
 from .kv_events import AllCleared, BlocksRemoved, BlocksStored, EngineHash, KvEvent
 from .prefix_walk import leading_runs
 
-MEDIUM_BITS = {"GPU": 1, "CPU": 2, "CPU_PINNED": 2, "STORAGE": 4, "DISK": 4, "EXTERNAL": 4}
-_OTHER_MEDIUM_BIT = 8
+# One bit a tier (G1 to G4), the nearest first; engines have two names for G2 and G3.
+MEDIUM_BITS = {"GPU": 1, "CPU": 2, "CPU_PINNED": 2, "STORAGE": 4, "DISK": 4, "EXTERNAL": 8}
+_OTHER_MEDIUM_BIT = 16
+_UP_TO_TIER = (1, 3, 7)  # media bits of G1, of G1 and G2, of G1 to G3
 DEFAULT_MAX_BLOCKS = 1_000_000
 
 
@@ -46,6 +49,7 @@ class KvIndex:
         self._holders: dict[int, int] = {}
         self._sources: dict[int, dict[int, _Source]] = {}
         self._block_tokens: dict[int, int] = {}
+        self._tiered = 0  # bitmask of the engines that ever told of a block below G1
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -78,6 +82,20 @@ class KvIndex:
         """How many leading blocks of `chain` each engine of `mask` holds (engines with none are left out)."""
         return leading_runs(self._holders, chain, mask)
 
+    def tier_runs(self, slot: int, chain: Sequence[int], depth: int) -> tuple[int, int, int, int]:
+        """Of the `depth` leading blocks that an engine holds: how many lead in G1, in G1 or G2, down to G3, in any."""
+        if not self._tiered >> slot & 1:
+            return depth, depth, depth, depth
+        runs, run = [], 0
+        for bits in _UP_TO_TIER:
+            if run < depth and not self.media(slot, chain[depth - 1]) & bits:
+                absent = lambda index, bits=bits: not self.media(slot, chain[index]) & bits  # noqa: E731
+                run = bisect_left(range(depth), True, lo=run, key=absent)
+            else:
+                run = depth
+            runs.append(run)
+        return runs[0], runs[1], runs[2], depth
+
     def clear_source(self, slot: int, rank: int) -> None:
         """Forget one source's blocks."""
         source = self._sources.get(slot, {}).pop(rank, None)
@@ -90,6 +108,7 @@ class KvIndex:
             self.clear_source(slot, rank)
         self._sources.pop(slot, None)
         self._block_tokens.pop(slot, None)
+        self._tiered &= ~(1 << slot)
 
     def _store(self, slot: int, source: _Source, event: BlocksStored) -> Outcome:
         if event.is_window:
@@ -98,6 +117,8 @@ class KvIndex:
             source.window_groups.add(event.group)
             return Outcome.WINDOW_GROUP
         bit = MEDIUM_BITS.get(event.medium, _OTHER_MEDIUM_BIT)
+        if bit != 1:
+            self._tiered |= 1 << slot
         if not event.token_ids:
             return self._store_known(source, event, bit)
         if event.parent is None:

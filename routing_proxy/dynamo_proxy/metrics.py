@@ -16,26 +16,33 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_SECONDS: tuple[float, ...] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+_MILLISECONDS = tuple(seconds * 1000 for seconds in _SECONDS)
 
 
 class Durations:
-    """A histogram of seconds."""
+    """A histogram of seconds, or of another unit with other bounds."""
 
-    def __init__(self) -> None:
-        self._counts = [0] * (len(_SECONDS) + 1)
-        self._sum_seconds = 0.0
+    def __init__(self, bounds: tuple[float, ...] = _SECONDS) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
 
     def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(_SECONDS, seconds)] += 1
-        self._sum_seconds += seconds
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
 
-    def family(self, name: str, text: str) -> Metric:
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """As the client library wants them: cumulative counts by bound, and the sum."""
         total, buckets = 0, []
-        for bound, count in zip((*_SECONDS, float("inf")), self._counts, strict=True):
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
             total += count
             buckets.append((str(float(bound)) if bound != float("inf") else "+Inf", float(total)))
-        return HistogramMetricFamily(name, text, buckets, self._sum_seconds)
+        return buckets, self._sum
+
+    def family(self, name: str, text: str) -> Metric:
+        return HistogramMetricFamily(name, text, *self.buckets())
 
 
 class Metrics(Collector):
@@ -49,6 +56,7 @@ class Metrics(Collector):
 
         self.ttft = Durations()
         self._duration = Durations()
+        self._prefill: dict[str, Durations] = {}  # by engine, in milliseconds
         self._requests: Tally[tuple[str, int, str]] = Tally()
         self._decisions: Tally[tuple[str, str]] = Tally()
         self._prompt_bytes_total = 0
@@ -58,9 +66,12 @@ class Metrics(Collector):
             registry=registry,
         )
         self.retries = counter("dynamo_router_retries", "Requests sent again before their first byte", "reason")
+        self.resumes = counter("dynamo_router_stream_resumes", "Broken streams by what became of them", "reason")
+        self.trips = counter("dynamo_router_breaker_trips", "Engines left alone for a while", "engine", "reason")
         self.events = counter("dynamo_router_kv_events", "KV events by what became of them", "reason")
         self.event_gaps = counter("dynamo_router_kv_event_gaps", "Breaks in an event stream", "reason")
         self.tokenizations = counter("dynamo_router_tokenizations", "Background tokenisations", "reason")
+        self.replica_news = counter("dynamo_router_replica_news", "Datagrams between replicas", "reason")
         self.probes = counter("dynamo_router_probe_failures", "Failed health probes", "engine", "reason")
         self.in_flight = Gauge("dynamo_router_in_flight_requests", "In flight", ["engine"], registry=registry)
         self.pending = Gauge(
@@ -96,6 +107,11 @@ class Metrics(Collector):
             yield CounterMetricFamily(f"dynamo_router_{name}", text, total)
         name = "dynamo_frontend_time_to_first_token_seconds"
         yield self.ttft.family(name, "From a complete request to the first body byte of its answer")
+        name = "dynamo_worker_prefill_latency_ms"
+        prefill = HistogramMetricFamily(name, "From a request sent to its first token", labels=("engine",))
+        for engine, times in self._prefill.items():
+            prefill.add_metric((engine,), *times.buckets())
+        yield prefill
         name = "dynamo_frontend_request_duration_seconds"
         yield self._duration.family(name, "From a complete request to the end of its answer")
 
@@ -113,12 +129,20 @@ class Metrics(Collector):
         self.prompt_tokens_total += prompt_tokens
         self.matched_tokens_total += min(matched_tokens, prompt_tokens)
 
+    def prefilled(self, engine: str, seconds: float) -> None:
+        """The first token of a stream came, so long after its request was sent."""
+        times = self._prefill.get(engine)
+        if times is None:
+            times = self._prefill[engine] = Durations(_MILLISECONDS)
+        times.observe(seconds * 1e3)
+
     def finished(self, endpoint: str, status: int, reason: str, seconds: float) -> None:
         self._requests[endpoint, status, reason] += 1
         self._duration.observe(seconds)
 
     def forget_engine(self, engine: str) -> None:
         """Drop the series of an engine that left."""
+        self._prefill.pop(engine, None)
         for gauge in (self.in_flight, self.pending, self.ready, self.blocks):
             with contextlib.suppress(KeyError):
                 gauge.remove(engine)

@@ -9,18 +9,17 @@ The default rule is predicted time to first token plus externality (seconds, the
           + beta*E[out]*(t_d*in_flight + t_k*active) slower decoding for it there
     step  = t_0 + t_d*in_flight + t_k*active
 
-alpha, gamma and beta come from replayed traces; a t_p that was wrong by a factor of two never cost more than
-2 %.
+alpha, gamma and beta come from replayed traces; t_* and E[out] are learnt (learning.py), and a t_p that was wrong by a
+factor of two never cost more than 2 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
-
-CHARS_PER_TOKEN = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +39,42 @@ class CostModel:
     chunk_tokens: int = 8192
     expected_output_tokens: float = 300.0
 
+    def prefill_seconds(self, new_tokens: int, prompt_tokens: int) -> float:
+        """Time to prefill the uncached tail of a prompt."""
+        return (self.t_p + self.t_a * (prompt_tokens - new_tokens / 2)) * new_tokens
 
-class Candidate(NamedTuple):
-    """One engine as the rule sees it; `slot` is its number, the rest are its cached prefix and load in
-    tokens.
+
+@dataclass(slots=True)
+class Load:
+    """One engine as the rules see it: its number, requests, tokens waiting for prefill, tokens of all requests in
+    flight.
     """
 
     slot: int
-    matched_tokens: int
-    in_flight: int
-    pending_tokens: int
-    active_tokens: int
+    in_flight: int = 0
+    pending_tokens: int = 0
+    active_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TierWeights:
+    """What a block below HBM is worth, of one in HBM."""
+
+    host: float = 0.75
+    disk: float = 0.25
+    object_store: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapRule:
+    """The settings of Dynamo's rule."""
+
+    weight: float = 1.0
+    temperature: float = 0.0
+    block_tokens: int = 16
+
+
+Held = Mapping[int, int]  # slot -> tokens of the prompt that its caches hold; nothing for an engine with none
 
 
 class Decision(NamedTuple):
@@ -63,68 +87,89 @@ class Decision(NamedTuple):
     cost_seconds: float
 
 
-def costs_seconds(candidates: Sequence[Candidate], prompt_tokens: int, model: CostModel) -> list[float]:
-    """The cost of each candidate, in seconds (one loop: it runs for every engine at every request)."""
+def costs_seconds(loads: Sequence[Load], held: Held, prompt_tokens: int, model: CostModel) -> list[float]:
+    """The cost of each engine, in seconds (one loop: it runs for every engine at every request)."""
     t_p, t_a, t_0, t_d, t_k = model.t_p, model.t_a, model.t_0, model.t_d, model.t_k
     shared, alpha, chunk = 1 + model.gamma, model.alpha, model.chunk_tokens
     slower = model.beta * model.expected_output_tokens
+    whole = (t_p + t_a * prompt_tokens / 2) * prompt_tokens  # nothing of it is cached
     costs = []
-    for _, matched, in_flight, pending, active in candidates:
-        new = prompt_tokens - matched if matched < prompt_tokens else 0
-        decode = t_d * in_flight + t_k * active
-        own = (t_p + t_a * (prompt_tokens - new / 2)) * new * (shared + alpha * in_flight)
-        chunks = -(-(pending + new) // chunk)
-        costs.append(t_p * pending + own + chunks * (t_0 + decode) + slower * decode)
+    for load in loads:
+        in_flight, pending = load.in_flight, load.pending_tokens
+        new, own = prompt_tokens, whole
+        if held and (matched := held.get(load.slot, 0)):
+            new = prompt_tokens - matched if matched < prompt_tokens else 0
+            own = (t_p + t_a * (prompt_tokens - new / 2)) * new
+        decode = t_d * in_flight + t_k * load.active_tokens
+        chunks = (pending + new - 1) // chunk + 1
+        costs.append(t_p * pending + own * (shared + alpha * in_flight) + chunks * (t_0 + decode) + slower * decode)
     return costs
 
 
-def choose_kv(candidates: Sequence[Candidate], prompt_tokens: int, model: CostModel, rng: Random) -> Decision:
-    """The candidate of least cost; ties fall at random."""
-    costs = costs_seconds(candidates, prompt_tokens, model)
+def choose_kv(
+    loads: Sequence[Load], held: Held, prompt_tokens: int, model: CostModel, rng: Random, temperature: float = 0.0
+) -> Decision:
+    """The engine of least cost; ties fall at random. With a temperature, a draw that prefers low costs."""
+    costs = costs_seconds(loads, held, prompt_tokens, model)
     least = min(costs)
-    if costs.count(least) == 1:
-        winner = candidates[costs.index(least)]
-    else:
-        winner = rng.choice([candidate for candidate, cost in zip(candidates, costs, strict=True) if cost == least])
-    longest = max([candidate[1] for candidate in candidates])
-    if len(candidates) == 1:
+    index = costs.index(least)
+    if temperature or costs.count(least) > 1:
+        index = sample(costs, temperature, rng)
+    winner = loads[index]
+    longest = max(held.values()) if held else 0
+    if len(loads) == 1:
         reason = "only"
-    elif winner.matched_tokens < longest:
+    elif longest and held.get(winner.slot, 0) < longest:
         reason = "load_over_prefix"
     else:
         reason = "prefix" if longest else "load"
-    return _decision(winner, prompt_tokens, reason, least)
+    return _decision(winner, held, prompt_tokens, reason, costs[index])
 
 
-def choose_round_robin(candidates: Sequence[Candidate], prompt_tokens: int, last_slot: int) -> Decision:
-    """The first candidate after `last_slot`, in slot order."""
-    ordered = sorted(candidates, key=lambda candidate: candidate.slot)
-    winner = next((candidate for candidate in ordered if candidate.slot > last_slot), ordered[0])
-    return _decision(winner, prompt_tokens, "round_robin", 0.0)
+def choose_round_robin(loads: Sequence[Load], held: Held, prompt_tokens: int, last_slot: int) -> Decision:
+    """The first engine after `last_slot`, in slot order."""
+    ordered = sorted(loads, key=lambda load: load.slot)
+    winner = next((load for load in ordered if load.slot > last_slot), ordered[0])
+    return _decision(winner, held, prompt_tokens, "round_robin", 0.0)
 
 
-def choose_random(candidates: Sequence[Candidate], prompt_tokens: int, rng: Random) -> Decision:
-    return _decision(rng.choice(candidates), prompt_tokens, "random", 0.0)
+def choose_random(loads: Sequence[Load], held: Held, prompt_tokens: int, rng: Random) -> Decision:
+    return _decision(rng.choice(loads), held, prompt_tokens, "random", 0.0)
 
 
-def choose_least_loaded(candidates: Sequence[Candidate], prompt_tokens: int, rng: Random) -> Decision:
+def choose_least_loaded(loads: Sequence[Load], held: Held, prompt_tokens: int, rng: Random) -> Decision:
     """The fewest requests in flight, then the fewest tokens waiting for prefill; ties fall at random."""
-    least = min((candidate.in_flight, candidate.pending_tokens) for candidate in candidates)
-    tied = [candidate for candidate in candidates if (candidate.in_flight, candidate.pending_tokens) == least]
-    return _decision(rng.choice(tied), prompt_tokens, "least_loaded", 0.0)
+    least = min((load.in_flight, load.pending_tokens) for load in loads)
+    tied = [load for load in loads if (load.in_flight, load.pending_tokens) == least]
+    return _decision(rng.choice(tied), held, prompt_tokens, "least_loaded", 0.0)
 
 
-def learn_prefill(model: CostModel, ttft_seconds: float, prefill_tokens: int, weight: float = 0.05) -> CostModel:
-    """Move t_p towards an observed first-token time over `prefill_tokens` (own and queued ahead).
+def choose_overlap(loads: Sequence[Load], held: Held, prompt_tokens: int, rule: OverlapRule, rng: Random) -> Decision:
+    """NVIDIA Dynamo's rule: weighted blocks to prefill (those waiting and the prompt's) plus blocks in use."""
+    block = rule.block_tokens
+    costs = []
+    for load in loads:
+        new = prompt_tokens - min(held.get(load.slot, 0), prompt_tokens)
+        costs.append(rule.weight * (load.pending_tokens + new) / block + load.active_tokens / block)
+    index = sample(costs, rule.temperature, rng)
+    return _decision(loads[index], held, prompt_tokens, "overlap", costs[index])
 
-    Short prefills say more about fixed cost than about t_p and teach nothing.
-    """
-    if prefill_tokens < 256 or ttft_seconds <= 0:
-        return model
-    seen = min(max(max(0.0, ttft_seconds - model.t_0) / prefill_tokens, 1e-6), 1e-1)
-    return replace(model, t_p=model.t_p + weight * (seen - model.t_p))
+
+def sample(costs: Sequence[float], temperature: float, rng: Random) -> int:
+    """The index of the least cost, ties at random; with a temperature a softmax draw over costs scaled to 0..1."""
+    least, most = min(costs), max(costs)
+    if temperature <= 0 or most <= least:
+        return rng.choice([index for index, cost in enumerate(costs) if cost == least])
+    weights = [math.exp((least - cost) / (most - least) / temperature) for cost in costs]
+    return rng.choices(range(len(costs)), weights)[0]
 
 
-def _decision(winner: Candidate, prompt_tokens: int, reason: str, cost: float) -> Decision:
-    new = max(0, prompt_tokens - winner.matched_tokens)
-    return Decision(winner.slot, reason, winner.matched_tokens, new, cost)
+def credited_blocks(runs: tuple[int, int, int, int], weights: TierWeights) -> float:
+    """Blocks that count as cached, of leading runs down to G1, G2, G3 and G4: what lies lower must be loaded first."""
+    g1, g2, g3, g4 = runs
+    return g1 + weights.host * (g2 - g1) + weights.disk * (g3 - g2) + weights.object_store * (g4 - g3)
+
+
+def _decision(winner: Load, held: Held, prompt_tokens: int, reason: str, cost: float) -> Decision:
+    matched = min(held.get(winner.slot, 0), prompt_tokens) if held else 0
+    return Decision(winner.slot, reason, matched, prompt_tokens - matched, cost)

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+_STRIDE = 32
+
 
 def leading_runs(holders_of: Mapping[int, int], chain: Sequence[int], mask: int) -> dict[int, int]:
-    """How many leading nodes of `chain` each engine of `mask` holds (engines with none are left out)."""
+    """How many leading nodes of `chain` each engine of `mask` holds (engines with none are left out).
+
+    Whoever holds a node holds what leads to it (engines evict leaves first), so a stride whose last node all of them
+    hold is taken in one look.
+    """
     found: dict[int, int] = {}
-    live = mask
-    for depth, node in enumerate(chain):
-        holders = holders_of.get(node, 0) & live
-        if holders != live:
-            _note(found, live & ~holders, depth)
-            live = holders
-            if not live:
-                return found
-    _note(found, live, len(chain))
+    live, depth, count = mask, 0, len(chain)
+    look = holders_of.get
+    while depth < count:
+        stride = depth + _STRIDE
+        if stride <= count and look(chain[stride - 1], 0) & live == live:
+            depth = stride
+            continue
+        for node in chain[depth:stride]:
+            holders = look(node, 0) & live
+            if holders != live:
+                _note(found, live & ~holders, depth)
+                live = holders
+                if not live:
+                    return found
+            depth += 1
+    _note(found, live, count)
     return found
 
 

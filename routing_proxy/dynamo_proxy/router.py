@@ -4,7 +4,7 @@ synchronous call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
@@ -12,8 +12,10 @@ from typing import NamedTuple
 from . import policy
 from .engines import Engine, EngineRegistry
 from .knowledge import Knowledge
+from .learning import CostLearner
 from .ledger import Lease, Ledger
 from .metrics import Metrics
+from .sessions import Sessions
 from .text_chain import Prompt
 
 
@@ -32,8 +34,12 @@ class RoutingState:
     """What the rules remember between requests."""
 
     mode: str = "kv"
-    model: policy.CostModel = field(default_factory=policy.CostModel)
+    learner: CostLearner = field(default_factory=CostLearner)
+    overlap: policy.OverlapRule | None = None  # Dynamo's rule in the place of ours
+    temperature: float = 0.0
     last_slot: int = -1
+    max_in_flight: int = 0  # requests an engine may have; 0: as many as come
+    sessions: Sessions | None = None  # None: requests of a session go where they like
 
 
 class Router:
@@ -49,57 +55,77 @@ class Router:
         self._rng = rng
         self.state = RoutingState()
         self._on_failure: Callable[[Engine, str], None] = lambda engine, reason: None
+        self._on_room: Callable[[], None] | None = None
 
     def when_failed(self, call: Callable[[Engine, str], None]) -> None:
         """Name who hears that a request failed on an engine."""
         self._on_failure = call
 
+    def when_room(self, call: Callable[[], None]) -> None:
+        """Name who hears that an engine may have room again."""
+        self._on_room = call
+
+    def has_room(self, model: str) -> bool:
+        """True unless every engine that could take such a request has as many as it may have."""
+        limit, loads = self.state.max_in_flight, self._registry.fleet(model, 0).loads
+        return not limit or not loads or any(load.in_flight < limit for load in loads)
+
     def place(self, prompt: Prompt, tried: int, now: float) -> Placement | None:
         """Pick an engine not yet in the bitmask `tried`, or None if there is none."""
-        engines = self._registry.candidates(prompt.model, tried)
-        if not engines:
+        loads, mask = self._registry.fleet(prompt.model, tried)
+        if not loads:
             return None
         tokens = self._knowledge.prompt_tokens(prompt)
-        mask = 0
-        for engine in engines:
-            mask |= 1 << engine.slot
-        matched = self._knowledge.matched_tokens(prompt, mask, now)
-        loads = self._ledger.loads
-        candidates = []
-        for engine in engines:
-            slot = engine.slot
-            load = loads[slot]
-            held = matched.get(slot, 0) if matched else 0
-            candidates.append(
-                policy.Candidate(
-                    slot, held if held < tokens else tokens, load.in_flight, load.pending_tokens, load.active_tokens
-                )
-            )
-        decision = self._choose(candidates, tokens)
-        queued = loads[decision.slot].pending_tokens
+        held = self._knowledge.matched_tokens(prompt, mask, now)
+        state = self.state
+        if state.max_in_flight:
+            loads = tuple(load for load in loads if load.in_flight < state.max_in_flight) or loads
+        if prompt.session and state.sessions is not None:
+            decision = self._choose_for_session(loads, held, tokens, prompt.session, now)
+        else:
+            decision = self._choose(loads, held, tokens)
+        queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         self._knowledge.sent(decision.slot, prompt, now)
         self._metrics.decided(self.state.mode, decision.reason)
         if not tried:
             self.state.last_slot = decision.slot
             self._metrics.routed(tokens, decision.matched_tokens)
-        return Placement(self._registry.at(decision.slot), lease, decision, queued, tokens)
+        engine = self._registry.at(decision.slot)
+        if engine.breaker.score:
+            engine.breaker.began()
+        return Placement(engine, lease, decision, queued, tokens)
 
     def first_byte(self, placement: Placement, first_token_seconds: float) -> None:
         """The first body byte came: stop counting its prefill. Learn, if the time to a first token is known
         (above 0).
         """
-        self._ledger.prefilled(placement.lease)
-        prefill = placement.decision.new_tokens + placement.queued_tokens
-        self.state.model = policy.learn_prefill(self.state.model, first_token_seconds, prefill)
+        learner, new, tokens = self.state.learner, placement.decision.new_tokens, placement.prompt_tokens
+        self._ledger.prefilled(placement.lease, learner.model.prefill_seconds(new, tokens))
+        if first_token_seconds:
+            learner.first_token(first_token_seconds, placement.queued_tokens, new, tokens)
+
+    def stream_ended(self, placement: Placement, events: int, seconds: float) -> None:
+        """A stream came to its end: so many events, the last one `seconds` after the first."""
+        load, beside = self._ledger.loads[placement.engine.slot], self._ledger.seconds_beside(placement.lease)
+        self.state.learner.stream_ended(seconds, events, load, beside)
 
     def release(self, placement: Placement) -> None:
         """The request left its engine."""
         self._ledger.release(placement.lease)
+        if placement.engine.breaker.score:
+            placement.engine.breaker.left()
+        if self._on_room is not None:
+            self._on_room()
 
     def another(self, prompt: Prompt, tried: int) -> bool:
         """True if an untried engine could take this prompt."""
-        return bool(self._registry.candidates(prompt.model, tried))
+        return bool(self._registry.fleet(prompt.model, tried).loads)
+
+    def max_model_tokens(self, model: str) -> int:
+        """The context that every engine of this model has, in tokens; 0: not known."""
+        known = [e.models.max_model_tokens for e in self._registry if e.models is not None and e.serves(model)]
+        return min(known, default=0)
 
     def model_is_unknown(self, model: str) -> bool:
         """True if engines are ready, and none of any state serves this model."""
@@ -109,16 +135,32 @@ class Router:
         """A request failed on an engine: health looks again, at once."""
         self._on_failure(engine, reason)
 
-    def _choose(self, candidates: list[policy.Candidate], tokens: int) -> policy.Decision:
-        mode = self.state.mode
+    def _choose_for_session(
+        self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int, session: str, now: float
+    ) -> policy.Decision:
+        """Where the session lives, if that engine may take it; else where the rule says, and it lives there then."""
+        assert self.state.sessions is not None
+        home = self.state.sessions.slot(session, now)
+        there = [load for load in fleet if load.slot == home]
+        decision = self._choose(there or fleet, held, tokens)
+        self.state.sessions.placed(session, decision.slot, now)
+        return decision._replace(reason="session") if there else decision
+
+    def _choose(self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int) -> policy.Decision:
+        state = self.state
+        mode = state.mode
         if mode == "kv":
-            return policy.choose_kv(candidates, tokens, self.state.model, self._rng)
+            if state.overlap is not None:
+                return policy.choose_overlap(fleet, held, tokens, state.overlap, self._rng)
+            return policy.choose_kv(fleet, held, tokens, state.learner.model, self._rng, state.temperature)
         if mode == "round-robin":
-            return policy.choose_round_robin(candidates, tokens, self.state.last_slot)
+            return policy.choose_round_robin(fleet, held, tokens, self.state.last_slot)
         if mode == "random":
-            return policy.choose_random(candidates, tokens, self._rng)
-        return policy.choose_least_loaded(candidates, tokens, self._rng)
+            return policy.choose_random(fleet, held, tokens, self._rng)
+        return policy.choose_least_loaded(fleet, held, tokens, self._rng)
 
     def check(self) -> None:
         assert self.state.mode in ("kv", "round-robin", "random", "least-loaded"), f"mode {self.state.mode}"
-        assert self.state.model.t_p > 0, "a prefill token costs nothing"
+        self.state.learner.check()
+        if self.state.sessions is not None:
+            self.state.sessions.check()

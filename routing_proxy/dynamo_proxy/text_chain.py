@@ -7,16 +7,21 @@ template: it only has to be the same bytes for the same conversation, with earli
 
 from __future__ import annotations
 
+from array import array
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
 from xxhash import xxh3_64_intdigest
 
-from .block_hash import root_hash, token_chain
+from .block_hash import root_hash
 
-TEXT_BLOCK_BYTES = 256
-# As coarse as a text block.
-APPROX_BLOCK_TOKENS = 64
+# A chain is counted in units. Its first 16 nodes are one unit each, the rest four: a long prompt costs a quarter of the
+# hashing and of the index, and what a coarse node can miss is little beside it. The lowest bit of a node says its size.
+UNIT_BYTES = 256
+UNIT_TOKENS = 64  # of a prompt that comes as token ids: as coarse as text
+_FINE_NODES, _COARSE_UNITS = 16, 4
+_EVEN = (1 << 64) - 2
 _SORTED = orjson.OPT_SORT_KEYS
 # Request fields that change how a prompt is rendered before its first message.
 _PREAMBLE = (
@@ -28,6 +33,9 @@ _PREAMBLE = (
     "chat_template_kwargs",
     "functions",
 )
+_PREAMBLE_SET = frozenset(_PREAMBLE)
+_TREE_FIELDS = frozenset(("cache_salt", "extra_key", "lora_path"))
+_TOKENIZE_FIELDS = ("messages", "tools", "chat_template", "chat_template_kwargs")
 
 
 class Prompt(NamedTuple):
@@ -38,18 +46,45 @@ class Prompt(NamedTuple):
     text: bytes = b""
     chain: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
-    tokenize: dict[str, Any] | None = None  # the engine's /tokenize question
+    body: dict[str, Any] | str | None = None  # what an engine could tokenise: a chat request, or a plain text
+    session: str = ""  # requests of one session stay on one engine, if that is wanted
+    priority: int = 0  # the smallest is served first, as in vLLM
+
+    @property
+    def question(self) -> dict[str, Any] | None:
+        """The engine's /tokenize question for this prompt."""
+        if isinstance(self.body, str):
+            return {"prompt": self.body}
+        return None if self.body is None else {key: self.body[key] for key in _TOKENIZE_FIELDS if key in self.body}
 
 
-def text_chain(text: bytes, seed: int) -> tuple[int, ...]:
-    """Chained xxh3 over 256-byte blocks; a partial last block is a node of its own."""
-    node = seed
-    return tuple(
-        [
-            node := xxh3_64_intdigest(text[start : start + TEXT_BLOCK_BYTES], node)
-            for start in range(0, len(text), TEXT_BLOCK_BYTES)
-        ]
-    )
+def text_chain(text: bytes, seed: int, unit_bytes: int = UNIT_BYTES) -> tuple[int, ...]:
+    """Chained xxh3 over the blocks of a prompt; a partial last block is a node of its own."""
+    node, fine_bytes = seed, _FINE_NODES * unit_bytes
+    starts = range(0, min(len(text), fine_bytes), unit_bytes)
+    chain = [node := xxh3_64_intdigest(text[start : start + unit_bytes], node) & _EVEN for start in starts]
+    if len(text) > fine_bytes:
+        size = _COARSE_UNITS * unit_bytes
+        starts = range(fine_bytes, len(text), size)
+        chain += [node := xxh3_64_intdigest(text[start : start + size], node) | 1 for start in starts]
+    return tuple(chain)
+
+
+def chain_units(depth: int) -> int:
+    """How many units the first `depth` nodes of a chain cover."""
+    return depth if depth <= _FINE_NODES else _FINE_NODES + (depth - _FINE_NODES) * _COARSE_UNITS
+
+
+def node_units(node: int) -> int:
+    """How many units one node covers."""
+    return _COARSE_UNITS if node & 1 else 1
+
+
+@lru_cache(maxsize=4096)
+def _tree(model: str, lora: str, salt: str) -> tuple[int, int]:
+    """The roots of the token tree and of the text tree of a model, an adapter and a salt."""
+    root = root_hash(lora, salt)
+    return root, xxh3_64_intdigest(model.encode("utf-8", "surrogatepass"), root)
 
 
 def read_prompt(body: dict[str, Any], lora_names: frozenset[str] = frozenset()) -> Prompt:
@@ -58,45 +93,41 @@ def read_prompt(body: dict[str, Any], lora_names: frozenset[str] = frozenset()) 
     `lora_names` are the served models that are LoRA adapters: their blocks live in a tree of their own.
     """
     model = _text(body.get("model"))
-    salt = _text(body.get("cache_salt")) + _text(body.get("extra_key"))
-    lora = model if model in lora_names else _text(body.get("lora_path"))
-    root = root_hash(lora, salt)
+    lora, salt = model if model in lora_names else "", ""
+    if not _TREE_FIELDS.isdisjoint(body):
+        salt = _text(body.get("cache_salt")) + _text(body.get("extra_key"))
+        lora = lora or _text(body.get("lora_path"))
+    root, seed = _tree(model, lora, salt)
     messages = body.get("messages")
-    if isinstance(messages, list):
+    if type(messages) is list:
         text = _render_chat(body, messages)
-        ask: dict[str, Any] = {
-            key: body[key] for key in ("messages", "tools", "chat_template", "chat_template_kwargs") if key in body
-        }
-        return _text_prompt(model, root, text, ask)
+        return Prompt(model, root, text, text_chain(text, seed), (), body)
     for key in ("prompt", "input", "text", "input_ids"):
         value = body.get(key)
         if value is not None:
-            return _plain_prompt(model, root, body, value)
+            return _plain_prompt(body, value, model, (root, seed))
     return Prompt(model, root)
 
 
-def _plain_prompt(model: str, root: int, body: dict[str, Any], value: Any) -> Prompt:
+def _plain_prompt(body: dict[str, Any], value: Any, model: str, tree: tuple[int, int]) -> Prompt:
+    root, seed = tree
     # A batch is placed by its first prompt; the others ride along.
     if isinstance(value, list) and value and isinstance(value[0], (list, str)):
         value = value[0]
     if isinstance(value, str):
         text = _preamble(body) + value.encode("utf-8", "surrogatepass")
-        return _text_prompt(model, root, text, {"prompt": value})
+        return Prompt(model, root, text, text_chain(text, seed), (), value)
     if isinstance(value, list) and value and all(type(item) is int and 0 <= item < 1 << 62 for item in value):
-        chain = tuple(token_chain(value, APPROX_BLOCK_TOKENS, root))
-        return Prompt(model, root, chain=chain, token_ids=tuple(value))
+        whole = array("q", value[: len(value) // UNIT_TOKENS * UNIT_TOKENS]).tobytes()
+        return Prompt(model, root, b"", text_chain(whole, root, 8 * UNIT_TOKENS), tuple(value))
     if isinstance(value, list):  # the items of the Responses API
-        return _text_prompt(model, root, _render_chat(body, value), None)
+        text = _render_chat(body, value)
+        return Prompt(model, root, text, text_chain(text, seed))
     return Prompt(model, root)
 
 
-def _text_prompt(model: str, root: int, text: bytes, ask: dict[str, Any] | None) -> Prompt:
-    seed = xxh3_64_intdigest(model.encode("utf-8", "surrogatepass"), root)
-    return Prompt(model, root, text, text_chain(text, seed), tokenize=ask)
-
-
 def _render_chat(body: dict[str, Any], messages: list[Any]) -> bytes:
-    parts = []
+    parts: list[str] = []
     for message in messages:
         if not isinstance(message, dict):
             parts.append(orjson.dumps(message, option=_SORTED).decode())
@@ -104,7 +135,9 @@ def _render_chat(body: dict[str, Any], messages: list[Any]) -> bytes:
             parts += (_text(message["role"]), "\x1f", content, "\x1e")  # what nearly all messages are
         else:
             parts.append(_render_message(message))
-    return _preamble(body) + "".join(parts).encode("utf-8", "surrogatepass")
+    text = "".join(parts)
+    # Most prompts are plain ASCII, for which the codec has a shortcut that an error handler's name would close.
+    return _preamble(body) + (text.encode() if text.isascii() else text.encode("utf-8", "surrogatepass"))
 
 
 def _render_message(message: dict[str, Any]) -> str:
@@ -120,6 +153,8 @@ def _render_message(message: dict[str, Any]) -> str:
 
 
 def _preamble(body: dict[str, Any]) -> bytes:
+    if _PREAMBLE_SET.isdisjoint(body):
+        return b""
     found = [body[key] for key in _PREAMBLE if body.get(key) is not None]
     return orjson.dumps(found, option=_SORTED) if found else b""
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from .block_hash import token_chain
-from .text_chain import TEXT_BLOCK_BYTES
+from .text_chain import UNIT_BYTES, chain_units
 
 DEFAULT_MAX_NODES = 100_000
 DEFAULT_MAX_TOKENS = 8_000_000  # 64 MB of ids, and at most half as much again of block chains
@@ -63,7 +63,7 @@ class TokenMemo:
         count = len(run.token_ids)
         self._tokens += count
         for depth in range(len(chain), 0, -1):
-            covered = min(depth * TEXT_BLOCK_BYTES, text_bytes)
+            covered = min(chain_units(depth) * UNIT_BYTES, text_bytes)
             node = chain[depth - 1]
             run.nodes += 1
             self._leave(self._known.pop(node, None))
@@ -71,7 +71,7 @@ class TokenMemo:
         # One leftover node keeps a whole run: a long conversation leaves one per turn.
         while len(self._known) > self._max_nodes or self._tokens > self._max_tokens:
             self._leave(self._known.popitem(last=False)[1])
-        if text_bytes >= TEXT_BLOCK_BYTES:
+        if text_bytes >= UNIT_BYTES:
             self.tokens_per_byte += 0.1 * (min(2.0, count / text_bytes) - self.tokens_per_byte)
 
     def _leave(self, known: tuple[TokenRun, int] | None) -> None:

@@ -47,7 +47,7 @@ class TokenLearner:
 
     def offer(self, prompt: Prompt, engine: Engine) -> None:
         """A prompt was served by an engine. Only engines with events make its ids worth knowing."""
-        if not self._knowledge.event_mask or prompt.tokenize is None or not prompt.chain:
+        if not self._knowledge.event_mask or prompt.body is None or not prompt.chain:
             return
         if self._knowledge.memo.knows(prompt.chain[-1]) or (engine.slot, _kind(prompt)) in self._refused:
             return
@@ -72,7 +72,7 @@ class TokenLearner:
 
     async def _ask(self, session: aiohttp.ClientSession, prompt: Prompt, engine: Engine) -> str:
         question: dict[str, Any] = {"model": prompt.model} if prompt.model else {}
-        question.update(prompt.tokenize or {})
+        question.update(prompt.question or {})
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS)
         headers = {"content-type": "application/json"}
         try:
@@ -115,4 +115,4 @@ def read_token_ids(answer: Any) -> list[int]:
 
 
 def _kind(prompt: Prompt) -> str:
-    return "chat" if prompt.tokenize is not None and "messages" in prompt.tokenize else "text"
+    return "text" if isinstance(prompt.body, str) else "chat"

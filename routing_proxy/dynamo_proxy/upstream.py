@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Protocol, cast
 
@@ -117,8 +118,11 @@ class UpstreamConnection(asyncio.Protocol):
 class UpstreamPool:
     """Open connections to one engine. Idle ones are used last in, first out, and for a few seconds only."""
 
-    def __init__(self, address: EngineAddress, timeouts: Timeouts, limits: Limits) -> None:
+    def __init__(
+        self, address: EngineAddress, timeouts: Timeouts, limits: Limits, tls: ssl.SSLContext | None = None
+    ) -> None:
         self.address = address
+        self._tls = tls if address.tls else None
         self.loop = asyncio.get_running_loop()
         self._timeouts = timeouts
         self._limits = limits
@@ -152,7 +156,7 @@ class UpstreamPool:
         reason = ""
         try:
             await asyncio.wait_for(
-                self.loop.create_connection(lambda: connection, self.address.host, self.address.port),
+                self.loop.create_connection(lambda: connection, self.address.host, self.address.port, ssl=self._tls),
                 self._timeouts.connect_seconds,
             )
         except asyncio.CancelledError:
@@ -160,6 +164,8 @@ class UpstreamPool:
             raise
         except asyncio.TimeoutError:  # not yet a TimeoutError in Python 3.10
             reason = "connect_timeout"
+        except ssl.SSLError:
+            reason = "tls_failed"
         except OSError:
             reason = "connect_failed"
         done(None if reason else connection, reason)

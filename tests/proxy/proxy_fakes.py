@@ -41,8 +41,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return uvloop.run(guarded())
 
 
-async def wait_until(condition: Callable[[], bool], what: str = "condition") -> None:
-    for _ in range(1000):
+async def wait_until(condition: Callable[[], bool], what: str = "condition", seconds: float = 30) -> None:
+    for _ in range(int(seconds * 100)):
         if condition():
             return
         await asyncio.sleep(0.01)
@@ -247,8 +247,11 @@ class RawEngine:
 
 @contextlib.asynccontextmanager
 async def proxy_before(*engines: FakeEngine | RawEngine, **settings: Any) -> AsyncIterator[ProxyServer]:
-    """A started proxy with all engines ready; checks every invariant at the end and leaves no task behind."""
-    ready = settings.pop("ready", True)
+    """A started proxy with all engines ready; checks every invariant at the end and leaves no task behind.
+
+    A second one before the same engines is `inner`: the outer one ends the engines and looks for tasks left.
+    """
+    ready, inner = settings.pop("ready", True), settings.pop("inner", False)
     settings.setdefault("timeouts", QUICK)
     settings.setdefault("limits", Limits())
     config = ProxyConfig(tuple(engine.address for engine in engines), port=0, admin_port=0, **settings)
@@ -261,11 +264,11 @@ async def proxy_before(*engines: FakeEngine | RawEngine, **settings: Any) -> Asy
         server.check()
     finally:
         await server.close()
-        for engine in engines:
+        for engine in () if inner else engines:
             await engine.stop()
     assert server.ledger.in_flight == 0, "leases left"
     server.ledger.check()
-    left = asyncio.all_tasks() - {asyncio.current_task()}
+    left = set() if inner else asyncio.all_tasks() - {asyncio.current_task()}
     assert not left, f"tasks left: {left}"
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from dynamo_proxy.config import Limits
 from dynamo_proxy.errors import ProtocolError
 from dynamo_proxy.http1 import ChunkDecoder, EndOfMessage, Request, RequestReader, ResponseReader
-from dynamo_proxy.http_heads import RequestHead, ResponseHead
+from dynamo_proxy.http_heads import (
+    RequestHead,
+    ResponseHead,
+    _parse_request_head,
+    _parse_response_head,
+    parse_request_head,
+    parse_response_head,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,6 +84,41 @@ def test_no_bytes_make_it_fail_otherwise_than_by_protocol_error(noise: bytes, si
     else:
         status = 400
     assert status in range(400, 600)
+
+
+HEAD_LINES = [
+    b"Host: a", b"Content-Length: 7", b"content-length: 19", b"Content-Length:", b"Content-Length: \n", b"",
+    b"X: content-length", b"Transfer-Encoding: chunked", b"Connection: close", b"Content-Length: 1, 7", b"X: 7",
+    b"Content-Length:8",
+]  # fmt: skip
+
+
+@given(st.lists(st.lists(st.sampled_from(HEAD_LINES), max_size=4), min_size=1, max_size=6))
+def test_a_head_seen_before_reads_as_if_it_were_new(heads: list[list[bytes]]) -> None:
+    def outcome(parse: Callable[..., object], *arguments: bytes) -> object:
+        try:
+            return parse(*arguments)
+        except ProtocolError as error:
+            return error.status, error.code, str(error)
+
+    for lines in heads:
+        request = b"\r\n".join([b"POST /v1/x?q HTTP/1.1", *lines])
+        assert outcome(parse_request_head, request) == outcome(_parse_request_head, request)
+        response = b"\r\n".join([b"HTTP/1.1 200 OK", *lines])
+        for method in (b"GET", b"HEAD"):
+            assert outcome(parse_response_head, response, method) == outcome(_parse_response_head, response, method)
+
+
+@given(st.sampled_from([SIZED, CHUNKED, BARE]), st.sampled_from([SIZED, BARE, b"x", b"", b"\r\n"]))
+def test_what_is_read_whole_is_what_the_slow_way_reads(first: bytes, second: bytes) -> None:
+    reader = RequestReader(LIMITS)
+    whole = reader.whole(first + second)
+    reader.check()
+    assert not reader.mid_request
+    assert whole is None or [whole] == read(first + second)
+    assert (whole is not None) == (second == b"" and first is not CHUNKED)
+    reader.receive(SIZED[:9])
+    assert reader.whole(first) is None
 
 
 HOST = b"GET / HTTP/1.1\r\nHost: a\r\n"

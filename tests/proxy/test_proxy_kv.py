@@ -27,6 +27,7 @@ from dynamo_proxy.kv_events import (
     decode_batch,
 )
 from dynamo_proxy.kv_index import KvIndex, Outcome
+from dynamo_proxy.prefix_walk import leading_runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -225,6 +226,40 @@ def test_our_connectors_events_one_block_each_follow_a_block_through_its_media()
     index.check()
 
 
+def test_every_tier_has_a_bit_of_its_own_and_a_run_of_its_own() -> None:
+    index = KvIndex()
+    tokens = list(range(200))
+    chain = token_chain(tokens, 2, ROOT)
+    index.apply(0, 0, stored(list(range(100)), None, tokens))
+    assert index.tier_runs(0, chain, 100) == (100, 100, 100, 100)
+    for medium, first in (("CPU", 30), ("STORAGE", 50), ("EXTERNAL", 70)):
+        index.apply(0, 0, stored(list(range(first, 100)), first - 1, tokens[2 * first :], medium=medium))
+    index.apply(0, 0, removed(list(range(30, 100))))
+    index.apply(0, 0, removed(list(range(50, 100)), "CPU"))
+    index.apply(0, 0, removed(list(range(70, 100)), "DISK"))  # vLLM's name for G3 or SGLang's: one tier
+    assert index.walk(chain, 1) == {0: 100}
+    assert index.tier_runs(0, chain, 100) == (30, 50, 70, 100)
+    index.apply(0, 0, removed(list(range(70, 100)), "STORAGE"))
+    assert index.walk(chain, 1) == {0: 100}, "G3 lost it, G4 still has it"
+    index.apply(0, 0, removed(list(range(70, 100)), "EXTERNAL"))
+    assert index.walk(chain, 1) == {0: 70}
+    index.apply(0, 0, stored([0], None, [0, 1], medium="OF NEXT YEAR"))
+    index.apply(0, 0, removed([0], "EXTERNAL"))
+    assert index.media(0, chain[0]) == 1 | 16
+    index.check()
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(0, 300))
+def test_strides_find_what_a_plain_walk_finds(depths: list[int], asked: int) -> None:
+    chain = list(range(1000, 1300))
+    holders: dict[int, int] = {}
+    for slot, depth in enumerate(depths):
+        for node in chain[:depth]:
+            holders[node] = holders.get(node, 0) | 1 << slot
+    expected = {slot: min(depth, asked) for slot, depth in enumerate(depths) if min(depth, asked)}
+    assert leading_runs(holders, chain[:asked], (1 << len(depths)) - 1) == expected
+
+
 def test_the_index_is_bounded() -> None:
     index = KvIndex(max_blocks_per_source=3)
     outcomes = [index.apply(0, 0, stored([number], None, [number, number])) for number in range(5)]
@@ -234,7 +269,7 @@ def test_the_index_is_bounded() -> None:
 
 # Random prompts over a two-letter alphabet share many prefixes.
 paths = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(tuple)
-media = st.sampled_from(["GPU", "CPU", "STORAGE"])
+media = st.sampled_from(["GPU", "CPU", "STORAGE", "EXTERNAL"])
 steps = st.lists(
     st.tuples(st.sampled_from(["store", "store", "remove", "clear"]), st.integers(0, 2), paths, media),
     max_size=40,
@@ -299,12 +334,17 @@ def test_chained_hashes_are_the_blocks_hashes() -> None:
 def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(
     inserts: list[tuple[int, list[int]]],
 ) -> None:
-    index = ApproxIndex(default_capacity_nodes=8)
+    index = ApproxIndex(default_capacity_units=8)
     index.set_capacity(1, 3)
-    for moment, (slot, chain) in enumerate(inserts):
+    for moment, (slot, numbers) in enumerate(inserts):
+        chain = [2 * number for number in numbers[:-1]] + [2 * numbers[-1] + 1]  # the last one is coarse: four units
         index.insert(slot, chain, float(moment))
         index.check()
-        kept = min(len(chain), 3 if slot == 1 else 8)
+        capacity = 3 if slot == 1 else 8
+        kept = len(chain) if len(chain) + 3 <= capacity else min(len(chain) - 1, capacity)
+        if not kept:
+            assert index.matched(chain, 1 << slot) == {}
+            continue
         assert index.matched(chain, 1 << slot) == {slot: kept}
         assert index.fresh(slot, chain, kept, float(moment)) == kept
         assert index.fresh(slot, chain, kept, moment + 1.0) == 0

@@ -6,96 +6,81 @@ from random import Random
 
 from dynamo_proxy.ledger import Ledger
 from dynamo_proxy.policy import (
-    Candidate,
     CostModel,
+    Load,
     choose_kv,
     choose_least_loaded,
     choose_random,
     choose_round_robin,
     costs_seconds,
-    learn_prefill,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
 MODEL = CostModel()
 small = st.integers(0, 50_000)
-candidates = st.lists(
-    st.builds(Candidate, slot=small, matched_tokens=small, in_flight=st.integers(0, 300),
-              pending_tokens=small, active_tokens=small),
+loads = st.lists(
+    st.builds(Load, slot=small, in_flight=st.integers(0, 300), pending_tokens=small, active_tokens=small),
     min_size=1,
     max_size=8,
-    unique_by=lambda candidate: candidate.slot,
-)  # fmt: skip
+    unique_by=lambda load: load.slot,
+)
 
 
-def idle(slot: int, matched: int = 0) -> Candidate:
-    return Candidate(slot, matched, 0, 0, 0)
+def holdings(fleet: list[Load], data: st.DataObject) -> dict[int, int]:
+    return {load.slot: data.draw(small) for load in fleet if data.draw(st.booleans())}
 
 
 def test_the_longest_prefix_wins_among_idle_engines() -> None:
-    decision = choose_kv([idle(0), idle(1, 800), idle(2, 400)], 1000, MODEL, Random(1))
+    decision = choose_kv([Load(0), Load(1), Load(2)], {1: 800, 2: 400}, 1000, MODEL, Random(1))
     assert (decision.slot, decision.reason, decision.new_tokens) == (1, "prefix", 200)
 
 
 def test_a_long_queue_outweighs_a_prefix() -> None:
-    busy = Candidate(0, 900, 20, 100_000, 100_000)
-    decision = choose_kv([busy, idle(1)], 1000, MODEL, Random(1))
+    decision = choose_kv([Load(0, 20, 100_000, 100_000), Load(1)], {0: 900}, 1000, MODEL, Random(1))
     assert (decision.slot, decision.reason) == (1, "load_over_prefix")
 
 
 def test_cost_by_hand() -> None:
-    candidate = Candidate(0, 100, 2, 500, 1000)
     decode = 1e-4 * 2 + 3e-8 * 1000
     own = 1e-4 * 900 * (1 + 1 + 0.3 * 2)
     expected = 1e-4 * 500 + own + 1 * (0.01 + decode) + 0.3 * 300 * decode
-    assert abs(costs_seconds([candidate], 1000, MODEL)[0] - expected) < 1e-12
+    assert abs(costs_seconds([Load(0, 2, 500, 1000)], {0: 100}, 1000, MODEL)[0] - expected) < 1e-12
 
 
 def test_ties_spread() -> None:
     rng = Random(3)
-    chosen = {choose_kv([idle(0), idle(1), idle(2)], 100, MODEL, rng).slot for _ in range(60)}
+    chosen = {choose_kv([Load(0), Load(1), Load(2)], {}, 100, MODEL, rng).slot for _ in range(60)}
     assert chosen == {0, 1, 2}
-    assert {choose_random([idle(0), idle(5)], 1, rng).slot for _ in range(60)} == {0, 5}
+    assert {choose_random([Load(0), Load(5)], {}, 1, rng).slot for _ in range(60)} == {0, 5}
 
 
 def test_round_robin_goes_round_gaps() -> None:
-    fleet = [idle(4), idle(0), idle(9)]
+    fleet = [Load(4), Load(0), Load(9)]
     slot, seen = -1, []
     for _ in range(6):
-        slot = choose_round_robin(fleet, 1, slot).slot
+        slot = choose_round_robin(fleet, {}, 1, slot).slot
         seen.append(slot)
     assert seen == [0, 4, 9, 0, 4, 9]
 
 
 def test_least_loaded_counts_requests_then_pending_tokens() -> None:
-    fleet = [Candidate(0, 0, 2, 0, 0), Candidate(1, 0, 1, 50, 0), Candidate(2, 0, 1, 10, 0)]
-    assert choose_least_loaded(fleet, 1, Random(1)).slot == 2
+    assert choose_least_loaded([Load(0, 2), Load(1, 1, 50), Load(2, 1, 10)], {}, 1, Random(1)).slot == 2
 
 
-@given(candidates, st.integers(0, 50_000))
-def test_the_choice_is_never_dearer_than_another(fleet: list[Candidate], tokens: int) -> None:
-    decision = choose_kv(fleet, tokens, MODEL, Random(1))
-    assert decision.cost_seconds == min(costs_seconds(fleet, tokens, MODEL))
+@given(loads, st.integers(0, 50_000), st.data())
+def test_the_choice_is_never_dearer_than_another(fleet: list[Load], tokens: int, data: st.DataObject) -> None:
+    held = holdings(fleet, data)
+    decision = choose_kv(fleet, held, tokens, MODEL, Random(1))
+    assert decision.cost_seconds == min(costs_seconds(fleet, held, tokens, MODEL))
     assert 0 <= decision.new_tokens <= tokens
 
 
-@given(candidates, st.integers(1, 50_000), st.integers(1, 1000))
-def test_more_cached_is_never_dearer(fleet: list[Candidate], tokens: int, more: int) -> None:
-    first = fleet[0]
-    better = Candidate(
-        first.slot, first.matched_tokens + more, first.in_flight, first.pending_tokens, first.active_tokens
-    )
-    assert sorted(costs := costs_seconds([better, first], tokens, MODEL)) == costs
-
-
-def test_learning_moves_towards_what_is_seen_and_ignores_noise() -> None:
-    model = MODEL
-    for _ in range(200):
-        model = learn_prefill(model, 0.01 + 1000 * 1e-3, 1000)
-    assert abs(model.t_p - 1e-3) < 1e-5
-    assert learn_prefill(model, 5.0, 10) is model
-    assert learn_prefill(model, 1e9, 1000).t_p < 1
+@given(loads, st.integers(1, 50_000), st.integers(0, 50_000), st.integers(1, 1000))
+def test_more_cached_is_never_dearer(fleet: list[Load], tokens: int, matched: int, more: int) -> None:
+    first, slot = fleet[:1], fleet[0].slot
+    better = costs_seconds(first, {slot: matched + more}, tokens, MODEL)
+    assert better <= costs_seconds(first, {slot: matched}, tokens, MODEL)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 100), st.sampled_from(["hold", "first", "end"]))))

@@ -134,6 +134,23 @@ def test_the_openapi_document_is_true() -> None:
                     assert answer.headers["content-type"].split(";")[0] in media, path
             answer = await ask(proxy.port, post("/health", {}))
             assert answer.status == 405
+            assert answer.headers["allow"] == "GET, HEAD"
+
+    run(body())
+
+
+@pytest.mark.parametrize("method", ["TRACE", "CONNECT", "GET", "PUT", "DELETE"])
+def test_methods_that_a_route_does_not_have_reach_no_engine(method: str) -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine) as proxy:
+            request = post("/v1/chat/completions", chat()).replace(b"POST", method.encode(), 1)
+            answer = await ask(proxy.port, request)
+            assert (answer.status, answer.headers["allow"]) == (405, "POST")
+            assert (await ask(proxy.port, request.replace(b"/v1/chat/completions", b"/other"))).status == (
+                405 if method in ("TRACE", "CONNECT") else 200
+            )
+            assert all(path == "/other" for path, _, _ in engine.requests)
 
     run(body())
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from dynamo_proxy.knowledge import SPECULATION_SECONDS, Knowledge
 from dynamo_proxy.kv_events import decode_batch
-from dynamo_proxy.text_chain import read_prompt
+from dynamo_proxy.text_chain import UNIT_BYTES, chain_units, node_units, read_prompt, text_chain
 from dynamo_proxy.token_memo import TokenMemo
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,6 +51,16 @@ def test_text_parts_read_as_their_text_and_every_route_has_a_prompt() -> None:
     assert read_prompt({"input": [{"role": "user", "content": "abc"}], "instructions": "be"}).chain
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}], "tool_calls": [1]}
     assert read_prompt({"messages": [image, "odd", 5]}).chain
+
+
+@given(st.binary(max_size=9000), st.integers(0, 9000))
+def test_texts_share_the_nodes_that_lie_in_their_common_prefix(text: bytes, cut: int) -> None:
+    chain, other = text_chain(text, 7), text_chain(text[:cut] + b"#" + text[cut:], 7)
+    same = next((depth for depth, pair in enumerate(zip(chain, other, strict=False)) if pair[0] != pair[1]), len(chain))
+    assert set(chain[same:]).isdisjoint(other)
+    if cut < len(text):
+        assert chain_units(same) * UNIT_BYTES <= cut or text[cut:] == b"#" * len(text[cut:])
+    assert chain_units(len(chain)) == sum(map(node_units, chain)) >= len(text) / UNIT_BYTES
 
 
 words = st.sampled_from(["", "role", "content", "text", "type", "user", "é", "\0"])

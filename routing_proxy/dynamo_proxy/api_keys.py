@@ -1,0 +1,108 @@
+"""The file of API keys: who may call, and how much. It holds hashes, never keys, and is read again when it changes.
+
+# NAME sha256:HEX [requests-per-minute=N] [tokens-per-minute=N]
+alice sha256:9f86d0... requests-per-minute=600 tokens-per-minute=200000
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import ConfigError
+from .limits import Bucket, CallerLimits
+
+_LINE = "NAME sha256:HEX [requests-per-minute=N] [tokens-per-minute=N]"
+_DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_RATES = {"requests-per-minute": "requests", "tokens-per-minute": "tokens"}
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """One key of the file. `rates` are per minute."""
+
+    name: str
+    digest: bytes
+    rates: dict[str, float] = field(default_factory=dict)
+    limits: CallerLimits = field(default_factory=CallerLimits)
+
+
+class KeyRing:
+    """The keys of a file that may change."""
+
+    def __init__(self, path: Path, now: float) -> None:
+        """Read the file. Raises ConfigError."""
+        self._path = path
+        self._callers: dict[bytes, Caller] = {}
+        self._seen: tuple[int, int] = (0, 0)
+        self.reload(now)
+
+    def __len__(self) -> int:
+        return len(self._callers)
+
+    def find(self, key: bytes) -> Caller | None:
+        """The caller with this key. Hashes are looked up and compared, never keys: time tells nothing of them."""
+        digest = hashlib.sha256(key).digest()
+        caller = self._callers.get(digest)
+        return caller if caller is not None and hmac.compare_digest(caller.digest, digest) else None
+
+    def reload(self, now: float) -> bool:
+        """Read the file if it changed. Raises ConfigError and keeps what it had. Callers keep what they have used."""
+        try:
+            status = self._path.stat()
+            seen = (status.st_mtime_ns, status.st_size)
+            if seen == self._seen:
+                return False
+            text = self._path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"cannot read the API keys in {self._path} ({error}); name a file of lines {_LINE}"
+            ) from None
+        self._seen = seen
+        fresh = parse_keys(text)
+        known = {caller.name: caller for caller in self._callers.values()}
+        for caller in fresh:
+            old = known.get(caller.name)
+            same = old is not None and old.rates == caller.rates
+            caller.limits = old.limits if same and old is not None else _full(caller.rates, now)
+        self._callers = {caller.digest: caller for caller in fresh}
+        return True
+
+    def check(self) -> None:
+        for digest, caller in self._callers.items():
+            assert digest == caller.digest, "a caller is filed under another's digest"
+            caller.limits.check()
+
+
+def _full(rates: dict[str, float], now: float) -> CallerLimits:
+    return CallerLimits(**{name: Bucket.full(rate, now) for name, rate in rates.items()})
+
+
+def parse_keys(text: str) -> list[Caller]:
+    """The callers in a file's text. Raises ConfigError naming the line."""
+    callers: list[Caller] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        digest = _DIGEST.fullmatch(words[1]) if len(words) > 1 else None
+        if digest is None:
+            raise ConfigError(f"API keys, line {number}: not {_LINE} (the hash: printf %s KEY | sha256sum)")
+        caller = Caller(words[0], bytes.fromhex(digest[1]), _rates(words[2:], number))
+        if any(caller.name == other.name or caller.digest == other.digest for other in callers):
+            raise ConfigError(f"API keys, line {number}: this name or key is there already; name each once")
+        callers.append(caller)
+    return callers
+
+
+def _rates(words: list[str], number: int) -> dict[str, float]:
+    rates = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in _RATES or not value.isdigit() or not int(value):
+            raise ConfigError(f"API keys, line {number}: {word!r} is not one of {', '.join(_RATES)} = a number above 0")
+        rates[_RATES[name]] = float(value)
+    return rates

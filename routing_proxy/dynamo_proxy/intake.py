@@ -1,0 +1,106 @@
+"""Reads requests: what is asked for, of which model, and how it may be handled."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import orjson
+
+from .engines import EngineRegistry
+from .errors import RequestError
+from .guard import INTERNAL_FIELDS, is_control_route, without_internal
+from .http1 import Request
+from .openapi import JSON_ROUTES
+from .stream_tape import is_resumable
+from .text_chain import Prompt, read_prompt
+
+_NEVER = (b"TRACE", b"CONNECT")  # they would tell what only the engine should see
+# The model in a multipart form (audio, images).
+_FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256})\r\n')
+
+
+_SESSION_HEADER = re.compile(rb"^x-session-id:[ \t]*([^\r\n]{1,256})", re.IGNORECASE | re.MULTILINE)
+
+
+class Asked(NamedTuple):
+    """A request as it goes to an engine, its prompt, and whether its stream can go on tape."""
+
+    request: Request
+    prompt: Prompt = Prompt()
+    tapeable: bool = False
+
+
+class Intake:
+    """Turns requests into what exchanges carry."""
+
+    def __init__(self, registry: EngineRegistry) -> None:
+        self._registry = registry
+        self.aliases: dict[str, str] = {}
+        self.resume_streams = True
+        self.pass_control_routes = False
+        self.read_sessions = False
+
+    def read(self, path: str, request: Request) -> Asked:
+        """Raises RequestError for what no engine should see."""
+        method = request.head.method
+        if method != b"POST" or path not in JSON_ROUTES:
+            if method in _NEVER or (path in JSON_ROUTES and method != b"OPTIONS"):
+                raise RequestError(405, "method_not_allowed", f"{path} does not answer {method.decode('latin-1')}")
+            if is_control_route(path) and not self.pass_control_routes:
+                message = "this route controls an engine; call the engine itself (or see --engine-control-routes)"
+                raise RequestError(403, "control_route", message)
+            return self._other(request)
+        try:
+            body = orjson.loads(request.body)
+        except orjson.JSONDecodeError as error:
+            raise RequestError(400, "invalid_json", f"the request body is not valid JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise RequestError(400, "invalid_json", "the request body must be a JSON object")
+        model = body.get("model", "")
+        if not isinstance(model, str):
+            raise RequestError(400, "invalid_model", "`model` must be a string")
+        if not INTERNAL_FIELDS.isdisjoint(body) or model in self.aliases:
+            body = without_internal(body)
+            if model in self.aliases:
+                body["model"] = self.aliases[model]
+            request = request._replace(body=orjson.dumps(body))
+        tapeable = False
+        if "stream" in body and self.resume_streams and request.head.minor_version:
+            tapeable = is_resumable(path, body)
+        try:
+            prompt = read_prompt(body, self._registry.loras)
+        except (TypeError, RecursionError):
+            return Asked(request, Prompt(body.get("model") or ""))  # deeper than we render: placed by load alone
+        if self.read_sessions:
+            prompt = prompt._replace(session=_session(request, body))
+        if "priority" in body and type(body["priority"]) is int:
+            prompt = prompt._replace(priority=body["priority"])
+        return Asked(request, prompt, tapeable)
+
+    def _other(self, request: Request) -> Asked:
+        """A route that is not ours to understand: it goes to an engine of the model that it names, if it does."""
+        body = request.body
+        if not body:
+            return Asked(request)
+        if body[:1] == b"{":
+            try:
+                named = orjson.loads(body).get("model")
+            except orjson.JSONDecodeError:
+                return Asked(request)
+            if isinstance(named, str) and named in self.aliases:
+                body = orjson.dumps({**orjson.loads(body), "model": self.aliases[named]})
+                request = request._replace(body=body)
+                named = self.aliases[named]
+            return Asked(request, Prompt(named) if isinstance(named, str) else Prompt())
+        field = _FORM_MODEL.search(body) if b'name="model"' in body else None
+        return Asked(request, Prompt(field[1].decode("utf-8", "replace")) if field is not None else Prompt())
+
+
+def _session(request: Request, body: dict[str, Any]) -> str:
+    """The session a request says it belongs to."""
+    named = _SESSION_HEADER.search(request.head.passing)
+    if named is not None:
+        return named[1].strip().decode("latin-1")
+    value = body.get("session_id") or body.get("prompt_cache_key")
+    return value[:256] if isinstance(value, str) else ""

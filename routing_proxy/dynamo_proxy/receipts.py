@@ -1,0 +1,51 @@
+"""Why a request went where it went: for the client that asks, and for the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import orjson
+
+from .policy import CostModel
+from .router import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One request's way to its first byte. Times are in milliseconds."""
+
+    engine: str
+    mode: str
+    reason: str
+    prompt_tokens: int
+    matched_tokens: int
+    queued_tokens: int
+    attempts: int
+    predicted_ttft_ms: float
+    actual_ttft_ms: float  # of the engine that answered
+    total_ttft_ms: float  # with the attempts before it
+
+    def header(self) -> bytes:
+        return b"x-dynamo-route: %b\r\n" % orjson.dumps(self)
+
+
+def receipt_of(
+    placement: Placement, mode: str, model: CostModel, attempts: int, seconds: float, total_seconds: float
+) -> Receipt:
+    """The receipt for a first byte that came `seconds` after the last attempt began."""
+    decision, prompt = placement.decision, placement.prompt_tokens
+    new = decision.new_tokens
+    own = model.t_p * new + model.t_a * new * (prompt - new / 2)
+    predicted = model.t_0 + model.t_p * placement.queued_tokens + own
+    return Receipt(
+        engine=placement.engine.name,
+        mode=mode,
+        reason=decision.reason,
+        prompt_tokens=prompt,
+        matched_tokens=decision.matched_tokens,
+        queued_tokens=placement.queued_tokens,
+        attempts=attempts,
+        predicted_ttft_ms=round(predicted * 1e3, 3),
+        actual_ttft_ms=round(seconds * 1e3, 3),
+        total_ttft_ms=round(total_seconds * 1e3, 3),
+    )

@@ -1,0 +1,228 @@
+"""Several proxies before one fleet: what they tell each other, signed; and that losing one loses nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dynamo_proxy.cli import FLAGS, read_config
+from dynamo_proxy.config import ProxyConfig, Replicas, parse_replicas
+from dynamo_proxy.errors import ConfigError, ListenError
+from dynamo_proxy.ledger import Counts, Ledger
+from dynamo_proxy.policy import OverlapRule
+from dynamo_proxy.replica_wire import Chain, News, Order, parcels, sign, verify
+from dynamo_proxy.server import routing_state
+from dynamo_proxy.supervisor import Supervisor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .proxy_fakes import Client, FakeEngine, ask, chat, post, proxy_before, run, wait_until
+
+KEY = b"sixteen bytes or more"
+LONG = "The quick brown fox jumps over the lazy dog. " * 100
+counts = st.builds(Counts, st.integers(0, 99), st.integers(0, 10**6), st.integers(0, 10**6))
+
+
+def places(folder: Path, count: int) -> list[Replicas]:
+    names = [f"unix:{folder / f'r{number}'}" for number in range(count)]
+    return [Replicas(name, tuple(other for other in names if other != name), KEY) for name in names]
+
+
+def test_a_proxy_sees_the_load_and_the_prompts_of_another(tmp_path: Path) -> None:
+    async def body() -> None:
+        engines = [await FakeEngine().start(), await FakeEngine().start()]
+        first, second = places(tmp_path, 2)
+        before_both = proxy_before(*engines, replicas=first)
+        async with before_both as one, proxy_before(*engines, replicas=second, inner=True) as two:
+            hold = engines[0].hold = engines[1].hold = asyncio.Event()
+            async with Client.to(one.port) as client:
+                client.send(post("/v1/chat/completions", chat(LONG, stream=True)))
+                await wait_until(lambda: one.ledger.in_flight == 1)
+                busy = next(slot for slot in (0, 1) if one.ledger.load(slot).in_flight)
+                await wait_until(lambda: two.ledger.load(busy).in_flight == 1, "the load is told")
+                assert two.ledger.own(busy) == Counts()
+                await wait_until(lambda: len(two.knowledge.approx) > 0, "the prompt is told")
+                answer = await ask(two.port, post("/v1/chat/completions", chat("short")))
+                assert answer.headers["x-dynamo-engine"] == f"engine-{1 - busy}"
+                hold.set()
+                await client.answer()
+            await wait_until(lambda: two.ledger.load(busy).in_flight == 0, "its end is told")
+            answer = await ask(two.port, post("/v1/chat/completions", chat(LONG)))
+            assert answer.headers["x-dynamo-engine"] == f"engine-{busy}"
+            assert int(answer.headers["x-dynamo-matched-tokens"]) > 500
+            one.check()
+            two.check()
+
+    run(body())
+
+
+def test_a_lost_proxy_takes_its_load_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo_proxy.replicas._SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("dynamo_proxy.replicas._REPEAT_SECONDS", 0.05)
+
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        first, second = places(tmp_path, 2)
+        async with proxy_before(engine, replicas=second) as two:
+            hold = engine.hold = asyncio.Event()
+            also = proxy_before(engine, replicas=first, inner=True)
+            async with also as one, Client.to(one.port) as client:
+                client.send(post("/v1/chat/completions", chat(stream=True)))
+                await wait_until(lambda: two.ledger.load(0).in_flight == 1)
+                assert one.replicas is not None
+                one.replicas.close()  # as if it were killed: it says nothing more
+                await wait_until(lambda: two.ledger.load(0).in_flight == 0, "its load is forgotten")
+                hold.set()
+                await client.answer()
+            assert two.replicas is not None
+            assert two.replicas.others == 0
+            engine.hold = None
+            assert (await ask(two.port, post("/v1/chat/completions", chat()))).status == 200
+
+    run(body())
+
+
+def test_only_signed_news_of_now_is_heard(tmp_path: Path) -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        (place,) = places(tmp_path, 1)
+        async with proxy_before(engine, replicas=place) as server:
+            (known,) = server.registry
+            loads = ((known.address.url, Counts(5, 5, 5)),)
+            news = News("x", 1, 1, time.time(), loads, ())
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+
+                def tell(datagram: bytes) -> None:
+                    stranger.sendto(datagram, place.listen.removeprefix("unix:"))
+
+                def seen(reason: str) -> float:
+                    return float(server.metrics.replica_news.labels(reason)._value.get())
+
+                tell(sign(news, b"another key of enough length"))
+                tell(sign(news._replace(wall_seconds=1.0), KEY))
+                tell(b"x")
+                await wait_until(lambda: seen("bad_signature") == 2 and seen("too_old") == 1)
+                assert server.ledger.load(0).in_flight == 0
+                tell(sign(news, KEY))
+                tell(sign(news, KEY))  # played again
+                await wait_until(lambda: seen("applied") == 1 and seen("out_of_order") == 1)
+                assert server.ledger.load(0).in_flight == 5
+                server.check()
+
+    run(body())
+
+
+def test_a_place_that_is_taken_stops_the_start(tmp_path: Path) -> None:
+    async def body() -> None:
+        with pytest.raises(ListenError, match="--replica-sync-listen"):
+            async with proxy_before(replicas=Replicas(f"unix:{tmp_path}/no/such/folder", (), KEY)):
+                raise AssertionError("it started")
+
+    run(body())
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(KEY + b"\n")
+    assert parse_replicas("10.0.0.1:8082", ["[::1]:9"], str(key)) == Replicas("10.0.0.1:8082", ("[::1]:9",), KEY)
+    assert parse_replicas("", [], "") is None
+    bad: list[tuple[str, list[str], Any]] = [
+        ("nonsense", [], key), ("10.0.0.1:0", [], key), ("10.0.0.1:1", ["host:1"], key), ("10.0.0.1:1", [], ""),
+        ("10.0.0.1:1", [], tmp_path / "none"), ("", ["10.0.0.1:1"], ""),
+    ]  # fmt: skip
+    for listen, peers, path in bad:
+        with pytest.raises(ConfigError):
+            parse_replicas(listen, peers, str(path))
+
+
+def test_flags_become_settings_and_what_contradicts_is_refused(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(KEY)
+    given = {flag.name: flag.default for flag in FLAGS}
+    given |= {"engine": ["http://127.0.0.1:1"], "replica_sync_listen": "127.0.0.1:9", "replica_sync_key_file": str(key)}
+    given |= {"kv_overlap_score_weight": 2.0, "router_temperature": 0.5, "engine_request_limit": 7}
+    config = read_config(given)
+    assert config.replicas == Replicas("127.0.0.1:9", (), KEY)
+    assert (config.routing.overlap_weight, config.routing.temperature) == (2.0, 0.5)
+    state = routing_state(config)
+    assert (state.overlap, state.max_in_flight) == (OverlapRule(2.0, 0.5, 16), 7)
+    with pytest.raises(ConfigError, match="--workers"):
+        read_config({**given, "workers": 2})
+
+
+def test_workers_of_one_proxy_are_replicas_of_each_other(tmp_path: Path) -> None:
+    supervisor = Supervisor(ProxyConfig((), workers=3), tmp_path)
+    told = [supervisor._config_of(worker, ()).replicas for worker in supervisor.workers]
+    assert all(replicas is not None for replicas in told)
+    places = {replicas.listen for replicas in told if replicas is not None}
+    assert len(places) == 3
+    for replicas in told:
+        assert replicas is not None
+        assert {replicas.listen, *replicas.peers} == places
+        assert len(replicas.key) >= 16
+    assert len({replicas.key for replicas in told if replicas is not None}) == 1
+
+
+# --- the wire
+
+
+chains = st.lists(st.builds(Chain, st.sampled_from("ab"), st.lists(st.integers(0, 2**64 - 1), max_size=300).map(tuple)))
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), counts), max_size=60), chains)
+def test_parcels_carry_everything_in_small_datagrams(loads: list[tuple[str, Counts]], prompts: list[Chain]) -> None:
+    told_loads: list[tuple[str, Counts]] = []
+    told_chains: list[Chain] = []
+    for number, (some_loads, some_chains) in enumerate(parcels(loads, prompts)):
+        news = News("me", 7, number, 100.0, some_loads, some_chains)
+        datagram = sign(news, KEY)
+        assert len(datagram) < 1400
+        assert verify(datagram, KEY, 110.0) == news
+        told_loads += some_loads
+        told_chains += some_chains
+    assert told_loads == loads
+    assert told_chains == [Chain(engine, nodes[:120]) for engine, nodes in prompts]
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_are_news(noise: bytes) -> None:
+    assert isinstance(verify(noise, KEY, 0.0), str)
+
+
+def test_a_new_life_is_new_and_an_old_number_is_not() -> None:
+    order = Order()
+    news = News("a", 5, 3, 0.0, (), ())
+    assert order.is_new(news)
+    assert not order.is_new(news)
+    assert not order.is_new(news._replace(number=2))
+    assert order.is_new(news._replace(life=6, number=0))
+    assert not order.is_new(news._replace(number=9))
+    assert order.is_new(news._replace(sender="b", number=0))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["lease", "end", "a", "b", "lose a"]), st.integers(0, 2), counts)))
+def test_the_ledger_keeps_own_and_told_apart(steps: list[tuple[str, int, Counts]]) -> None:
+    ledger = Ledger()
+    leases = []
+    told: dict[tuple[str, int], Counts] = {}
+    for action, slot, what in steps:
+        if action == "lease":
+            leases.append(ledger.charge(slot, what.pending_tokens, what.active_tokens))
+        elif action == "end" and leases:
+            ledger.release(leases.pop())
+        elif action == "lose a":
+            ledger.forget_proxy("a")
+            told = {key: value for key, value in told.items() if key[0] != "a"}
+        elif action in ("a", "b"):
+            ledger.told(action, slot, what)
+            told[action, slot] = what
+        ledger.check()
+        for each in range(3):
+            others = [value for (_, at), value in told.items() if at == each]
+            own = ledger.own(each)
+            assert ledger.load(each).in_flight == own.in_flight + sum(other.in_flight for other in others)
+    assert ledger.in_flight == len(leases)
