@@ -90,7 +90,10 @@ def main(arguments: list[str]) -> int:
     if not data:
         print(f"no trace in {options.traces}; see the head of this file for the names", file=sys.stderr)
         return 2
-    print(f"{'series':34}{'ahead':>9}{'cover':>8}{'over':>8}{'error':>8}   last value: {'cover':>8}{'over':>8}{'error':>8}")
+    print(
+        f"{'series':34}{'ahead':>9}{'cover':>8}{'over':>8}{'error':>8}"
+        f"   last value: {'cover':>8}{'over':>8}{'error':>8}"
+    )
     good = True
     for name, step, rates in data:
         for horizon in (1, 2) if step >= 60 else (4, 10):

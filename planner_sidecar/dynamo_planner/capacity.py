@@ -45,7 +45,7 @@ def replicas_for_prefill(
 
 
 def batch_at(fitted: Sequence[float], load: DecodeLoad, replicas: int) -> float:
-    """Requests that run at once on each replica (Little's law with a step time linear in the batch); inf: overloaded."""
+    """Requests that run at once on each replica: Little's law, step time linear in the batch; inf: overloaded."""
     share = load.tokens_per_second / replicas
     slope = fitted[1] + fitted[2] * load.kv_per_request
     if share * slope >= 1.0:

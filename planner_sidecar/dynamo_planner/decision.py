@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from .budget import Wish
 from .demand import learn
-from .records import READY, Decision, DecisionInputs, FleetObservation, Memory, SizingPolicy
+from .records import DOWN, READY, Decision, DecisionInputs, FleetObservation, Memory, SizingPolicy
 from .sizing import Need, cleaned, load_needs
 from .slo import corrected, sla_needs
 
@@ -28,6 +28,8 @@ def decide(inputs: DecisionInputs) -> Decision:
     fleet, policy = cleaned(inputs.observation), _bounded(inputs)
     now, current = fleet.time_seconds, fleet.current
     memory = learn(inputs.memory, fleet, policy)
+    if fleet.is_edited:  # somebody's wish: it gets its own window
+        memory = replace(memory, since_seconds=now, needs=((now, current),))
     if inputs.order is not None:
         desired = min(max(inputs.order, policy.min_replicas), policy.max_replicas)
         memory = replace(memory, since_seconds=now, needs=((now, desired),))
@@ -51,7 +53,7 @@ def wish(inputs: DecisionInputs) -> Wish:
     """What the pool would have if no budget were shared: the first half of a joint decision."""
     decision = decide(replace(inputs, ceiling=None))
     # What is being drained or is not seen yet holds its GPUs all the same.
-    held = sum(engine.state != "down" for engine in inputs.observation.engines)
+    held = max(sum(engine.state != DOWN for engine in inputs.observation.engines), inputs.observation.ordered or 0)
     policy = inputs.policy
     wanted = min(decision.desired, policy.max_replicas) + (held - decision.current)
     return Wish(held, wanted, min(policy.min_replicas, policy.max_replicas), policy.gpus_per_replica)
@@ -62,8 +64,9 @@ def _bounded(inputs: DecisionInputs) -> SizingPolicy:
     policy, ceiling = inputs.policy, inputs.ceiling
     if ceiling is None or ceiling >= policy.max_replicas:
         return policy
-    held = sum(engine.state == "draining" for engine in inputs.observation.engines)
-    high = max(ceiling - held, inputs.observation.current, 1)
+    held = sum(engine.state != DOWN for engine in inputs.observation.engines)
+    beside = max(held, inputs.observation.ordered or 0) - inputs.observation.current
+    high = max(ceiling - beside, inputs.observation.current, 1)
     if high >= policy.max_replicas:
         return policy
     return replace(policy, max_replicas=high, min_replicas=min(policy.min_replicas, high))
@@ -88,7 +91,8 @@ def _remembered(memory: Memory, now: float, down: int, window_seconds: float) ->
 def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need | None, stale: int) -> _Verdict:
     current, low, high = fleet.current, policy.min_replicas, policy.max_replicas
     if not fleet.is_complete:
-        return _Verdict(current, "fleet_unknown", f"the proxy has not told its engines yet; holding {current}")
+        text = "what is there is not known (the proxy or the cluster has not told)"
+        return _Verdict(current, "fleet_unknown", f"{text}; holding {current}")
     if policy.idle_to_zero_seconds is not None and need is None and current == 0:
         return _at_zero(fleet, policy)
     if current < low:

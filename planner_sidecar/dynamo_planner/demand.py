@@ -144,11 +144,12 @@ def prefill_seconds(engine: EngineObservation) -> float | None:
 
 def _learn_startups(memory: Memory, fleet: FleetObservation) -> Memory:
     since = dict(memory.starting)
-    now, starting, startups = fleet.time_seconds, [], memory.startups
+    now, starting = fleet.time_seconds, []
+    startups = (*memory.startups, *fleet.startups)[-_STARTUPS:]
     for engine in fleet.engines:
         if engine.state == STARTING:
             starting.append((engine.url, min(since.get(engine.url, now), now)))
-        elif engine.state == READY and engine.url in since and now > since[engine.url]:
+        elif engine.state == READY and fleet.ordered is None and now > since.get(engine.url, now):
             startups = (*startups, now - since[engine.url])[-_STARTUPS:]
     return replace(memory, starting=tuple(starting), startups=startups)
 

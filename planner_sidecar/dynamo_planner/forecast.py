@@ -1,4 +1,4 @@
-"""Demand at the horizon: level, damped trend and an optional daily profile on log rates, with adaptive conformal bounds.
+"""Demand at the horizon: level, damped trend and optional daily profile on log rates, with conformal bounds.
 
 How much of the trend and of the profile is believed is itself learnt (two weights, recursive least squares), and so is
 the error: past forecasts wait for their moment and leave a residual; the bounds are quantiles of these residuals whose
@@ -199,7 +199,9 @@ def _bin(rule: ForecastRule, step: int) -> int:
 def _profiled(state: ForecastState, rule: ForecastRule, level: float) -> tuple[float | None, ...]:
     if not rule.daily:
         return ()
-    profile = list(state.profile) if len(state.profile) == rule.bins_per_day else [None] * rule.bins_per_day
+    profile: list[float | None] = [None] * rule.bins_per_day
+    if len(state.profile) == rule.bins_per_day:
+        profile = list(state.profile)
     place = _bin(rule, state.step)
     steps_per_bin = max(1.0, _DAY_SECONDS / rule.bins_per_day / rule.step_seconds)
     old = profile[place]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .actuator import Happening, Outcome
+from .actuator import NOTHING_MORE, Happening, Outcome, Supplement
 from .child_process import ChildProcess
 from .drain import ENDED, State, choose_victim
 from .errors import ActuationError, ObservationError
@@ -51,6 +51,9 @@ class LocalProcessActuator:
 
     def states(self) -> Mapping[str, str]:
         return {url: replica.state for url, replica in self._replicas.items() if not replica.ended}
+
+    async def refresh(self) -> Supplement:
+        return NOTHING_MORE
 
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
         """Start or drain as many as asked. An order by hand does not wait for the back-off."""

@@ -86,9 +86,15 @@ class FleetObservation:
     engines: tuple[EngineObservation, ...] = ()
     proxy: ProxyObservation | None = None
     is_complete: bool = True
-    """False while the proxy, which knows the fleet, has never been read: there may be engines nobody has named."""
+    """False while the proxy has never been read, or the cluster cannot be: there may be engines nobody has named."""
     wall_seconds: float | None = None
     """Seconds since midnight UTC of some day: the daily profile's clock. None: `time_seconds` stands in."""
+    startups: tuple[float, ...] = ()
+    """How long replicas took that became ready since the last look, where the actuator knows."""
+    is_edited: bool = False
+    """Somebody else has changed the count: their wish, to be kept for a whole window."""
+    ordered: int | None = None
+    """Replicas that are ordered, come or not, where the actuator knows: they hold their share of the budget."""
 
     @property
     def current(self) -> int:
@@ -162,8 +168,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class DecisionInputs:
-    """Everything a decision depends on. `order` is a manual replica count, `ceiling` what the shared GPU budget leaves to
-    this pool; None means that there is none.
+    """Everything a decision depends on. `order` is a manual replica count, `ceiling` what the shared GPU budget
+    leaves to this pool; None means that there is none.
     """
 
     observation: FleetObservation

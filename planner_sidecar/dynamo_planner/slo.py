@@ -86,7 +86,9 @@ def _ttft_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) ->
     observed = _observed_need(fleet, policy, total, target)
     fitted, load = coefficients(memory.prefill), _prefill_load(memory, wanted.upper, policy)
     if fitted is None or load is None:
-        seen = "none seen yet" if total is None or not total.count else f"{total.sum_seconds / total.count * 1e3:.0f} ms"
+        seen = (
+            "none seen yet" if total is None or not total.count else f"{total.sum_seconds / total.count * 1e3:.0f} ms"
+        )
         return Need(observed, max(observed, ready), "ttft", f"prefill rate still unknown, TTFT {seen}")
     service = prefill_service(fitted, load)
     up = prefill_replicas(fitted, load, target, policy.attainment, policy.is_pooled)
