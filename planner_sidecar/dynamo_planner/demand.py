@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from .forecast import ForecastRule, fold, outlook
 from .records import READY, STARTING, EngineObservation, FleetObservation, Memory, SizingPolicy
-from .step_model import learn_step
+from .step_model import learn_steps
 
 _ARRIVAL_MEMORY_SECONDS = 60.0
 _LENGTH_MEMORY_SECONDS = 300.0
@@ -120,17 +120,17 @@ def _kv_per_request(fleet: FleetObservation) -> float | None:
 
 
 def _learn_steps(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Memory:
-    prefill, decode = memory.prefill, memory.decode
+    prefills, decodes = [], []
     for engine in fleet.engines:
         if not engine.usable or engine.age_seconds < policy.warmup_seconds:
             continue
         service = prefill_seconds(engine)
         if service is not None and engine.ttft is not None and engine.prompt_tokens:
-            prefill = learn_step(prefill, (1.0, engine.prompt_tokens / engine.ttft.count), service)
+            prefills.append(((1.0, engine.prompt_tokens / engine.ttft.count), service))
         gap = engine.itl.mean_seconds if engine.itl is not None else None
         if gap is not None and engine.running:
-            decode = learn_step(decode, (1.0, engine.running, engine.kv_usage or 0.0), gap)
-    return replace(memory, prefill=prefill, decode=decode)
+            decodes.append(((1.0, engine.running, engine.kv_usage or 0.0), gap))
+    return replace(memory, prefill=learn_steps(memory.prefill, prefills), decode=learn_steps(memory.decode, decodes))
 
 
 def prefill_seconds(engine: EngineObservation) -> float | None:

@@ -139,12 +139,12 @@ def _collect(text: str) -> dict[str, list[float]]:
 
 
 def _collect_line(line: str, values: dict[str, list[float]]) -> None:
+    if line.partition("{")[0].partition(" ")[0] not in _WANTED:
+        return
     found = _LINE.match(line)
     if found is None:
         raise ValueError(f"{line[:80]!r} is no sample")
     name, labels, number = found.groups()
-    if name not in _WANTED:
-        return
     if name.endswith("_bucket"):
         edge = _EDGE.search(labels or "")
         if edge is None or edge[1] == "+Inf":

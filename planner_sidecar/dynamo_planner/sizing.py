@@ -26,9 +26,9 @@ class Need:
 
 def cleaned(fleet: FleetObservation) -> FleetObservation:
     """The same fleet, with engines whose numbers are not finite, negative or absurd marked as stale."""
-    engines = tuple(
-        engine if _sane(engine) else replace(engine, stale_reason="absurd_numbers") for engine in fleet.engines
-    )
+    engines = fleet.engines
+    if not all(map(_sane, engines)):
+        engines = tuple(e if _sane(e) else replace(e, stale_reason="absurd_numbers") for e in engines)
     proxy = fleet.proxy
     if proxy is not None and not _in_range(
         proxy.interval_seconds, proxy.arrivals, proxy.prompt_tokens, proxy.matched_tokens
@@ -38,7 +38,9 @@ def cleaned(fleet: FleetObservation) -> FleetObservation:
 
 
 def _sane(engine: EngineObservation) -> bool:
-    histograms = [delta for delta in (engine.ttft, engine.itl, engine.queue_wait) if delta is not None]
+    for delta in (engine.ttft, engine.itl, engine.queue_wait):
+        if delta is not None and not _in_range(delta.sum_seconds, delta.count, delta.within):
+            return False
     return _in_range(
         engine.age_seconds,
         engine.interval_seconds,
@@ -47,7 +49,6 @@ def _sane(engine: EngineObservation) -> bool:
         engine.kv_usage,
         engine.prompt_tokens,
         engine.generation_tokens,
-        *(number for delta in histograms for number in (delta.sum_seconds, delta.count, delta.within)),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -55,7 +56,7 @@ class StepModel:
 
 def learn_step(model: StepModel, features: Sequence[float], seconds: float) -> StepModel:
     """One more sample; one that is not a number, or beyond all sense, changes nothing."""
-    if not (_LEAST_SECONDS <= seconds <= _MOST_SECONDS and all(0 <= x <= _MOST_FEATURE for x in features)):
+    if not _is_sane(features, seconds):
         return model
     key = bucket_of(features[1])
     points = {point.bucket: replace(point, weight=point.weight * _FADE) for point in model.points}
@@ -68,11 +69,28 @@ def learn_step(model: StepModel, features: Sequence[float], seconds: float) -> S
     return StepModel(tuple(kept))
 
 
+def learn_steps(model: StepModel, samples: Sequence[tuple[tuple[float, ...], float]]) -> StepModel:
+    """What many engines saw at one moment: the middle one of each operating point, and the others not at all."""
+    groups: dict[int, list[tuple[float, tuple[float, ...]]]] = {}
+    for features, seconds in samples:
+        if _is_sane(features, seconds):
+            groups.setdefault(bucket_of(features[1]), []).append((seconds, features))
+    for _, group in sorted(groups.items()):
+        seconds, features = sorted(group)[len(group) // 2]
+        model = learn_step(model, features, seconds)
+    return model
+
+
+def _is_sane(features: Sequence[float], seconds: float) -> bool:
+    return _LEAST_SECONDS <= seconds <= _MOST_SECONDS and all(0 <= x <= _MOST_FEATURE for x in features)
+
+
 def bucket_of(x: float) -> int:
     """Two buckets per doubling; everything below 1 shares one."""
     return 0 if x < 1 else 1 + int(2 * math.log2(x))
 
 
+@lru_cache(maxsize=64)  # asked for several times a tick, and it changes once
 def coefficients(model: StepModel) -> tuple[float, ...] | None:
     """Non-negative least squares over the points, relative errors weighing equally; None before there is enough.
 

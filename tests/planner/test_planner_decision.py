@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from dynamo_planner.decision import decide
-from dynamo_planner.decision_log import Chain, replay
+from dynamo_planner.decision_log import Chain, encode, replay
 from dynamo_planner.queueing import Service, waiting_exceeds
 from dynamo_planner.records import (
     Decision,
@@ -211,8 +211,6 @@ def test_invariants_of_any_history(
 
 
 def test_a_log_replays_and_a_changed_rule_shows() -> None:
-    import json
-
     memory, lines, chain = Memory(), ['{"kind": "observation_failure"}'], Chain(whole_every=8)
     for tick in range(30):
         seen = fleet(
@@ -228,11 +226,11 @@ def test_a_log_replays_and_a_changed_rule_shows() -> None:
         )
         decision = once(seen, SLA if tick % 2 else POLICY, memory)
         memory = decision.memory
-        lines.append(json.dumps({"kind": "decision", "decision": chain.entry(decision)}))
+        lines.append(encode({"kind": "decision", "decision": chain.entry(decision)}))
     assert replay(lines).decisions == 30
     assert replay(lines).differences == ()
     assert sum('"memory"' in line for line in lines) == 4  # the start, and every eighth
-    lines[5] = lines[5].replace('"desired": 2', '"desired": 3')
+    lines[5] = lines[5].replace('"desired":2', '"desired":3')
     assert len(replay(lines).differences) == 1
     assert replay(lines).differences[0].startswith("line 6: was 3")
 
