@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigError, PlannerError
+
+if TYPE_CHECKING:
+    from .profile_engine import ProfilePlan
+    from .profile_file import Profile
 
 # Name, type and help of every flag. Defaults live in PlannerConfig alone, so that flags can win over the
 # file.
@@ -75,12 +79,26 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+_PROFILE_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("--engine", str, "URL of the engine; it should have nothing else to do."),
+    ("--out", Path, "Where to write the profile (default profile.json); the plots go beside it as .html."),
+    ("--prompt-tokens", str, "Prompt lengths to measure (default 128,512,2048,8192)."),
+    ("--batches", str, "Batches to measure (default 1,4,16,64)."),
+    ("--output-tokens", int, "Tokens per answer while decoding is measured (default 64)."),
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     import typer
 
+    given = list(sys.argv[1:] if arguments is None else arguments)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=_HELP)(_command())
+    if given[:1] == ["profile"]:
+        arguments = given[1:]
+        app.command(help=_PROFILE_HELP)(_command(_PROFILE_FLAGS, _profile))
+    else:
+        app.command(help=_HELP)(_command(_FLAGS, _run))
     # typer carries its own copy of click since 0.29 and imports click before; the class is the same by name.
     mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
@@ -94,18 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
+_PROFILE_HELP = "Measure one idle engine and write its step times to a file that --profile reads, with plots beside it."
 _HELP = "Size a fleet of vLLM or SGLang replicas from what they publish; advise, or start and drain-stop them."
 
 
-def _command() -> Any:
+def _command(flags_table: Sequence[tuple[str, Any, str]], run: Callable[[dict[str, Any]], int]) -> Any:
     """A function whose signature is the table of flags; typer reads nothing else."""
     import typer
 
     def command(**flags: Any) -> int:
-        return _run(flags)
+        return run(flags)
 
     parameters = []
-    for names, kind, text in _FLAGS:
+    for names, kind, text in flags_table:
         option = typer.Option(None, names, help=text, show_default=False)
         name = names.partition("/")[0].lstrip("-").replace("-", "_")
         parameters.append(
@@ -133,6 +152,49 @@ def _run(flags: dict[str, Any]) -> int:
 
     asyncio.run(serve(config, _say))
     return 0
+
+
+def _profile(flags: dict[str, Any]) -> int:
+    import asyncio
+
+    from .page import render_profile
+    from .profile_engine import ProfilePlan
+    from .profile_file import write_profile
+
+    if flags["engine"] is None:
+        raise ConfigError("profile needs the engine to measure; give --engine URL")
+    url, out = flags["engine"].rstrip("/"), flags["out"] or Path("profile.json")
+    given = {
+        "prompt_tokens": _numbers("--prompt-tokens", flags["prompt_tokens"]),
+        "batches": _numbers("--batches", flags["batches"]),
+        "output_tokens": flags["output_tokens"],
+    }
+    plan = ProfilePlan(**{name: value for name, value in given.items() if value is not None})
+    if plan.output_tokens < 2:
+        raise ConfigError("--output-tokens must be 2 at least: gaps between tokens are measured")
+    profile = asyncio.run(_measured(url, plan))
+    write_profile(out, profile)
+    out.with_suffix(".html").write_text(render_profile(profile, url), encoding="utf-8")
+    _say(f"written: {out}, plots in {out.with_suffix('.html')}")
+    return 0
+
+
+async def _measured(url: str, plan: ProfilePlan) -> Profile:
+    import aiohttp
+
+    from .profile_engine import EngineProfiler
+
+    async with aiohttp.ClientSession() as session:
+        return await EngineProfiler(session, url, plan).run(_say)
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{flag} {text!r} is no list of counts; write it as 128,512")
+    return tuple(int(part) for part in parts)
 
 
 def _replay(path: Path) -> int:

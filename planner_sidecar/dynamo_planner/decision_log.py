@@ -8,12 +8,16 @@ import json
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .decision import decide
 from .errors import ConfigError, LogError
 from .records import Decision, DecisionInputs, Memory
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 class DecisionLog:
@@ -141,7 +145,7 @@ def replay(lines: Iterable[str]) -> ReplayReport:
 
 def _inputs(logged: Mapping[str, Any], carried: Memory | None) -> DecisionInputs:
     """What a logged decision depended on, as records. Raises LogError for anything else."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     plain = dict(logged["inputs"])
     if logged["chain"] == "next":
@@ -149,11 +153,18 @@ def _inputs(logged: Mapping[str, Any], carried: Memory | None) -> DecisionInputs
             raise LogError("its memory is told by an earlier line, which is not here; start at the head of the log")
         plain["memory"] = asdict(carried)
     try:
-        return TypeAdapter(DecisionInputs).validate_python(plain)
+        return _reader().validate_python(plain)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise LogError(f"not a decision: {where}: {first['msg']}") from error
+
+
+@cache
+def _reader() -> TypeAdapter[DecisionInputs]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(DecisionInputs)
 
 
 def _result(decision: Decision) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from .history import Sight
+from .profile_file import Profile
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 900, 190, 48, 20, 10
 _STYLE = """
@@ -28,6 +29,25 @@ def render_page(pools: Mapping[str, Iterable[Sight]], decisions: Sequence[Mappin
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="15">'
         f"<title>dynamo-planner</title><style>{_STYLE}</style></head><body>"
         f"<h1>dynamo-planner <small>({escape(mode)})</small></h1>{body}{_table(decisions)}</body></html>"
+    )
+
+
+def render_profile(profile: Profile, engine: str) -> str:
+    """The two measured curves of one engine."""
+    drawn = []
+    for title, colour, points in (
+        ("Prefill: seconds over prompt tokens", "#1f6fb5", list(profile.prefill)),
+        ("Decode: seconds per token over batch", "#2c8a4b", [(batch, seconds) for batch, _, seconds in profile.decode]),
+    ):
+        frame = _Frame(0.0, max((x for x, _ in points), default=1.0), max((y for _, y in points), default=1.0))
+        drawn.append(_figure(title, "", frame, frame.line(points, colour) if points else "", ""))
+    rows = [
+        f"<tr><td>{batch:.0f}</td><td>{kv:.0%}</td><td>{s * 1e3:.2f} ms</td></tr>" for batch, kv, s in profile.decode
+    ]
+    table = f"<table><tr><th>batch</th><th>KV use</th><th>a token</th></tr>{''.join(rows)}</table>"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Profile</title>'
+        f"<style>{_STYLE}</style></head><body><h1>Profile of {escape(engine)}</h1>{''.join(drawn)}{table}</body></html>"
     )
 
 
@@ -93,7 +113,7 @@ class _Frame:
         path = " ".join(map(self.at, [*upper, *reversed(lower)]))
         return f'<polygon fill="{colour}" points="{path}"/>'
 
-    def axes(self) -> str:
+    def axes(self, unit: str) -> str:
         marks = []
         for share in (0.0, 0.5, 1.0):
             y = float(self.at((self.start, share * self.most)).partition(",")[2])
@@ -101,13 +121,16 @@ class _Frame:
             marks.append(f'<text x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{share * self.most:.3g}</text>')
         span = self.end - self.start
         text = f"{span / 60:.0f} min" if span >= 120 else f"{span:.0f} s"
-        marks.append(f'<text x="{_LEFT}" y="{_HEIGHT - 5}">{text} in all, newest on the right</text>')
+        note = f"{text} in all, newest on the right" if unit == "time" else f"0 to {self.end:g}"
+        marks.append(f'<text x="{_LEFT}" y="{_HEIGHT - 5}">{note}</text>')
         return "".join(marks)
 
 
-def _figure(title: str, keys: str, frame: _Frame, drawing: str) -> str:
+def _figure(title: str, keys: str, frame: _Frame, drawing: str, unit: str = "time") -> str:
     box = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}"'
-    return f"<figure><figcaption>{escape(title)}{keys}</figcaption><svg {box}>{frame.axes()}{drawing}</svg></figure>"
+    return (
+        f"<figure><figcaption>{escape(title)}{keys}</figcaption><svg {box}>{frame.axes(unit)}{drawing}</svg></figure>"
+    )
 
 
 def _key(colour: str, text: str) -> str:
