@@ -56,6 +56,9 @@ class Actuator(Protocol):
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
         """Begin to move from `current` to `desired` replicas."""
 
+    async def restart(self) -> Outcome:
+        """Begin to replace every replica, one at a time, drained."""
+
     def happenings(self) -> list[Happening]:
         """What happened since the last call."""
 
@@ -83,6 +86,9 @@ class AdvisoryActuator:
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
         verb = "start" if desired > current else "drain and stop"
         return Outcome(False, "advisory", (f"advisory: would {verb} {abs(desired - current)} replica(s)",))
+
+    async def restart(self) -> Outcome:
+        return Outcome(False, "advisory", ("advisory: would replace every replica, one at a time",))
 
     def happenings(self) -> list[Happening]:
         return []

@@ -16,8 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
-from .kube_actuator import KubeSettings
-from .kube_target import parse_target
+from .kube_target import KubeSettings, parse_target
 from .local_actuator import LaunchPlan
 from .planner import DEFAULT_POOL
 from .records import SizingPolicy

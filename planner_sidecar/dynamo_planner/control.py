@@ -37,6 +37,7 @@ class ControlPort:
         app.router.add_get("/health", self._health)
         app.router.add_get("/decisions", self._decisions)
         app.router.add_post("/scale", self._scale)
+        app.router.add_post("/restart", self._restart)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         try:
@@ -115,6 +116,21 @@ class ControlPort:
             "actions": list(outcome.actions),
         }
         return web.json_response(said, status=202 if decision.direction != "hold" else 200)
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        from aiohttp import web
+
+        try:
+            pool = json.loads(await request.text() or "{}").get("pool", DEFAULT_POOL)
+        except (ValueError, AttributeError):
+            return _refuse(400, 'send nothing, or JSON with the name of a pool, as in {"pool": "decode"}')
+        planner = self._fleet.planners.get(pool)
+        if planner is None:
+            return _refuse(404, f"no pool {pool!r}; there are: {', '.join(self._fleet.planners)}")
+        async with planner.lock:
+            outcome = await planner.parts.actuator.restart()
+        said = {"reason": outcome.reason, "actions": list(outcome.actions)}
+        return web.json_response(said, status=202 if outcome.accepted else 409)
 
 
 def _refuse(status: int, text: str) -> web.Response:

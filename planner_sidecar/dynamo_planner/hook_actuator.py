@@ -47,6 +47,9 @@ class HookActuator:
         except ActuationError as error:
             return Outcome(False, error.reason, (str(error),))
 
+    async def restart(self) -> Outcome:
+        return Outcome(False, "not_offered", ("a scale command knows counts only; restart by your own means",))
+
     def happenings(self) -> list[Happening]:
         self._book_stop()
         taken, self._happenings = self._happenings, []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .actuator import Happening, Outcome, Supplement
@@ -17,21 +16,14 @@ from .drained_stop import DrainedStop
 from .errors import ActuationError, KubeError, ObservationError
 from .kube_client import KubeClient
 from .kube_lease import WriterLease
-from .kube_target import Pod, ScaleTarget, choose_pods, pod_of
+from .kube_replacement import PodReplacement
+from .kube_target import KubeSettings, Pod, choose_pods, pod_of
 from .records import DOWN, DRAINING, READY, STARTING
 from .replica import Surroundings
+from .rolling import RollingRestart
 from .wall_clock import WallClock
 
 _CONFLICTS = 3
-
-
-@dataclass(frozen=True)
-class KubeSettings:
-    """What to scale and how to see its pods."""
-
-    target: ScaleTarget
-    pod_port: int = 8000
-    pending_seconds: float = 600.0
 
 
 class KubernetesActuator:
@@ -56,9 +48,12 @@ class KubernetesActuator:
         self._stop: DrainedStop | None = None
         self._stopping: asyncio.Task[list[Happening]] | None = None
         self._happenings: list[Happening] = []
+        self._goal = 0
+        self._rolling = RollingRestart()
+        self.replacing: tuple[str, ...] = ()
 
     def states(self) -> Mapping[str, str]:
-        leaving = set(self._stop.urls) if self._stop is not None else set()
+        leaving = self._leaving()
         return {pod.url: DRAINING if pod.url in leaving else self._state(pod) for pod in self._pods.values()}
 
     async def refresh(self) -> Supplement:
@@ -88,6 +83,8 @@ class KubernetesActuator:
             return Outcome(False, "api_unreachable", ("the cluster cannot be read; nothing is changed",))
         if not self._lease.holds(self._around.clock()):
             return Outcome(False, "not_the_writer", (f"{self._lease.holder or 'nobody'} holds the lease",))
+        if self._rolling.is_running:
+            return Outcome(False, "restarting", ("a rolling restart is under way; order again when it has ended",))
         self._book_stop()
         try:
             if desired > current:
@@ -96,13 +93,29 @@ class KubernetesActuator:
         except ActuationError as error:
             return Outcome(False, error.reason, (str(error),))
 
+    async def restart(self) -> Outcome:
+        """Each pod is drained and deleted; its controller makes a new one, which must be ready before the next goes."""
+        if not self._is_known or not self._lease.holds(self._around.clock()):
+            return Outcome(False, "not_the_writer", ("the cluster cannot be read, or another planner holds the lease",))
+        if self._rolling.is_running or self._stop is not None:
+            return Outcome(False, "restarting", ("a drain or a restart is under way already",))
+        pods = [pod for pod in self._pods.values() if pod.is_ready and not pod.is_leaving]
+        if len(pods) < 2:
+            text = "the only replica cannot be restarted without a gap; order two first"
+            return Outcome(False, "too_few", (text,))
+        replacement = PodReplacement(self, self._client, self._around, self._settings)
+        self._rolling.begin([pod.url for pod in pods], replacement.replace_one)
+        return Outcome(True, "restarting", (f"replacing {len(pods)} pods, one at a time",))
+
     def happenings(self) -> list[Happening]:
         self._book_stop()
+        self._happenings += self._rolling.take()
         taken, self._happenings = self._happenings, []
         return taken
 
     async def close(self) -> None:
         """Pods stay: they are the cluster's. A drain that has not come to its order is taken back."""
+        await self._rolling.end()
         if self._stopping is not None:
             assert self._stop is not None
             self._stop.keep = True
@@ -114,6 +127,7 @@ class KubernetesActuator:
         await self._lease.give_up(self._wall.stamp())
 
     def kill_now(self) -> None:
+        self._rolling.cancel()
         if self._stopping is not None:
             self._stopping.cancel()
 
@@ -125,11 +139,11 @@ class KubernetesActuator:
 
     # -- what DrainedStop asks of the cluster ------------------------------------------------------------------
     async def mark(self, urls: Sequence[str]) -> None:
-        for pod in self._named(urls):
+        for pod in self.pods_named(urls):
             await self._client.mark_pod(self._settings.target.namespace, pod.name, self._wall.stamp())
 
     async def unmark(self, urls: Sequence[str]) -> None:
-        for pod in self._named(urls):
+        for pod in self.pods_named(urls):
             try:
                 await self._client.mark_pod(self._settings.target.namespace, pod.name, None)
             except KubeError as error:
@@ -137,7 +151,6 @@ class KubernetesActuator:
                     raise
 
     async def stop(self, urls: Sequence[str]) -> None:
-        assert self._goal is not None
         await self._write(self._goal, may_only="shrink")
 
     async def left(self, urls: Sequence[str]) -> tuple[frozenset[str], bool]:
@@ -147,8 +160,6 @@ class KubernetesActuator:
         living = frozenset(pod.url for pod in pods if not pod.is_leaving and pod.url in urls)
         ordered = int(scale.get("spec", {}).get("replicas") or 0)
         return living, sum(not pod.is_leaving for pod in pods) <= ordered
-
-    _goal: int | None = None
 
     # -- up and down ---------------------------------------------------------------------------------------------
     async def _more(self, desired: int) -> Outcome:
@@ -234,7 +245,14 @@ class KubernetesActuator:
         late = since is not None and self._around.clock() - since >= self._settings.pending_seconds
         return DOWN if late else STARTING
 
-    def _named(self, urls: Sequence[str]) -> list[Pod]:
+    def _leaving(self) -> set[str]:
+        return set(self._stop.urls if self._stop is not None else ()) | set(self.replacing)
+
+    def ready_pods(self) -> int:
+        """As of the last look."""
+        return sum(pod.is_ready and not pod.is_leaving for pod in self._pods.values())
+
+    def pods_named(self, urls: Sequence[str]) -> list[Pod]:
         return [pod for pod in self._pods.values() if pod.url in urls]
 
     def _selector(self, scale: Mapping[str, Any]) -> str:
@@ -249,9 +267,9 @@ class KubernetesActuator:
     # -- the proxy's list ------------------------------------------------------------------------------------------
     async def _mend(self) -> None:
         """Register ready pods, forget gone ones, and free those that a planner before us had marked and left."""
-        leaving = set(self._stop.urls) if self._stop is not None else set()
+        leaving = self._leaving()
         serving = {pod.url for pod in self._pods.values() if pod.is_ready and not pod.is_leaving} - leaving
-        left_marked = [pod.url for pod in self._named(sorted(serving)) if pod.is_marked]
+        left_marked = [pod.url for pod in self.pods_named(sorted(serving)) if pod.is_marked]
         proxy = self._around.proxy
         try:
             if proxy is not None:

@@ -65,6 +65,15 @@ def parse_target(text: str, namespace: str) -> ScaleTarget:
 
 
 @dataclass(frozen=True)
+class KubeSettings:
+    """What to scale and how to see its pods."""
+
+    target: ScaleTarget
+    pod_port: int = 8000
+    pending_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
 class Pod:
     """One pod as far as scaling goes. `created_seconds` is wall time; `ordinal` is None where pods have no order."""
 

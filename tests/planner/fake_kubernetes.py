@@ -45,9 +45,9 @@ class FakeCluster:
     def reconcile(self) -> None:
         """What the controller manager and the kubelet would do by now."""
         living = [pod for pod in self.pods.values() if not pod["metadata"].get("deletionTimestamp")]
-        while len(living) < self.replicas:
-            living.append(self._create(len(living)))
-        for pod in self._order(living)[: len(living) - self.replicas]:
+        for name in self._missing(len(living)):
+            living.append(self._create(name))
+        for pod in self._order(living)[: max(0, len(living) - self.replicas)]:
             pod["metadata"]["deletionTimestamp"] = now_stamp()
         if not self.stuck:
             for pod in living:
@@ -58,9 +58,13 @@ class FakeCluster:
         for name in [name for name, pod in self.pods.items() if pod["metadata"].get("deletionTimestamp")]:
             del self.pods[name]
 
-    def _create(self, place: int) -> dict[str, Any]:
-        number = next(self.numbers)
-        name = f"vllm-{place}" if self.plural != "deployments" else f"vllm-{number:05d}"
+    def _missing(self, living: int) -> list[str]:
+        """A StatefulSet waits until a leaving pod has freed its name."""
+        if self.plural == "deployments":
+            return [f"vllm-{next(self.numbers):05d}" for _ in range(self.replicas - living)]
+        return [name for name in (f"vllm-{place}" for place in range(self.replicas)) if name not in self.pods]
+
+    def _create(self, name: str) -> dict[str, Any]:
         labels = {"app": "vllm"}
         meta = {"name": name, "creationTimestamp": now_stamp(), "labels": labels, "resourceVersion": self.bump()}
         pod: dict[str, Any] = {"metadata": meta, "status": {"phase": "Pending"}}

@@ -338,6 +338,59 @@ def test_what_a_killed_planner_left_draining_serves_again() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("plural", ["deployments", "statefulsets"])
+def test_a_rolling_restart_replaces_every_pod_drained(plural: str) -> None:
+    async def story() -> None:
+        cluster = FakeCluster(plural, replicas=3)
+        async with stand(cluster) as here:
+            await here.look()
+            old = set(here.actuator.states())
+            slow = sorted(old)[0]
+            here.proxy.in_flight = {slow: 1}
+            assert (await here.actuator.restart()).accepted
+            assert (await here.actuator.restart()).reason == "restarting"
+            assert (await here.scale(3, 4)).reason == "restarting"
+            await here.eventually(lambda: "draining" in here.proxy.states.values())
+            told: list[str] = []
+            end, fewest = time.monotonic() + 30.0, 3
+            while "restarted" not in told:
+                assert time.monotonic() < end, cluster.calls[-20:]
+                cluster.vanish()
+                await here.look()
+                fewest = min(fewest, here.states().count("ready"))
+                if here.proxy.states.get(slow) == "draining":
+                    assert slow in here.actuator.states(), "deleted with a request in flight"
+                    here.proxy.in_flight = {}
+                told += [event.what for event in here.actuator.happenings()]
+                await asyncio.sleep(0.01)
+            await here.look()
+            assert not old & set(here.actuator.states())
+            assert set(here.proxy.states) == set(here.actuator.states())
+            assert cluster.replicas == 3
+            assert fewest >= 2, "two of three must always serve"
+
+    asyncio.run(story())
+
+
+def test_a_restart_that_stalls_ends_and_the_only_pod_is_not_restarted() -> None:
+    async def story() -> None:
+        cluster = FakeCluster(replicas=2)
+        limits = Limits(drain_seconds=0.1, resume_seconds=20, poll_seconds=0.01)
+        async with stand(cluster, limits) as here:
+            await here.look()
+            here.proxy.in_flight = dict.fromkeys(here.proxy.states, 1)
+            assert (await here.actuator.restart()).accepted
+            assert await here.until("failed") == "drain_timeout"
+            assert set(here.proxy.states.values()) == {"ready"}
+            cluster.replicas = 1
+            cluster.reconcile()
+            cluster.vanish()
+            await here.look()
+            assert (await here.actuator.restart()).reason == "too_few"
+
+    asyncio.run(story())
+
+
 @asynccontextmanager
 async def planned(cluster: FakeCluster, folder: Path, **settings: object) -> AsyncIterator[tuple[Fleet, FakeEngine]]:
     """A whole planner on the fake cluster; every pod's engine is one server on all loopback addresses."""
