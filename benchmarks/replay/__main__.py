@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "planner_sidecar"))
 os.environ.setdefault("DYN_LOG", "error")
 
-from benchmarks.replay.policies import STARTUP_SECONDS, Planned, Scheduled, oracle  # noqa: E402
+from dynamo_planner.profile_file import Profile  # noqa: E402
+
+from benchmarks.replay.policies import KV_TOKENS, STARTUP_SECONDS, Planned, Scheduled, oracle  # noqa: E402
 from benchmarks.replay.shapes import SHAPES, write_trace  # noqa: E402
 
 TTFT_MS, ITL_MS, START = 500.0, 50.0, (3, 3)
@@ -54,6 +56,20 @@ class Judge:
             max_num_batched_tokens=8192,
             startup_time=STARTUP_SECONDS,
             enable_prefix_caching=False,
+        )
+
+    def planner_profile(self) -> Profile:
+        """The measured points as `dynamo-planner profile` would write them."""
+        from dynamo.planner.monitoring.perf_metrics import _convert_decode_profiling, _convert_prefill_profiling
+
+        prefill = [(step.scheduled_requests, step.wall_time) for step in _convert_prefill_profiling(str(self.profile))]
+        decode = [(step.scheduled_requests, step.wall_time) for step in _convert_decode_profiling(str(self.profile))]
+        return Profile(
+            tuple((float(done.sum_prefill_tokens), seconds) for done, seconds in prefill),
+            tuple(
+                (float(done.num_decode_requests), done.sum_decode_kv_tokens / KV_TOKENS, seconds)
+                for done, seconds in decode
+            ),
         )
 
     def run(self, policy: Any, start: tuple[int, int] = START) -> dict[str, Any]:
@@ -112,7 +128,7 @@ def run_policy(judge: Judge, name: str, attainment: float, lent: dict[str, Plann
     """One policy by its name; see --policies."""
     targets = TTFT_MS / 1e3, ITL_MS / 1e3
     if name == "planner":
-        lent["planner"] = Planned(*targets, attainment)
+        lent["planner"] = Planned(judge.planner_profile(), *targets, attainment)
         return judge.run(lent["planner"])
     if name == "oracle":
         plan = oracle(judge.trace, lent["planner"], *targets, attainment)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dynamo_planner.capacity import DecodeLoad, PrefillLoad, replicas_for_decode, replicas_for_prefill
 from dynamo_planner.decision import decide
+from dynamo_planner.profile_file import Profile, models
 from dynamo_planner.records import (
     DecisionInputs,
     Delta,
@@ -29,13 +30,13 @@ KV_TOKENS = 14_000 * 64
 
 class Planned:
     """`decide` for both pools. What the sidecar reads from /metrics comes here from the replay's own counters; step
-    times from its per-step records, which is what a profile or an engine with such records would give.
+    times from the profile that Dynamo's SLA modes are given too, and from per-step records.
     """
 
-    def __init__(self, ttft_seconds: float, itl_seconds: float, attainment: float, most: int = 64) -> None:
+    def __init__(self, profile: Profile, ttft_seconds: float, itl_seconds: float, attainment: float) -> None:
         common = SizingPolicy(
             target="sla",
-            max_replicas=most,
+            max_replicas=64,
             ttft_seconds=ttft_seconds,
             itl_seconds=itl_seconds,
             attainment=attainment,
@@ -45,7 +46,8 @@ class Planned:
             max_running_per_replica=256.0,
         )
         self.policies = {role: replace(common, role=role) for role in ("prefill", "decode")}
-        self.memories = {"prefill": Memory(), "decode": Memory()}
+        prefill, decode = models(profile)
+        self.memories = {"prefill": Memory(prefill=prefill), "decode": Memory(decode=decode)}
         self.log: list[tuple[float, str, int, int, str]] = []
         self._now = 0.0
 
@@ -87,7 +89,7 @@ class Planned:
         total = int(seen.get(f"non_draining_{role}_count", ready))
         ready = min(ready, total)
         steps = seen.get(f"{role}_fpm_snapshots", [])
-        waiting = sum(step.get("num_queued_prefill_requests", 0) for step in steps) if role == "prefill" else 0
+        waiting = sum(step["num_queued_prefill"] for step in steps) if role == "prefill" else 0
         running = sum(step["num_decode_requests"] for step in steps) if role == "decode" else 0.0
         kv = sum(step["sum_decode_kv_tokens"] for step in steps) / KV_TOKENS if role == "decode" else 0.0
         share = max(1, ready)
