@@ -72,7 +72,6 @@ def forecast_rule(memory: Memory, policy: SizingPolicy) -> ForecastRule:
     return ForecastRule(
         step_seconds=step,
         horizon_steps=max(1, math.ceil(horizon_seconds(memory, policy) / step)),
-        upper=max(0.5, min(0.99, policy.attainment)),
         daily=policy.has_daily_profile,
     )
 

@@ -21,7 +21,7 @@ _LEVEL_STEP = 0.02
 _FIRST_MARGIN = math.log(1.25)  # until there are residuals
 _FLOOR = 1e-3  # requests/s that stand for none: the logarithm needs one
 _FLOOR_OF_PEAK = 0.05  # an outage must not teach that demand can grow a thousandfold
-_CEILING_OF_PEAK = 2.0
+_CEILING_OF_PEAK = 1.25  # nor a burst that it goes on: what passes this is seen when it comes
 _PEAK_SECONDS = 86_400.0
 
 
