@@ -3,8 +3,8 @@
     python -m benchmarks planner_forecast [--traces FOLDER]
 
 FOLDER holds public traces: servegen_*_10min.csv (t_s, rate_rps), azure2023_*.csv (TIMESTAMP, ...) and *_trace.jsonl
-(timestamp in ms). Without it three synthetic series stand in. The peer is the same conformal bound around the last
-value. Cover outside 93..97 % on any series is exit code 1.
+(timestamp in ms). Without it three synthetic series show that it runs, and nothing is judged. The peer is the same
+conformal bound around the last value. Cover outside 93..97 % on any trace is exit code 1.
 """
 
 from __future__ import annotations
@@ -104,6 +104,9 @@ def main(arguments: list[str]) -> int:
             good &= LOW <= cover <= HIGH
             figures = f"{cover:8.1%}{over:8.1%}{error:8.1%}   {'':12}{peer[0]:8.1%}{peer[1]:8.1%}{peer[2]:8.1%}"
             print(f"{name:34}{horizon * step:7.0f} s{figures}")
+    if not options.traces:
+        print("synthetic series: no verdict; give --traces")
+        return 0
     print("every cover lies between 93 and 97 %" if good else "a cover lies OUTSIDE 93..97 %")
     return 0 if good else 1
 
