@@ -125,8 +125,11 @@ class Scheduled:
     def on_tick(self, seen: Tick) -> Tick:
         current = [entry for entry in self._plan if entry[0] <= self._now] or self._plan[:1]
         self._now += INTERVAL_SECONDS
-        _, prefill, decode = current[-1]
-        return {"target_prefill": prefill, "target_decode": decode, "next_tick_ms": self._now * 1e3}
+        targets: Tick = {"next_tick_ms": self._now * 1e3}
+        for role, count in zip(("prefill", "decode"), current[-1][1:], strict=True):
+            there = int(seen.get(f"non_draining_{role}_count", seen[f"active_{role}_count"]))
+            targets[f"target_{role}"] = count if count != there else None
+        return targets
 
 
 def oracle(trace: Path, fitted: Planned, ttft_seconds: float, itl_seconds: float, attainment: float) -> Scheduled:
