@@ -23,6 +23,7 @@ _FLOOR = 1e-3  # requests/s that stand for none: the logarithm needs one
 _FLOOR_OF_PEAK = 0.05  # an outage must not teach that demand can grow a thousandfold
 _CEILING_OF_PEAK = 1.25  # nor a burst that it goes on: what passes this is seen when it comes
 _PEAK_SECONDS = 86_400.0
+_ABSURD_RATE, _ABSURD_SECONDS = 1e12, 1e9  # no demand is seen through these: noise that would overflow the sums
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def fold(state: ForecastState, rule: ForecastRule, rate: float, seconds: float, 
 
     Steps nobody saw are not guessed: forecasts that were due in a gap are dropped.
     """
-    if not (math.isfinite(rate) and math.isfinite(seconds) and rate >= 0 and seconds > 0):
+    if not (0 <= rate <= _ABSURD_RATE and 0 < seconds <= _ABSURD_SECONDS and math.isfinite(now)):
         return state
     step = int(now // rule.step_seconds)
     if state.step < 0 or step < state.step:  # the first look, or a clock that went back
