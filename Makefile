@@ -4,17 +4,24 @@ ARGS ?=
 BIN := .envs/vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak clean vllm-env sglang-env vllm-versions
+.PHONY: help demo test test-kubernetes lint bench soak clean vllm-env sglang-env vllm-versions
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python3.11]'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 demo: vllm-env ## the main job on real engines
 	$(BIN)/python -m demo $(ARGS)
 
 test: vllm-env sglang-env vllm-versions ## builds the environments from locks/, runs every test once (ARGS: for pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Built once (as root: it installs Debian packages), then kept; KUBE_HOME says where.
+test-kubernetes: vllm-env ## the planner against a real Kubernetes API server built from Debian's source package
+	planner_sidecar/kubernetes/api_server.sh build
+	run=$$(planner_sidecar/kubernetes/api_server.sh start) && \
+	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
+	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_api.py --timeout 600 $(ARGS)
 
 lint: vllm-env ## ruff, and mypy --strict on our packages
 	$(BIN)/ruff check .

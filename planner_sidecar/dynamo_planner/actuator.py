@@ -28,6 +28,20 @@ class Happening:
     text: str
 
 
+@dataclass(frozen=True)
+class Supplement:
+    """What an actuator knows beside the engines' states: how long replicas took that became ready since the last look,
+    whether somebody else has changed the count, and how many are ordered (None: no more than there are).
+    """
+
+    startups: tuple[float, ...] = ()
+    is_edited: bool = False
+    ordered: int | None = None
+
+
+NOTHING_MORE = Supplement()
+
+
 class Actuator(Protocol):
     """Starts and stops replicas. Methods return soon; long work goes on in the background."""
 
@@ -36,8 +50,14 @@ class Actuator(Protocol):
     def states(self) -> Mapping[str, str]:
         """URL -> starting, ready or draining of every replica that this actuator started."""
 
+    async def refresh(self) -> Supplement:
+        """Look at what is there, once per tick. Raises ObservationError: nothing is known then, and nothing is done."""
+
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
         """Begin to move from `current` to `desired` replicas."""
+
+    async def restart(self) -> Outcome:
+        """Begin to replace every replica, one at a time, drained."""
 
     def happenings(self) -> list[Happening]:
         """What happened since the last call."""
@@ -60,9 +80,15 @@ class AdvisoryActuator:
     def states(self) -> Mapping[str, str]:
         return {}
 
+    async def refresh(self) -> Supplement:
+        return NOTHING_MORE
+
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
         verb = "start" if desired > current else "drain and stop"
         return Outcome(False, "advisory", (f"advisory: would {verb} {abs(desired - current)} replica(s)",))
+
+    async def restart(self) -> Outcome:
+        return Outcome(False, "advisory", ("advisory: would replace every replica, one at a time",))
 
     def happenings(self) -> list[Happening]:
         return []

@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigError, PlannerError
+
+if TYPE_CHECKING:
+    from .profile_engine import ProfilePlan
+    from .profile_file import Profile
 
 # Name, type and help of every flag. Defaults live in PlannerConfig alone, so that flags can win over the
 # file.
@@ -22,6 +26,10 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("--optimization-target", Literal["load", "sla"], "load (default): KV use and queue. sla: TTFT and ITL."),
     ("--target-ttft-ms", float, "Time to first token to hold, for sla."),
     ("--target-itl-ms", float, "Inter-token latency to hold, for sla."),
+    ("--target-attainment", float, "Share of requests that must be within the targets (default 0.95)."),
+    ("--role", Literal["aggregated", "prefill", "decode"], "What the engines do (default aggregated)."),
+    ("--max-gpus", int, "GPU budget of all pools together (default: none)."),
+    ("--gpus-per-replica", int, "GPUs that a replica holds (default 1)."),
     ("--min-replicas", int, "Never fewer (default 1)."),
     ("--max-replicas", int, "Never more (default 8)."),
     ("--max-kv-usage", float, "KV use per replica that asks for another one, 0..1 (default 0.8)."),
@@ -33,6 +41,25 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ),
     ("--interval-seconds", float, "Time between two looks (default 10)."),
     ("--stabilisation-seconds", float, "How long fewer must suffice before one is stopped (default 300)."),
+    ("--startup-seconds", float, "How long a replica takes to be ready, until that was seen (default 60)."),
+    (
+        "--scale-to-zero-seconds",
+        float,
+        "Stop all after so long without a request (default: never).",
+    ),
+    ("--profile", Path, "Step times measured by 'dynamo-planner profile', to begin with."),
+    ("--memory-file", Path, "Keep what was learnt here, over restarts."),
+    (
+        "--kubernetes",
+        str,
+        "deployment/NAME, statefulset/NAME, leaderworkerset/NAME, PLURAL.VERSION.GROUP/NAME.",
+    ),
+    ("--kubernetes-namespace", str, "Its namespace (default: the pod's own, or the kubeconfig's)."),
+    ("--kubeconfig", Path, "Reach the cluster from outside."),
+    ("--lease-name", str, "Lease that keeps a second planner from writing (default dynamo-planner)."),
+    ("--pod-port", int, "Port of the engine in its pod (default 8000)."),
+    ("--pending-seconds", float, "A pod unready for longer no longer counts (default 600)."),
+    ("--scale-command", str, "Scale by a command of your own: 'my-scaler --count {replicas} --stop {victims}'."),
     ("--decision-log", Path, "Append every decision with its inputs to this file, as JSON lines."),
     ("--host", str, "Address of the planner's own port (default 127.0.0.1)."),
     ("--port", int, "Own port: /metrics, /health, /decisions, /scale (default 8790; 0 takes a free one)."),
@@ -52,12 +79,26 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+_PROFILE_FLAGS: tuple[tuple[str, Any, str], ...] = (
+    ("--engine", str, "URL of the engine; it should have nothing else to do."),
+    ("--out", Path, "Where to write the profile (default profile.json); the plots go beside it as .html."),
+    ("--prompt-tokens", str, "Prompt lengths to measure (default 128,512,2048,8192)."),
+    ("--batches", str, "Batches to measure (default 1,4,16,64)."),
+    ("--output-tokens", int, "Tokens per answer while decoding is measured (default 64)."),
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     import typer
 
+    given = list(sys.argv[1:] if arguments is None else arguments)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help=_HELP)(_command())
+    if given[:1] == ["profile"]:
+        arguments = given[1:]
+        app.command(help=_PROFILE_HELP)(_command(_PROFILE_FLAGS, _profile))
+    else:
+        app.command(help=_HELP)(_command(_FLAGS, _run))
     # typer carries its own copy of click since 0.29 and imports click before; the class is the same by name.
     mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
@@ -71,18 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
+_PROFILE_HELP = "Measure one idle engine and write its step times to a file that --profile reads, with plots beside it."
 _HELP = "Size a fleet of vLLM or SGLang replicas from what they publish; advise, or start and drain-stop them."
 
 
-def _command() -> Any:
+def _command(flags_table: Sequence[tuple[str, Any, str]], run: Callable[[dict[str, Any]], int]) -> Any:
     """A function whose signature is the table of flags; typer reads nothing else."""
     import typer
 
     def command(**flags: Any) -> int:
-        return _run(flags)
+        return run(flags)
 
     parameters = []
-    for names, kind, text in _FLAGS:
+    for names, kind, text in flags_table:
         option = typer.Option(None, names, help=text, show_default=False)
         name = names.partition("/")[0].lstrip("-").replace("-", "_")
         parameters.append(
@@ -110,6 +152,49 @@ def _run(flags: dict[str, Any]) -> int:
 
     asyncio.run(serve(config, _say))
     return 0
+
+
+def _profile(flags: dict[str, Any]) -> int:
+    import asyncio
+
+    from .page import render_profile
+    from .profile_engine import ProfilePlan
+    from .profile_file import write_profile
+
+    if flags["engine"] is None:
+        raise ConfigError("profile needs the engine to measure; give --engine URL")
+    url, out = flags["engine"].rstrip("/"), flags["out"] or Path("profile.json")
+    given = {
+        "prompt_tokens": _numbers("--prompt-tokens", flags["prompt_tokens"]),
+        "batches": _numbers("--batches", flags["batches"]),
+        "output_tokens": flags["output_tokens"],
+    }
+    plan = ProfilePlan(**{name: value for name, value in given.items() if value is not None})
+    if plan.output_tokens < 2:
+        raise ConfigError("--output-tokens must be 2 at least: gaps between tokens are measured")
+    profile = asyncio.run(_measured(url, plan))
+    write_profile(out, profile)
+    out.with_suffix(".html").write_text(render_profile(profile, url), encoding="utf-8")
+    _say(f"written: {out}, plots in {out.with_suffix('.html')}")
+    return 0
+
+
+async def _measured(url: str, plan: ProfilePlan) -> Profile:
+    import aiohttp
+
+    from .profile_engine import EngineProfiler
+
+    async with aiohttp.ClientSession() as session:
+        return await EngineProfiler(session, url, plan).run(_say)
+
+
+def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{flag} {text!r} is no list of counts; write it as 128,512")
+    return tuple(int(part) for part in parts)
 
 
 def _replay(path: Path) -> int:

@@ -16,9 +16,12 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import ConfigError
+from .kube_target import KubeSettings, parse_target
 from .local_actuator import LaunchPlan
+from .planner import DEFAULT_POOL
 from .records import SizingPolicy
 from .replica import Limits
+from .tracking import Targets
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10_000)]
@@ -38,11 +41,31 @@ class PlannerConfig(BaseModel):
     target_ttft_ms: Milliseconds | None = None
     target_itl_ms: Milliseconds | None = None
     target_attainment: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.95
+    role: Literal["aggregated", "prefill", "decode"] = "aggregated"
+    pools: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    max_gpus: Count | None = None
+    gpus_per_replica: Annotated[int, Field(ge=1, le=1024)] = 1
     min_replicas: Count = 1
     max_replicas: Count = 8
     interval_seconds: Annotated[float, Field(ge=0.05, le=3600, allow_inf_nan=False)] = 10.0
     stabilisation_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 300.0
     warmup_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 30.0
+    startup_seconds: Seconds = 60.0
+    max_down_share: Share = 0.1
+    down_period_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 60.0
+    scale_to_zero_seconds: Seconds | None = None
+    is_pooled: bool = False
+    daily_profile: bool = True
+    profile: Path | None = None
+    memory_file: Path | None = None
+    kubernetes: str | None = None
+    kubernetes_namespace: str | None = None
+    kubeconfig: Path | None = None
+    lease_name: str = "dynamo-planner"
+    pod_port: Annotated[int, Field(ge=1, le=65_535)] = 8000
+    pending_seconds: Seconds = 600.0
+    scale_command: str | None = None
+    command_seconds: Seconds = 120.0
     max_kv_usage: Share = 0.8
     max_waiting_per_replica: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 4.0
     max_running_per_replica: Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None = None
@@ -110,11 +133,24 @@ class PlannerConfig(BaseModel):
             raise ValueError("optimization_target sla needs target_ttft_ms or target_itl_ms; give at least one")
         if self.optimization_target == "load" and targets != (None, None):
             raise ValueError("target_ttft_ms and target_itl_ms work only with optimization_target sla; set it too")
-        if not self.advisory and self.engine_command is None:
-            raise ValueError("no-advisory needs engine_command, as in 'vllm serve MODEL --port {port}'; give one")
+        hands = [name for name in ("engine_command", "kubernetes", "scale_command") if getattr(self, name) is not None]
+        if len(hands) > 1:
+            raise ValueError(f"{' and '.join(hands)} are two ways to scale one pool; give one of them")
+        if not self.pools and not self.advisory and not hands:
+            text = "as in 'vllm serve MODEL --port {port}', or kubernetes, or scale_command; give one"
+            raise ValueError(f"no-advisory needs engine_command, {text}")
+        if self.kubernetes is not None:
+            parse_target(self.kubernetes, "default")
+        if self.scale_to_zero_seconds is not None and self.proxy_admin is None:
+            raise ValueError("scale_to_zero_seconds needs proxy_admin: only the proxy sees who wants to wake the pool")
+        held = self.min_replicas * self.gpus_per_replica
+        if not self.pools and self.max_gpus is not None and held > self.max_gpus:
+            raise ValueError(f"min_replicas take {held} GPUs but max_gpus is {self.max_gpus}; change one of them")
+        if self.pools:
+            return self
         if not self.engine and self.proxy_admin is None and self.advisory:
             raise ValueError("nothing to observe; give at least one --engine URL or a --proxy-admin URL")
-        if not self.advisory and self.port and self.ports[0] <= self.port <= self.ports[1]:
+        if not self.advisory and self.engine_command and self.port and self.ports[0] <= self.port <= self.ports[1]:
             raise ValueError(f"port {self.port} lies in engine_port_range {self.engine_port_range}; move one of them")
         return self
 
@@ -126,6 +162,15 @@ class PlannerConfig(BaseModel):
         """What the pure rules need."""
         return SizingPolicy(
             target=self.optimization_target,
+            role=self.role,
+            gpus_per_replica=self.gpus_per_replica,
+            startup_seconds=self.startup_seconds,
+            interval_seconds=self.interval_seconds,
+            max_down_share=self.max_down_share,
+            down_period_seconds=self.down_period_seconds,
+            idle_to_zero_seconds=self.scale_to_zero_seconds,
+            is_pooled=self.is_pooled,
+            has_daily_profile=self.daily_profile,
             min_replicas=self.min_replicas,
             max_replicas=self.max_replicas,
             ttft_seconds=None if self.target_ttft_ms is None else self.target_ttft_ms / 1e3,
@@ -137,6 +182,41 @@ class PlannerConfig(BaseModel):
             max_waiting_per_replica=self.max_waiting_per_replica,
             max_running_per_replica=self.max_running_per_replica,
         )
+
+    def targets(self) -> Targets:
+        """What latencies are held against."""
+        policy = self.policy()
+        return Targets(policy.ttft_seconds, policy.itl_seconds)
+
+    def kube_settings(self, namespace: str) -> KubeSettings | None:
+        """What to scale in a cluster, or None."""
+        if self.advisory or self.kubernetes is None:
+            return None
+        target = parse_target(self.kubernetes, self.kubernetes_namespace or namespace)
+        return KubeSettings(target, self.pod_port, self.pending_seconds)
+
+    def by_pool(self) -> dict[str, PlannerConfig]:
+        """One configuration per pool: its own settings over the common ones. Raises ConfigError."""
+        if not self.pools:
+            return {DEFAULT_POOL: self}
+        common = self.model_dump(exclude={"pools"}, exclude_unset=True)
+        found = {}
+        for name, own in self.pools.items():
+            settings = {str(key).replace("-", "_"): value for key, value in own.items()}
+            shared = sorted(settings.keys() & _SHARED)
+            if shared:
+                raise ConfigError(f"pools.{name}: {shared[0]} belongs to all pools; move it to the top")
+            try:
+                found[name] = PlannerConfig.model_validate(common | settings)
+            except ValidationError as error:
+                raise ConfigError(f"pools.{name}: {_one_line(error)}") from error
+        held = sum(pool.min_replicas * pool.gpus_per_replica for pool in found.values())
+        if self.max_gpus is not None and held > self.max_gpus:
+            raise ConfigError(
+                f"the pools' min_replicas take {held} GPUs but max_gpus is {self.max_gpus}; change one of them"
+            )
+        _no_overlap(found)
+        return found
 
     def limits(self) -> Limits:
         """The deadlines of a replica's life."""
@@ -158,6 +238,30 @@ class PlannerConfig(BaseModel):
             keep_on_exit=self.keep_replicas,
             exit_seconds=self.exit_drain_seconds,
         )
+
+
+_SHARED = {
+    "pools",
+    "max_gpus",
+    "proxy_admin",
+    "decision_log",
+    "memory_file",
+    "host",
+    "port",
+    "interval_seconds",
+    "advisory",
+}
+
+
+def _no_overlap(pools: Mapping[str, PlannerConfig]) -> None:
+    """Two pools must not scale one object, start on one port or watch one engine. Raises ConfigError."""
+    taken: dict[str, str] = {}
+    for name, pool in pools.items():
+        local = [f"port {port}" for port in range(pool.ports[0], pool.ports[1] + 1)] if pool.engine_command else []
+        for thing in (*pool.engine, *local, *filter(None, [pool.kubernetes])):
+            if thing in taken:
+                raise ConfigError(f"pools {taken[thing]} and {name} both have {thing}; give each its own")
+            taken[thing] = name
 
 
 def load_config(path: Path | None, flags: Mapping[str, Any]) -> PlannerConfig:

@@ -1,4 +1,4 @@
-"""The planner's own port: /metrics, /health, /decisions and manual orders through /scale."""
+"""The planner's own port: the page, /metrics, /health, /decisions and manual orders through /scale."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import ActuationError, ConfigError
-from .planner import Planner
+from .fleet import Fleet
+from .page import render_page
+from .planner import DEFAULT_POOL
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-_STATUS = {"advisory": 409, "out_of_bounds": 400}
+_STATUS = {"advisory": 409, "out_of_bounds": 400, "no_such_pool": 404}
 
 
 class ControlPort:
-    """A small aiohttp server around one planner."""
+    """A small aiohttp server around the pools."""
 
-    def __init__(self, planner: Planner, stalled_seconds: float, clock: Callable[[], float]) -> None:
-        self._planner = planner
+    def __init__(self, fleet: Fleet, stalled_seconds: float, clock: Callable[[], float]) -> None:
+        self._fleet = fleet
         self._stalled_seconds = stalled_seconds
         self._clock = clock
         self._born = clock()
@@ -30,10 +32,12 @@ class ControlPort:
         from aiohttp import web
 
         app = web.Application(client_max_size=65_536)
+        app.router.add_get("/", self._page)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/health", self._health)
         app.router.add_get("/decisions", self._decisions)
         app.router.add_post("/scale", self._scale)
+        app.router.add_post("/restart", self._restart)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         try:
@@ -53,27 +57,36 @@ class ControlPort:
         from aiohttp import web
         from prometheus_client import CONTENT_TYPE_LATEST
 
-        body = self._planner.parts.metrics.render()
+        body = self._fleet.first.parts.metrics.render()
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _page(self, request: web.Request) -> web.Response:
+        from aiohttp import web
+
+        pools = {name: planner.history.sights for name, planner in self._fleet.planners.items()}
+        text = render_page(pools, list(self._fleet.first.parts.log.last), self._fleet.first.parts.actuator.mode)
+        return web.Response(text=text, content_type="text/html")
 
     async def _health(self, request: web.Request) -> web.Response:
         from aiohttp import web
 
-        last = self._planner.last_tick_seconds
+        planners = self._fleet.planners.values()
+        ticks = [planner.last_tick_seconds for planner in planners]
+        last = min((tick for tick in ticks if tick is not None), default=None)
         age = self._clock() - (self._born if last is None else last)
         stalled = age > self._stalled_seconds
         said = {
             "status": "stalled" if stalled else "ok",
-            "mode": self._planner.parts.actuator.mode,
+            "mode": self._fleet.first.parts.actuator.mode,
             "last_tick_age_seconds": round(age, 3),
-            "replicas": dict(self._planner.parts.actuator.states()),
+            "replicas": {url: state for each in planners for url, state in each.parts.actuator.states().items()},
         }
         return web.json_response(said, status=503 if stalled else 200)
 
     async def _decisions(self, request: web.Request) -> web.Response:
         from aiohttp import web
 
-        kept = list(self._planner.parts.log.last)
+        kept = list(self._fleet.first.parts.log.last)
         try:
             count = int(request.query.get("n", len(kept)))
         except ValueError:
@@ -84,13 +97,14 @@ class ControlPort:
         from aiohttp import web
 
         try:
-            replicas = json.loads(await request.text())["replicas"]
-        except (ValueError, KeyError, TypeError):
-            replicas = None
-        if not isinstance(replicas, int) or isinstance(replicas, bool):
+            body = json.loads(await request.text())
+            replicas, pool = body["replicas"], body.get("pool", DEFAULT_POOL)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            replicas, pool = None, ""
+        if not isinstance(replicas, int) or isinstance(replicas, bool) or not isinstance(pool, str):
             return _refuse(400, 'send JSON with a whole number of replicas, as in {"replicas": 2}')
         try:
-            decision, outcome = await self._planner.order(replicas)
+            decision, outcome = await self._fleet.order(pool, replicas)
         except ActuationError as error:
             return _refuse(_STATUS.get(error.reason, 409), str(error))
         if not outcome.accepted:
@@ -102,6 +116,21 @@ class ControlPort:
             "actions": list(outcome.actions),
         }
         return web.json_response(said, status=202 if decision.direction != "hold" else 200)
+
+    async def _restart(self, request: web.Request) -> web.Response:
+        from aiohttp import web
+
+        try:
+            pool = json.loads(await request.text() or "{}").get("pool", DEFAULT_POOL)
+        except (ValueError, AttributeError):
+            return _refuse(400, 'send nothing, or JSON with the name of a pool, as in {"pool": "decode"}')
+        planner = self._fleet.planners.get(pool)
+        if planner is None:
+            return _refuse(404, f"no pool {pool!r}; there are: {', '.join(self._fleet.planners)}")
+        async with planner.lock:
+            outcome = await planner.parts.actuator.restart()
+        said = {"reason": outcome.reason, "actions": list(outcome.actions)}
+        return web.json_response(said, status=202 if outcome.accepted else 409)
 
 
 def _refuse(status: int, text: str) -> web.Response:

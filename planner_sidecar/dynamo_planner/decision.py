@@ -1,17 +1,19 @@
-"""The decision: one frozen record of inputs in, one frozen decision out. Pure, so a log of inputs can be
-replayed.
+"""The decision: one frozen record of inputs in, one frozen decision out. Pure, so a log of inputs can be replayed.
 
-Up at once and by as many as needed. Down by one, and only after the need has stayed below the current
-count for the
-whole stabilisation window. Numbers that are stale can never cause a scale-down.
+Up at once and by as many as needed. Down only after the need has stayed below the current count for the whole
+stabilisation window, and at a limited rate. Numbers that are stale can never cause a scale-down.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
-from .records import READY, Decision, DecisionInputs, FleetObservation, Memory, SizingPolicy
-from .sizing import Need, cleaned, learn, load_needs, sla_needs
+from .budget import Wish
+from .demand import learn
+from .records import DOWN, READY, Decision, DecisionInputs, FleetObservation, Memory, SizingPolicy
+from .sizing import Need, cleaned, load_needs
+from .slo import corrected, sla_needs
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,11 @@ class _Verdict:
 
 def decide(inputs: DecisionInputs) -> Decision:
     """Decide once. A manual order wins over the rules, stays inside the bounds and restarts the window."""
-    fleet, policy = cleaned(inputs.observation), inputs.policy
+    fleet, policy = cleaned(inputs.observation), _bounded(inputs)
     now, current = fleet.time_seconds, fleet.current
     memory = learn(inputs.memory, fleet, policy)
+    if fleet.is_edited:  # somebody's wish: it gets its own window
+        memory = replace(memory, since_seconds=now, needs=((now, current),))
     if inputs.order is not None:
         desired = min(max(inputs.order, policy.min_replicas), policy.max_replicas)
         memory = replace(memory, since_seconds=now, needs=((now, desired),))
@@ -34,11 +38,38 @@ def decide(inputs: DecisionInputs) -> Decision:
     stale = sum(engine.state == READY and engine.stale for engine in fleet.engines)
     ready = sum(engine.usable for engine in fleet.engines)
     need = _combined(fleet, policy, memory, stale) if ready else None
+    if need is not None and not stale:
+        memory = corrected(memory, fleet, policy)
     down = current if need is None or stale else need.down
     memory = _remembered(memory, now, down, policy.stabilisation_seconds)
     verdict = _verdict(fleet, policy, memory, need, stale)
+    if 0 < verdict.desired < current or verdict.reason == "idle_to_zero":
+        memory = replace(memory, last_down_seconds=now)
     up = current if need is None else need.up
     return Decision(current, verdict.desired, verdict.reason, verdict.explanation, up, down, inputs, memory)
+
+
+def wish(inputs: DecisionInputs) -> Wish:
+    """What the pool would have if no budget were shared: the first half of a joint decision."""
+    decision = decide(replace(inputs, ceiling=None))
+    # What is being drained or is not seen yet holds its GPUs all the same.
+    held = max(sum(engine.state != DOWN for engine in inputs.observation.engines), inputs.observation.ordered or 0)
+    policy = inputs.policy
+    wanted = min(decision.desired, policy.max_replicas) + (held - decision.current)
+    return Wish(held, wanted, min(policy.min_replicas, policy.max_replicas), policy.gpus_per_replica)
+
+
+def _bounded(inputs: DecisionInputs) -> SizingPolicy:
+    """The policy with the shared budget's ceiling in place of a maximum above it; what is there may stay."""
+    policy, ceiling = inputs.policy, inputs.ceiling
+    if ceiling is None or ceiling >= policy.max_replicas:
+        return policy
+    held = sum(engine.state != DOWN for engine in inputs.observation.engines)
+    beside = max(held, inputs.observation.ordered or 0) - inputs.observation.current
+    high = max(ceiling - beside, inputs.observation.current, 1)
+    if high >= policy.max_replicas:
+        return policy
+    return replace(policy, max_replicas=high, min_replicas=min(policy.min_replicas, high))
 
 
 def _combined(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, stale: int) -> Need:
@@ -60,7 +91,10 @@ def _remembered(memory: Memory, now: float, down: int, window_seconds: float) ->
 def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need | None, stale: int) -> _Verdict:
     current, low, high = fleet.current, policy.min_replicas, policy.max_replicas
     if not fleet.is_complete:
-        return _Verdict(current, "fleet_unknown", f"the proxy has not told its engines yet; holding {current}")
+        text = "what is there is not known (the proxy or the cluster has not told)"
+        return _Verdict(current, "fleet_unknown", f"{text}; holding {current}")
+    if policy.idle_to_zero_seconds is not None and need is None and current == 0:
+        return _at_zero(fleet, policy)
     if current < low:
         return _Verdict(low, "below_min", f"{current} replicas are fewer than the minimum of {low}")
     if need is None:
@@ -80,8 +114,19 @@ def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need
     return _downwards(fleet, policy, memory, need)
 
 
+def _at_zero(fleet: FleetObservation, policy: SizingPolicy) -> _Verdict:
+    """Asleep: the first request that the proxy sees wakes the pool. A proxy that is away serves nobody: no reason."""
+    proxy = fleet.proxy
+    if proxy is not None and not proxy.stale_reason and (proxy.arrivals or proxy.in_flight):
+        count = min(max(1, policy.min_replicas), policy.max_replicas)
+        return _Verdict(count, "wake", f"requests arrive and nothing runs; starting {count}")
+    return _Verdict(0, "asleep", "nothing runs and nothing arrives")
+
+
 def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need) -> _Verdict:
     current, now, window = fleet.current, fleet.time_seconds, policy.stabilisation_seconds
+    if policy.idle_to_zero_seconds is not None and _slept(fleet, memory) >= policy.idle_to_zero_seconds:
+        return _Verdict(0, "idle_to_zero", f"nothing was asked for {policy.idle_to_zero_seconds:g} s")
     floor = max(max(entry[1] for entry in memory.needs), policy.min_replicas)
     if max(need.down, policy.min_replicas) >= current:
         return _Verdict(current, "steady", f"{need.why}; {current} replicas are right")
@@ -90,4 +135,13 @@ def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, ne
         said = f"{need.why}; fewer than {current} would do, but not yet for all of {window:g} s"
         return _Verdict(current, "stabilising", said)
     said = f"{need.why}; at most {floor} of {current} replicas were needed in the last {window:g} s"
-    return _Verdict(current - 1, "idle_window", said)
+    last = memory.last_down_seconds
+    if last is not None and 0 <= now - last < policy.down_period_seconds:
+        return _Verdict(current, "rate_limited", f"{said}; the last was given up {now - last:.0f} s ago")
+    step = max(1, math.floor(current * policy.max_down_share))
+    return _Verdict(max(floor, current - step), "idle_window", said)
+
+
+def _slept(fleet: FleetObservation, memory: Memory) -> float:
+    asked = memory.last_asked_seconds
+    return 0.0 if asked is None else fleet.time_seconds - asked

@@ -27,6 +27,10 @@ class ActuationError(PlannerError):
         self.reason = reason
 
 
+class KubeError(ActuationError):
+    """The Kubernetes API refused, or could not be asked."""
+
+
 class IllegalTransitionError(PlannerError):
     """A replica's life has no such step; the text names the state and the event."""
 

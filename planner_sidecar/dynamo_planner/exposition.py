@@ -5,6 +5,7 @@ names.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -45,12 +46,35 @@ _NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
+_LINE = re.compile(r"([a-zA-Z_:][\w:]*)(\{.*\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?[ \t]*\r?$")
+_EDGE = re.compile(r'[{,]le="([^"]*)"')
+_PREFIXES = ("vllm:", "sglan", "proce")  # the first five letters of everything that is read
+_STARTED = "process_start_time_seconds"
+_HISTOGRAMS = ("ttft", "itl", "queue_wait")
+_WANTED = frozenset(
+    (
+        _STARTED,
+        *(name for names in _NAMES.values() for what in names.values() for name in what),
+        *(
+            name + end
+            for names in _NAMES.values()
+            for what in _HISTOGRAMS
+            for name in names[what]
+            for end in ("_sum", "_count", "_bucket")
+        ),
+    )
+)
+
+
 @dataclass(frozen=True)
 class Histogram:
-    """A histogram's running totals: seconds and samples since the engine started."""
+    """A histogram's running totals: seconds and samples since the engine started, and the cumulative buckets as
+    (upper edge in seconds, samples), edges rising, without +Inf.
+    """
 
     sum_seconds: float
     count: float
+    buckets: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,22 +118,50 @@ def parse_engine_metrics(text: str) -> EngineReading:
         ttft=_histogram(values, names["ttft"]),
         itl=_histogram(values, names["itl"]),
         queue_wait=_histogram(values, names["queue_wait"]),
-        started_seconds=_first(values, ("process_start_time_seconds",), max),
+        started_seconds=_first(values, (_STARTED,), max),
     )
 
 
 def _collect(text: str) -> dict[str, list[float]]:
-    from prometheus_client.parser import text_string_to_metric_families
-
+    """Name -> one number per rank, of the names that are wanted; buckets as `name_bucket le`. Only these lines are
+    read: an engine publishes hundreds, and there may be hundreds of engines.
+    """
     values: dict[str, list[float]] = {}
     try:
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if not sample.name.endswith("_bucket"):
-                    values.setdefault(sample.name, []).append(float(sample.value))
+        for line in text.split("\n"):
+            if line[:5] in _PREFIXES:
+                _collect_line(line, values)
+    except ValueError as error:
+        raise ObservationError("unreadable", f"the answer is not Prometheus text: {str(error)[:120]}") from error
+    if not values:
+        _insist_on_exposition(text)
+    return values
+
+
+def _collect_line(line: str, values: dict[str, list[float]]) -> None:
+    if line.partition("{")[0].partition(" ")[0] not in _WANTED:
+        return
+    found = _LINE.match(line)
+    if found is None:
+        raise ValueError(f"{line[:80]!r} is no sample")
+    name, labels, number = found.groups()
+    if name.endswith("_bucket"):
+        edge = _EDGE.search(labels or "")
+        if edge is None or edge[1] == "+Inf":
+            return
+        name = f"{name} {edge[1]}"
+    values.setdefault(name, []).append(float(number))
+
+
+def _insist_on_exposition(text: str) -> None:
+    """Tell apart what is no metrics page at all from that of another program."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    try:
+        for _ in text_string_to_metric_families(text):
+            pass
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ObservationError("unreadable", f"the answer is not Prometheus text: {str(error)[:120]}") from error
-    return values
 
 
 def _first(
@@ -128,5 +180,15 @@ def _histogram(values: dict[str, list[float]], names: Iterable[str]) -> Histogra
         seconds = _first(values, (f"{name}_sum",), sum)
         count = _first(values, (f"{name}_count",), sum)
         if seconds is not None and count is not None:
-            return Histogram(seconds, count)
+            return Histogram(seconds, count, _buckets(values, f"{name}_bucket "))
     return None
+
+
+def _buckets(values: dict[str, list[float]], prefix: str) -> tuple[tuple[float, float], ...]:
+    found = []
+    for name, counts in values.items():
+        if name.startswith(prefix) and all(0 <= count <= _ABSURD for count in counts):
+            edge = float(name[len(prefix) :])
+            if math.isfinite(edge):
+                found.append((edge, sum(counts)))
+    return tuple(sorted(found))

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .actuator import Happening, Outcome
+from .actuator import NOTHING_MORE, Happening, Outcome, Supplement
 from .child_process import ChildProcess
 from .drain import ENDED, State, choose_victim
 from .errors import ActuationError, ObservationError
-from .records import DRAINING
+from .records import DRAINING, STARTING
 from .replica import Replica, Surroundings
+from .rolling import RollingRestart
 
 _FIRST_BACKOFF_SECONDS = 15.0
 _MAX_BACKOFF_SECONDS = 300.0
@@ -48,14 +49,20 @@ class LocalProcessActuator:
         self._failed_starts = 0
         self._not_before = 0.0
         self._closing = False
+        self._rolling = RollingRestart()
 
     def states(self) -> Mapping[str, str]:
         return {url: replica.state for url, replica in self._replicas.items() if not replica.ended}
+
+    async def refresh(self) -> Supplement:
+        return NOTHING_MORE
 
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
         """Start or drain as many as asked. An order by hand does not wait for the back-off."""
         if self._closing:
             return Outcome(False, "stopping", ("the planner is stopping; nothing is started or drained any more",))
+        if self._rolling.is_running:
+            return Outcome(False, "restarting", ("a rolling restart is under way; order again when it has ended",))
         self.notice()
         if desired > current:
             kept = self._keep_some(desired - current)
@@ -65,8 +72,20 @@ class LocalProcessActuator:
             return Outcome(started.accepted or bool(kept), started.reason, kept + started.actions)
         return await self._stop_some(current - desired)
 
+    async def restart(self) -> Outcome:
+        """Each one is started anew before the old one is drained away: one more runs meanwhile."""
+        if self._closing or self._rolling.is_running:
+            return Outcome(False, "restarting", ("a rolling restart is under way already",))
+        self.notice()
+        urls = [url for url, replica in self._replicas.items() if replica.life.state is State.READY]
+        if not urls:
+            return Outcome(False, "no_victim", ("no replica that this planner started is ready",))
+        self._rolling.begin(urls, self._replace_one)
+        return Outcome(True, "restarting", (f"replacing {len(urls)} replica(s), one at a time",))
+
     def happenings(self) -> list[Happening]:
         self.notice()
+        self._happenings += self._rolling.take()
         taken, self._happenings = self._happenings, []
         return taken
 
@@ -83,6 +102,7 @@ class LocalProcessActuator:
     async def close(self) -> None:
         """Drain and stop all replicas at once; none is left when this returns, unless they are to be kept."""
         self._closing = True  # an order that is still under way must start nothing now
+        await self._rolling.end()
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -131,7 +151,30 @@ class LocalProcessActuator:
             return Outcome(bool(actions), error.reason, (*actions, str(error)))
         return Outcome(True, "started", tuple(actions))
 
+    async def _replace_one(self, url: str) -> str:
+        try:
+            fresh = self._replicas[self._launch()]
+        except ActuationError as error:
+            return error.reason
+        while fresh.state == STARTING and not fresh.ended:
+            await self._around.sleep(self._around.limits.poll_seconds)
+        if fresh.life.state is not State.READY:
+            return "start_failed"
+        old = self._replicas.get(url)
+        if old is None or not old.order_stop():
+            return ""  # it has gone by itself
+        self._drive_anew(old)
+        while not old.ended and old.stopping:
+            await self._around.sleep(self._around.limits.poll_seconds)
+            self.notice()
+        return "" if old.ended else "drain_undone"
+
     def _start_one(self) -> str:
+        replica = self._replicas[self._launch()]
+        return f"starting {replica.url} (process {replica.child.pid}, output in {replica.child.log_path})"
+
+    def _launch(self) -> str:
+        """Start one more and return its URL. Raises ActuationError."""
         used = {int(url.rpartition(":")[2]) for url, replica in self._replicas.items() if not replica.ended}
         port = free_port(self._plan.ports, used)
         log_path = self._plan.log_dir / f"engine-{port}.log"
@@ -139,7 +182,7 @@ class LocalProcessActuator:
         replica = Replica(f"http://{self._plan.host}:{port}", child, self._around)
         self._replicas[replica.url] = replica
         self._drive(replica)
-        return f"starting {replica.url} (process {child.pid}, output in {log_path})"
+        return replica.url
 
     async def _stop_some(self, count: int) -> Outcome:
         in_flight = await self._in_flight()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from .errors import ObservationError
 from .peers import Peers, ProxyAdmin, ProxyListing
 from .records import DOWN, DRAINING, READY, STARTING, EngineObservation, FleetObservation, ProxyObservation
-from .tracking import EngineTracker, ProxyTracker
+from .tracking import NO_TARGETS, EngineTracker, ProxyTracker, Targets
 
 # An engine that the proxy never saw ready stops counting as supply after this long.
 STARTING_PATIENCE_SECONDS = 600.0
@@ -27,10 +27,23 @@ class ObservationFailure:
 
 
 class Observer:
-    """Keeps one tracker per engine and forgets engines that nobody names any more."""
+    """Keeps one tracker per engine and forgets engines that nobody names any more.
 
-    def __init__(self, engines: tuple[str, ...], peers: Peers, proxy: ProxyAdmin | None) -> None:
+    `owns_listed`: whatever the proxy lists belongs to this pool. With several pools behind one proxy only the named
+    engines and the pool's own replicas do.
+    """
+
+    def __init__(
+        self,
+        engines: tuple[str, ...],
+        peers: Peers,
+        proxy: ProxyAdmin | None,
+        targets: Targets = NO_TARGETS,
+        owns_listed: bool = True,
+    ) -> None:
         self._named = engines
+        self._targets = targets
+        self._owns_listed = owns_listed
         self._peers = peers
         self._proxy = proxy
         self._trackers: dict[str, EngineTracker] = {}
@@ -45,7 +58,9 @@ class Observer:
         seen_proxy = await self._observe_proxy(now, failures)
         # A replica of ours that is on its way in or out is the planner's to judge; else the proxy knows best.
         moving = {url: state for url, state in own.items() if state != READY}
-        states = dict.fromkeys((*self._named, *own), READY) | self._listed | moving
+        mine = dict.fromkeys((*self._named, *own), READY)
+        listed = {url: state for url, state in self._listed.items() if self._owns_listed or url in mine}
+        states = mine | listed | moving
         states |= self._given_up(states.keys() - own.keys(), states, now)
         self._trackers = {url: tracker for url, tracker in self._trackers.items() if url in states}
         order = sorted(states)
@@ -77,14 +92,15 @@ class Observer:
             return self._proxy_tracker.failed(error)
         self._listed, self._has_listing = _states(listing), True
         in_flight = sum(engine.in_flight for engine in listing.engines)
-        return self._proxy_tracker.read(listing.arrivals_total, listing.prompt_tokens_total, in_flight, now)
+        totals = listing.arrivals_total, listing.prompt_tokens_total, listing.matched_tokens_total
+        return self._proxy_tracker.read(totals, in_flight, now)
 
     async def _observe_engine(
         self, url: str, state: str, now: float, failures: list[ObservationFailure]
     ) -> EngineObservation:
         if state in (STARTING, DOWN):
             return EngineObservation(url, state)
-        tracker = self._trackers.setdefault(url, EngineTracker(url, now))
+        tracker = self._trackers.setdefault(url, EngineTracker(url, now, targets=self._targets))
         try:
             seen = tracker.read(await self._peers.scrape(url), now)
         except ObservationError as error:

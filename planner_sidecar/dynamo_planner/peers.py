@@ -35,6 +35,7 @@ class ProxyListing:
     engines: tuple[ListedEngine, ...]
     arrivals_total: float
     prompt_tokens_total: float
+    matched_tokens_total: float = 0.0
 
     def find(self, url: str) -> ListedEngine | None:
         return next((engine for engine in self.engines if engine.url == url), None)
@@ -100,12 +101,13 @@ class ProxyAdmin:
             )
             arrivals = float(answer.get("arrivals_total", 0))
             tokens = float(answer.get("prompt_tokens_total", 0))
+            matched = float(answer.get("matched_tokens_total", 0))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             text = f"{self._url} gave an unexpected answer; is this the proxy's admin port?"
             raise ObservationError("proxy_unreadable", text) from error
-        if not (0 <= arrivals < math.inf and 0 <= tokens < math.inf):
+        if not all(0 <= total < math.inf for total in (arrivals, tokens, matched)):
             raise ObservationError("proxy_unreadable", f"{self._url} gave totals that are no counts")
-        return ProxyListing(engines, arrivals, tokens)
+        return ProxyListing(engines, arrivals, tokens, matched)
 
     async def register(self, url: str) -> int:
         return (await self._peers.request("POST", self._url, {"url": url}))[0]

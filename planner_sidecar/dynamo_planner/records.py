@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .forecast import ForecastState
+from .step_model import StepModel
+
 STARTING, READY, DRAINING, DOWN = "starting", "ready", "draining", "down"
 """States of an engine as the planner counts it. Starting and ready replicas are supply; the others are
 not.
@@ -15,10 +18,13 @@ not.
 
 @dataclass(frozen=True)
 class Delta:
-    """Growth of one histogram between two scrapes: total seconds and number of samples."""
+    """Growth of one histogram between two scrapes: total seconds, number of samples, and how many of them were within
+    the target (None: no target, or no buckets).
+    """
 
     sum_seconds: float
     count: float
+    within: float | None = None
 
     @property
     def mean_seconds(self) -> float | None:
@@ -67,6 +73,8 @@ class ProxyObservation:
     interval_seconds: float = 0.0
     arrivals: float | None = None
     prompt_tokens: float | None = None
+    matched_tokens: float | None = None
+    """Prompt tokens that the routed engines already held: the prefix hits."""
     in_flight: int = 0
 
 
@@ -78,7 +86,15 @@ class FleetObservation:
     engines: tuple[EngineObservation, ...] = ()
     proxy: ProxyObservation | None = None
     is_complete: bool = True
-    """False while the proxy, which knows the fleet, has never been read: there may be engines nobody has named."""
+    """False while the proxy has never been read, or the cluster cannot be: there may be engines nobody has named."""
+    wall_seconds: float | None = None
+    """Seconds since midnight UTC of some day: the daily profile's clock. None: `time_seconds` stands in."""
+    startups: tuple[float, ...] = ()
+    """How long replicas took that became ready since the last look, where the actuator knows."""
+    is_edited: bool = False
+    """Somebody else has changed the count: their wish, to be kept for a whole window."""
+    ordered: int | None = None
+    """Replicas that are ordered, come or not, where the actuator knows: they hold their share of the budget."""
 
     @property
     def current(self) -> int:
@@ -88,34 +104,36 @@ class FleetObservation:
 
 @dataclass(frozen=True)
 class SizingPolicy:
-    """What the operator asked for. `target` is `load` or `sla`."""
+    """What the operator asked for. `target` is `load` or `sla`; `role` is what the pool's engines do."""
 
     target: str = "load"
+    role: str = "aggregated"
     min_replicas: int = 1
     max_replicas: int = 8
+    gpus_per_replica: int = 1
     ttft_seconds: float | None = None
     itl_seconds: float | None = None
     attainment: float = 0.95
     stabilisation_seconds: float = 300.0
     warmup_seconds: float = 30.0
+    startup_seconds: float = 60.0
+    """How long a replica takes to become ready, until that has been seen."""
+    interval_seconds: float = 10.0
     max_kv_usage: float = 0.8
     max_waiting_per_replica: float = 4.0
     max_running_per_replica: float | None = None
     down_margin: float = 0.75
     """A replica is given up only if the rest would stay below this share of every threshold."""
-
-
-@dataclass(frozen=True)
-class LineStats:
-    """Weighted sums of a least-squares line y = a + b*x with forgetting; enough to refit without the
-    samples.
-    """
-
-    weight: float = 0.0
-    x: float = 0.0
-    y: float = 0.0
-    xx: float = 0.0
-    xy: float = 0.0
+    max_down_share: float = 0.1
+    """At most this share of the replicas, and at least one, is given up in `down_period_seconds`."""
+    down_period_seconds: float = 60.0
+    idle_to_zero_seconds: float | None = None
+    """Nothing asked for this long: stop all. None: never."""
+    is_pooled: bool = False
+    """The router sends a request to where the queue is shortest, so that the pool waits like one queue."""
+    prompt_cv2: float = 1.6
+    """Squared coefficient of variation of prefill times; 1.6 is that of production prompt lengths."""
+    has_daily_profile: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,25 +141,42 @@ class Memory:
     """All that one decision hands to the next.
 
     `needs` holds (time, replicas needed with margin) inside the stabilisation window and `since_seconds`
-    is when the
-    window began to fill; `prefill` is seconds over prompt tokens, `decode` is ITL seconds over batch.
+    is when the window began to fill; `prefill` is seconds over (1, prompt tokens), `decode` is ITL seconds over
+    (1, batch, KV use).
     """
 
     since_seconds: float | None = None
     needs: tuple[tuple[float, int], ...] = ()
-    prefill: LineStats = field(default_factory=LineStats)
-    decode: LineStats = field(default_factory=LineStats)
+    prefill: StepModel = field(default_factory=StepModel)
+    decode: StepModel = field(default_factory=StepModel)
+    forecast: ForecastState = field(default_factory=ForecastState)
     arrival_rate: float | None = None
+    prompt_tokens: float | None = None
+    """Mean prompt tokens to compute per request: what the proxy found cached is not counted."""
+    output_tokens: float | None = None
+    """Mean generated tokens per request."""
+    kv_per_request: float | None = None
+    """Share of one replica's KV that a running request holds."""
+    correction: float = 1.0
+    """Slow factor on the modelled prefill time: what was observed against what the model had promised."""
+    starting: tuple[tuple[str, float], ...] = ()
+    startups: tuple[float, ...] = ()
+    """Seconds from the first sight of a starting replica to its being ready: the last few."""
+    last_down_seconds: float | None = None
+    last_asked_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class DecisionInputs:
-    """Everything a decision depends on. `order` is a manual replica count, or None."""
+    """Everything a decision depends on. `order` is a manual replica count, `ceiling` what the shared GPU budget
+    leaves to this pool; None means that there is none.
+    """
 
     observation: FleetObservation
     policy: SizingPolicy
     memory: Memory
     order: int | None = None
+    ceiling: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ No I/O and no clock: time is an argument.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from .errors import ObservationError
 from .exposition import EngineReading, Histogram
 from .records import DOWN, READY, Delta, EngineObservation, ProxyObservation
@@ -14,21 +16,56 @@ def _growth(new: float | None, old: float | None) -> float | None:
     return None if new is None or old is None else new - old
 
 
-def _histogram_growth(new: Histogram | None, old: Histogram | None) -> Delta | None:
+def _histogram_growth(new: Histogram | None, old: Histogram | None, target_seconds: float | None) -> Delta | None:
     if new is None or old is None:
         return None
-    return Delta(max(0.0, new.sum_seconds - old.sum_seconds), new.count - old.count)
+    count = new.count - old.count
+    return Delta(max(0.0, new.sum_seconds - old.sum_seconds), count, _within(new, old, count, target_seconds))
+
+
+def _within(new: Histogram, old: Histogram, count: float, target_seconds: float | None) -> float | None:
+    """Samples of the growth within the target: the cumulative count there, on a line between the edges around it."""
+    if target_seconds is None or not new.buckets or [e for e, _ in new.buckets] != [e for e, _ in old.buckets]:
+        return None
+    low_edge = low = 0.0
+    for (edge, now), (_, before) in zip(new.buckets, old.buckets, strict=True):
+        grown = min(max(0.0, now - before), count)
+        if edge >= target_seconds:
+            share = (target_seconds - low_edge) / (edge - low_edge)
+            return low + share * max(0.0, grown - low)
+        low_edge, low = edge, grown
+    return low  # beyond the last edge nobody knows; they count as late
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What first tokens and gaps between tokens are held against, in seconds; None: nothing."""
+
+    ttft_seconds: float | None = None
+    itl_seconds: float | None = None
 
 
 def _count(histogram: Histogram | None) -> float | None:
     return None if histogram is None else histogram.count
 
 
+NO_TARGETS = Targets()
+Totals = tuple[float, float, float]
+
+
 class EngineTracker:
     """Remembers the last good reading of one engine. `frozen_seconds` and `down_seconds` bound patience."""
 
-    def __init__(self, url: str, now: float, frozen_seconds: float = 60.0, down_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        now: float,
+        frozen_seconds: float = 60.0,
+        down_seconds: float = 60.0,
+        targets: Targets = NO_TARGETS,
+    ) -> None:
         self.url = url
+        self._targets = targets
         self.first_good: float | None = None
         self._frozen_seconds = frozen_seconds
         self._down_seconds = down_seconds
@@ -72,9 +109,9 @@ class EngineTracker:
             generation_tokens_total=reading.generation_tokens_total,
             prompt_tokens=_growth(reading.prompt_tokens_total, base.prompt_tokens_total if base else None),
             generation_tokens=_growth(reading.generation_tokens_total, base.generation_tokens_total if base else None),
-            ttft=_histogram_growth(reading.ttft, base.ttft if base else None),
-            itl=_histogram_growth(reading.itl, base.itl if base else None),
-            queue_wait=_histogram_growth(reading.queue_wait, base.queue_wait if base else None),
+            ttft=_histogram_growth(reading.ttft, base.ttft if base else None, self._targets.ttft_seconds),
+            itl=_histogram_growth(reading.itl, base.itl if base else None, self._targets.itl_seconds),
+            queue_wait=_histogram_growth(reading.queue_wait, base.queue_wait if base else None, None),
         )
 
     def check(self) -> None:
@@ -107,26 +144,28 @@ class EngineTracker:
 
 
 class ProxyTracker:
-    """Remembers the proxy's last totals."""
+    """Remembers the proxy's last totals: arrivals, prompt tokens, and those of them that were found cached."""
 
     def __init__(self) -> None:
-        self._last: tuple[float, float, float] | None = None
+        self._last: tuple[float, Totals] | None = None
 
     def failed(self, error: ObservationError) -> ProxyObservation:
         return ProxyObservation(stale_reason=error.reason)
 
-    def read(self, arrivals_total: float, prompt_tokens_total: float, in_flight: int, now: float) -> ProxyObservation:
+    def read(self, totals: Totals, in_flight: int, now: float) -> ProxyObservation:
         """Fold one answer in; totals that fell mean that the proxy restarted, and give no delta."""
-        old, self._last = self._last, (now, arrivals_total, prompt_tokens_total)
-        if old is None or now <= old[0] or arrivals_total < old[1] or prompt_tokens_total < old[2]:
+        old, self._last = self._last, (now, totals)
+        if old is None or now <= old[0] or any(a < b for a, b in zip(totals, old[1], strict=True)):
             return ProxyObservation(in_flight=in_flight)
+        grown = [a - b for a, b in zip(totals, old[1], strict=True)]
         return ProxyObservation(
             interval_seconds=now - old[0],
-            arrivals=arrivals_total - old[1],
-            prompt_tokens=prompt_tokens_total - old[2],
+            arrivals=grown[0],
+            prompt_tokens=grown[1],
+            matched_tokens=grown[2],
             in_flight=in_flight,
         )
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
-        assert self._last is None or min(self._last[1:]) >= 0, "the proxy's totals are negative"
+        assert self._last is None or min(self._last[1]) >= 0, "the proxy's totals are negative"

@@ -17,8 +17,9 @@ import aiohttp
 from aiohttp import web
 from dynamo_planner.config import PlannerConfig
 from dynamo_planner.decision_log import DecisionLog
+from dynamo_planner.fleet import Fleet
 from dynamo_planner.planner import Planner
-from dynamo_planner.service import build_planner
+from dynamo_planner.service import build_fleet
 
 
 def vllm_text(running: Any = 1, waiting: Any = 0, kv: Any = 0.5, scale: float = 1.0) -> str:
@@ -204,6 +205,7 @@ class Bench:
     """A planner with quick deadlines on real children, and what it said."""
 
     planner: Planner
+    fleet: Fleet
     session: aiohttp.ClientSession
     said: list[str]
 
@@ -237,9 +239,9 @@ async def bench(folder: Path, **settings: Any) -> AsyncIterator[Bench]:
     config = PlannerConfig.model_validate(quick | settings)
     said: list[str] = []
     async with aiohttp.ClientSession() as session:
-        planner = build_planner(config, session, DecisionLog(config.decision_log), said.append)
+        fleet = build_fleet(config, session, DecisionLog(config.decision_log), said.append)
         try:
-            yield Bench(planner, session, said)
+            yield Bench(fleet.first, fleet, session, said)
         finally:
-            await planner.close()
-            planner.check()
+            await fleet.close()
+            fleet.check()

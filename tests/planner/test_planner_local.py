@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -306,3 +307,46 @@ def test_a_group_that_is_gone_is_never_signalled_again(tmp_path: Path, monkeypat
     child.kill()
     child.terminate()
     assert signals == []
+
+
+def test_a_rolling_restart_starts_the_new_one_before_the_old_one_goes(tmp_path: Path) -> None:
+    async def story() -> None:
+        proxy = FakeProxy()
+        async with (
+            served(proxy.app()) as admin,
+            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
+        ):
+            assert (await stand.planner.parts.actuator.restart()).reason == "no_victim"
+            await stand.planner.order(2)
+            await stand.eventually(lambda: two_ready(stand))
+            old = {replica.child.pid for replica in replicas(stand)._replicas.values()}
+            proxy.in_flight = dict.fromkeys(proxy.states, 1)
+            assert (await stand.planner.parts.actuator.restart()).accepted
+            await stand.eventually(lambda: "draining" in proxy.states.values())
+            assert len(proxy.states) == 3, "the new one serves before the old one is drained"
+            assert (await stand.planner.order(1))[1].reason == "restarting"
+            proxy.in_flight = {}
+            await stand.until("restarted")
+            assert len(proxy.states) == 2
+            assert not old & {replica.child.pid for replica in replicas(stand)._replicas.values()}
+
+    asyncio.run(story())
+
+
+def test_a_rolling_restart_whose_new_replica_dies_keeps_the_old_ones(tmp_path: Path) -> None:
+    async def story() -> None:
+        proxy = FakeProxy()
+        async with (
+            served(proxy.app()) as admin,
+            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
+        ):
+            await stand.planner.order(2)
+            await stand.eventually(lambda: two_ready(stand))
+            old = dict(proxy.states)
+            plan = replicas(stand)._plan
+            replicas(stand)._plan = replace(plan, command=child_command(tmp_path, "dies"))
+            assert (await stand.planner.parts.actuator.restart()).accepted
+            await stand.until("2 of 2 are not replaced")
+            assert proxy.states == old
+
+    asyncio.run(story())

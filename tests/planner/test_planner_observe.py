@@ -11,7 +11,7 @@ from dynamo_planner.exposition import EngineReading, parse_engine_metrics
 from dynamo_planner.observer import ObservationFailure, Observer
 from dynamo_planner.peers import Peers, ProxyAdmin
 from dynamo_planner.records import Delta, FleetObservation
-from dynamo_planner.tracking import EngineTracker, ProxyTracker
+from dynamo_planner.tracking import EngineTracker, ProxyTracker, Targets
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,6 +92,21 @@ def test_deltas_start_with_the_second_look() -> None:
     tracker.check()
 
 
+def test_samples_within_the_target_are_read_off_the_buckets() -> None:
+    def page(early: int, middle: int, all_of_them: int) -> EngineReading:
+        name = "vllm:time_to_first_token_seconds"
+        edges = f'{name}_bucket{{le="0.1"}} {early}\n{name}_bucket{{le="0.5"}} {middle}\n'
+        rest = f'{name}_bucket{{le="+Inf"}} {all_of_them}\n{name}_sum 1\n{name}_count {all_of_them}\n'
+        return reading("vllm:num_requests_running 1\nvllm:num_requests_waiting 0\n" + edges + rest)
+
+    for target, within in ((0.1, 10.0), (0.5, 30.0), (0.3, 20.0), (0.05, 5.0), (2.0, 30.0)):
+        tracker = EngineTracker("http://a", 0.0, targets=Targets(ttft_seconds=target))
+        tracker.read(page(5, 10, 20), 0.0)
+        seen = tracker.read(page(15, 40, 60), 10.0)
+        assert seen.ttft is not None
+        assert (seen.ttft.count, seen.ttft.within) == (40, pytest.approx(within)), target
+
+
 def test_a_restart_gives_no_delta_and_makes_the_engine_young_again() -> None:
     tracker = EngineTracker("http://a", 0.0)
     tracker.read(reading(vllm_text(scale=5)), 0.0)
@@ -129,9 +144,9 @@ def test_an_engine_that_answers_without_metrics_is_not_down() -> None:
 
 def test_proxy_totals_that_fall_are_a_restart() -> None:
     tracker = ProxyTracker()
-    assert tracker.read(100, 1000, 3, 0.0).arrivals is None
-    assert tracker.read(150, 2000, 3, 10.0).arrivals == 50
-    assert tracker.read(5, 10, 0, 20.0).arrivals is None
+    assert tracker.read((100, 1000, 0), 3, 0.0).arrivals is None
+    assert tracker.read((150, 2000, 400), 3, 10.0).arrivals == 50
+    assert tracker.read((5, 10, 0), 0, 20.0).arrivals is None
     tracker.check()
 
 

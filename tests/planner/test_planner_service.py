@@ -36,10 +36,10 @@ def test_advice_is_logged_counted_once_and_replayed(tmp_path: Path) -> None:
                 decision, outcome = await stand.planner.tick()
                 assert (decision.desired, outcome.accepted, outcome.reason) == (5, False, "advisory")
             metrics = stand.planner.parts.metrics
-            labels = {"mode": "advisory", "direction": "up", "reason": "queue"}
+            labels = {"pool": "default", "mode": "advisory", "direction": "up", "reason": "queue"}
             assert metrics.value("dynamo_planner_scaling_events_total", **labels) == 1
-            assert metrics.value("dynamo_planner_desired_replicas") == 5
-            assert metrics.value("dynamo_planner_current_replicas") == 2
+            assert metrics.value("dynamo_planner_desired_replicas", pool="default") == 5
+            assert metrics.value("dynamo_planner_current_replicas", pool="default") == 2
             assert metrics.value("dynamo_planner_observation_failures_total", reason="unreachable") == 3
             assert "advisory: would start 3 replica(s)" in stand.said[-1]
             assert sum("cannot read http://127.0.0.1:9" in line for line in stand.said) == 1
@@ -53,12 +53,15 @@ def test_the_control_port(tmp_path: Path) -> None:
     async def story() -> None:
         engine = FakeEngine()
         async with served(engine.app()) as url, bench(tmp_path, engine=(url,)) as stand:
-            port = ControlPort(stand.planner, 60.0, time.monotonic)
+            port = ControlPort(stand.fleet, 60.0, time.monotonic)
             base = f"http://127.0.0.1:{await port.start('127.0.0.1', 0)}"
             try:
                 await stand.planner.tick()
                 assert (await ask(stand, "GET", f"{base}/health"))[0] == 200
-                assert "dynamo_planner_tick_seconds_count 1.0" in (await ask(stand, "GET", f"{base}/metrics"))[1]
+                assert (
+                    'dynamo_planner_tick_seconds_count{pool="default"} 1.0'
+                    in (await ask(stand, "GET", f"{base}/metrics"))[1]
+                )
                 assert '"reason": "steady"' in (await ask(stand, "GET", f"{base}/decisions?n=1"))[1]
                 assert (await ask(stand, "GET", f"{base}/decisions?n=x"))[0] == 400
                 status, text = await ask(stand, "POST", f"{base}/scale", {"replicas": 2})
@@ -68,7 +71,7 @@ def test_the_control_port(tmp_path: Path) -> None:
                     assert (await ask(stand, "POST", f"{base}/scale", body))[0] == 400
                 assert "bounds 1..8" in (await ask(stand, "POST", f"{base}/scale", {"replicas": 99}))[1]
                 with pytest.raises(ConfigError, match="choose another --port"):
-                    await ControlPort(stand.planner, 60.0, time.monotonic).start("127.0.0.1", int(base[-5:]))
+                    await ControlPort(stand.fleet, 60.0, time.monotonic).start("127.0.0.1", int(base[-5:]))
             finally:
                 await port.close()
 
@@ -84,7 +87,7 @@ def test_a_manual_order_starts_and_drain_stops_one_more(tmp_path: Path) -> None:
         }
         engine = FakeEngine()
         async with served(engine.app()) as url, bench(tmp_path, engine=(url,), **settings) as stand:
-            port = ControlPort(stand.planner, 60.0, time.monotonic)
+            port = ControlPort(stand.fleet, 60.0, time.monotonic)
             base = f"http://127.0.0.1:{await port.start('127.0.0.1', 0)}"
             try:
                 status, text = await ask(stand, "POST", f"{base}/scale", {"replicas": 2})
@@ -95,7 +98,7 @@ def test_a_manual_order_starts_and_drain_stops_one_more(tmp_path: Path) -> None:
                 assert (await ask(stand, "POST", f"{base}/scale", {"replicas": 2}))[0] == 200
                 assert (await ask(stand, "POST", f"{base}/scale", {"replicas": 1}))[0] == 202
                 await stand.until("stopped http")
-                labels = {"mode": "actuate", "direction": "down", "reason": "manual"}
+                labels = {"pool": "default", "mode": "actuate", "direction": "down", "reason": "manual"}
                 assert stand.planner.parts.metrics.value("dynamo_planner_scaling_events_total", **labels) == 1
             finally:
                 await port.close()
@@ -106,19 +109,19 @@ def test_a_manual_order_starts_and_drain_stops_one_more(tmp_path: Path) -> None:
 def test_a_tick_that_fails_is_counted_and_the_next_one_runs(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, engine=("http://127.0.0.1:9",)) as stand:
-            stop, real = asyncio.Event(), stand.planner.tick
+            stop, real = asyncio.Event(), stand.fleet.tick
             ticks = 0
 
-            async def faulty(order: int | None = None):  # type: ignore[no-untyped-def]
+            async def faulty():  # type: ignore[no-untyped-def]
                 nonlocal ticks
                 ticks += 1
                 if ticks == 1:
                     raise RuntimeError("a bug")
                 stop.set()
-                return await real(order)
+                return await real()
 
-            stand.planner.tick = faulty  # type: ignore[method-assign]
-            await stand.planner.run(0.01, stop)
+            stand.fleet.tick = faulty  # type: ignore[method-assign]
+            await stand.fleet.run(0.01, stop)
             assert ticks == 2
             assert any("a bug" in line for line in stand.said)
 

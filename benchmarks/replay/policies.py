@@ -1,0 +1,163 @@
+"""Policies for Dynamo's replay: the planner's own decision code, an oracle that has read the trace, a schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dynamo_planner.capacity import DecodeLoad, PrefillLoad, replicas_for_decode, replicas_for_prefill
+from dynamo_planner.decision import decide
+from dynamo_planner.profile_file import Profile, models
+from dynamo_planner.records import (
+    DecisionInputs,
+    Delta,
+    EngineObservation,
+    FleetObservation,
+    Memory,
+    ProxyObservation,
+    SizingPolicy,
+)
+from dynamo_planner.step_model import coefficients, learn_step
+
+Tick = dict[str, Any]
+INTERVAL_SECONDS, STARTUP_SECONDS = 10.0, 90.0
+KV_TOKENS = 14_000 * 64
+
+
+class Planned:
+    """`decide` for both pools. What the sidecar reads from /metrics comes here from the replay's own counters; step
+    times from the profile that Dynamo's SLA modes are given too, and from per-step records.
+    """
+
+    def __init__(self, profile: Profile, ttft_seconds: float, itl_seconds: float, attainment: float) -> None:
+        common = SizingPolicy(
+            target="sla",
+            max_replicas=64,
+            ttft_seconds=ttft_seconds,
+            itl_seconds=itl_seconds,
+            attainment=attainment,
+            startup_seconds=STARTUP_SECONDS,
+            interval_seconds=INTERVAL_SECONDS,
+            max_kv_usage=0.9,
+            max_running_per_replica=256.0,
+        )
+        self.policies = {role: replace(common, role=role) for role in ("prefill", "decode")}
+        prefill, decode = models(profile)
+        self.memories = {"prefill": Memory(prefill=prefill), "decode": Memory(decode=decode)}
+        self.log: list[tuple[float, str, int, int, str]] = []
+        self._now = 0.0
+
+    def initial_tick_ms(self) -> float:
+        self._now = INTERVAL_SECONDS
+        return self._now * 1e3
+
+    def on_tick(self, seen: Tick) -> Tick:
+        targets = {role: self._decide(role, seen) for role in ("prefill", "decode")}
+        self._now += INTERVAL_SECONDS
+        return {f"target_{role}": count for role, count in targets.items()} | {"next_tick_ms": self._now * 1e3}
+
+    def _decide(self, role: str, seen: Tick) -> int | None:
+        memory = self._taught(role, seen)
+        decision = decide(DecisionInputs(self._fleet(role, seen), self.policies[role], memory))
+        self.memories[role] = decision.memory
+        self.log.append((self._now, role, decision.current, decision.desired, decision.reason))
+        return decision.desired if decision.direction != "hold" else None
+
+    def _taught(self, role: str, seen: Tick) -> Memory:
+        memory = self.memories[role]
+        for step in seen.get(f"{role}_fpm_snapshots", []):
+            if step["wall_time"] <= 0:
+                continue
+            if role == "prefill" and step["sum_prefill_tokens"] > 0:
+                features = (1.0, float(step["sum_prefill_tokens"]))
+                memory = replace(memory, prefill=learn_step(memory.prefill, features, step["wall_time"]))
+            if role == "decode" and step["num_decode_requests"] > 0:
+                kv = step["sum_decode_kv_tokens"] / KV_TOKENS
+                features3 = (1.0, float(step["num_decode_requests"]), kv)
+                memory = replace(memory, decode=learn_step(memory.decode, features3, step["wall_time"]))
+        return memory
+
+    def _fleet(self, role: str, seen: Tick) -> FleetObservation:
+        traffic = seen.get("traffic") or {}
+        count, prompt = float(traffic.get("num_req") or 0), float(traffic.get("avg_isl") or 0)
+        output = float(traffic.get("avg_osl") or 0)
+        ready = int(seen[f"active_{role}_count"])
+        total = int(seen.get(f"non_draining_{role}_count", ready))
+        ready = min(ready, total)
+        steps = seen.get(f"{role}_fpm_snapshots", [])
+        waiting = sum(step["num_queued_prefill"] for step in steps) if role == "prefill" else 0
+        running = sum(step["num_decode_requests"] for step in steps) if role == "decode" else 0.0
+        kv = sum(step["sum_decode_kv_tokens"] for step in steps) / KV_TOKENS if role == "decode" else 0.0
+        share = max(1, ready)
+        engines = [
+            EngineObservation(
+                f"{role}{number}",
+                "ready" if number < ready else "starting",
+                age_seconds=999.0,
+                interval_seconds=INTERVAL_SECONDS,
+                running=running / share,
+                waiting=waiting / share,
+                kv_usage=kv / share,
+                generation_tokens=count * output / share,
+                ttft=Delta(0.0, count / share),
+            )
+            for number in range(total)
+        ]
+        proxy = ProxyObservation(interval_seconds=INTERVAL_SECONDS, arrivals=count, prompt_tokens=count * prompt)
+        return FleetObservation(self._now, tuple(engines), proxy, ordered=total)
+
+
+class Scheduled:
+    """Replica counts by time: (seconds, prefill, decode), in order."""
+
+    def __init__(self, plan: Sequence[tuple[float, int, int]]) -> None:
+        self._plan = list(plan)
+        self._now = 0.0
+
+    def initial_tick_ms(self) -> float:
+        self._now = INTERVAL_SECONDS
+        return self._now * 1e3
+
+    def on_tick(self, seen: Tick) -> Tick:
+        current = [entry for entry in self._plan if entry[0] <= self._now] or self._plan[:1]
+        self._now += INTERVAL_SECONDS
+        targets: Tick = {"next_tick_ms": self._now * 1e3}
+        for role, count in zip(("prefill", "decode"), current[-1][1:], strict=True):
+            there = int(seen.get(f"non_draining_{role}_count", seen[f"active_{role}_count"]))
+            targets[f"target_{role}"] = count if count != there else None
+        return targets
+
+
+def oracle(trace: Path, fitted: Planned, ttft_seconds: float, itl_seconds: float, attainment: float) -> Scheduled:
+    """The least that the same capacity model needs for the rates that will really come, ordered a start-up ahead.
+
+    The step times are those that an earlier run has learnt.
+    """
+    prefill, decode = coefficients(fitted.memories["prefill"].prefill), coefficients(fitted.memories["decode"].decode)
+    assert prefill is not None, "run the planner before the oracle: it lends its step times"
+    assert decode is not None, "run the planner before the oracle: it lends its step times"
+    window = 60.0
+    sums: dict[int, list[float]] = {}
+    with trace.open() as lines:
+        for line in lines:
+            entry = json.loads(line)
+            slot = sums.setdefault(int(entry["timestamp"] / 1e3 / window), [0.0, 0.0, 0.0])
+            for place, value in enumerate((1.0, entry["input_length"], entry["output_length"])):
+                slot[place] += value
+    needs = {}
+    kv = fitted.memories["decode"].kv_per_request or 0.0
+    for slot, (count, prompts, outputs) in sums.items():
+        load = PrefillLoad(count / window, prompts / count, fitted.policies["prefill"].prompt_cv2)
+        tokens = DecodeLoad(outputs / window, kv, 0.9, 256.0)
+        few = replicas_for_prefill(prefill, load, ttft_seconds, attainment, False)
+        needs[slot] = few, replicas_for_decode(decode, tokens, itl_seconds) or 1
+    ahead = math.ceil(STARTUP_SECONDS / window)
+    plan = []
+    for slot in range(max(needs) + 1):
+        coming = [needs[later] for later in range(slot, slot + ahead + 1) if later in needs] or [(1, 1)]
+        plan.append((slot * window, max(few for few, _ in coming), max(many for _, many in coming)))
+    return Scheduled(plan)
