@@ -3,7 +3,7 @@
     python -m benchmarks router_rules [--trace mooncake_conversation_trace.jsonl] [--requests N] [--quick]
 
 No sockets and no clock: other work on the machine cannot change a figure. The proxies' ledger, index and learning are
-the real ones. With several proxies each sees its own requests at once and those of the others 20 ms later, or never.
+the real ones. With several proxies each sees its own requests at once and those of the others 3 ms later, or never.
 Without a trace the requests are agentic sessions made here.
 """
 
@@ -27,7 +27,7 @@ from dynamo_proxy.policy import CostModel
 from benchmarks.routing import rules, traces
 from benchmarks.routing.simulated import BLOCK_TOKENS, Running, SimulatedEngine
 
-GOSSIP_SECONDS = 0.02
+GOSSIP_SECONDS = 0.003  # two until it is told, one on the way
 RULES = (
     "ours",
     "ours, nothing learnt",

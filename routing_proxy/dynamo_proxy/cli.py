@@ -17,6 +17,7 @@ from .config import (
     DiscoverySources,
     Limits,
     ProxyConfig,
+    Replicas,
     Routing,
     Timeouts,
     TlsFiles,
@@ -108,10 +109,6 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
     for flag in FLAGS:
         if flag.high:
             require_range(flag.spelling, values[flag.name], flag.low, flag.high)
-    if values["workers"] > 1 and values["replica_sync_listen"]:
-        raise ConfigError(
-            "--workers already share their load among themselves; give --replica-sync-listen with one worker"
-        )
     discovery = _discovery(values)
     _check_files(values)
     return ProxyConfig(
@@ -122,20 +119,8 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         admin_host=values["admin_host"],
         admin_port=values["admin_port"] or None,
         router_mode=parse_router_mode(values["router_mode"]),
-        replicas=parse_replicas(
-            values["replica_sync_listen"], values["replica_sync_peer"] or [], values["replica_sync_key_file"]
-        ),
-        routing=Routing(
-            overlap_weight=values["kv_overlap_score_weight"] if values["kv_overlap_score_weight"] >= 0 else None,
-            temperature=values["router_temperature"],
-            host_hit_weight=values["router_host_cache_hit_weight"],
-            disk_hit_weight=values["router_disk_cache_hit_weight"],
-            object_hit_weight=values["router_object_cache_hit_weight"],
-            session_seconds=values["router_session_affinity_ttl_secs"],
-            engine_request_limit=values["engine_request_limit"],
-            queue_size=values["queue_size"],
-            queue_seconds=values["queue_timeout"],
-        ),
+        replicas=_read_replicas(values),
+        routing=_read_routing(values),
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],
         workers=values["workers"],
@@ -181,6 +166,28 @@ def _check_files(values: dict[str, Any]) -> None:
     if values["tls_cert_file"]:
         ServerTls(values["tls_cert_file"], values["tls_key_file"])
     client_context(values["engine_ca_file"])
+
+
+def _read_replicas(values: dict[str, Any]) -> Replicas | None:
+    if values["workers"] > 1 and values["replica_sync_listen"]:
+        raise ConfigError("--workers share their load themselves; give --replica-sync-listen with one worker only")
+    listen, peers = values["replica_sync_listen"], values["replica_sync_peer"] or []
+    return parse_replicas(listen, peers, values["replica_sync_key_file"])
+
+
+def _read_routing(values: dict[str, Any]) -> Routing:
+    weight = values["kv_overlap_score_weight"]
+    return Routing(
+        overlap_weight=weight if weight >= 0 else None,
+        temperature=values["router_temperature"],
+        host_hit_weight=values["router_host_cache_hit_weight"],
+        disk_hit_weight=values["router_disk_cache_hit_weight"],
+        object_hit_weight=values["router_object_cache_hit_weight"],
+        session_seconds=values["router_session_affinity_ttl_secs"],
+        engine_request_limit=values["engine_request_limit"],
+        queue_size=values["queue_size"],
+        queue_seconds=values["queue_timeout"],
+    )
 
 
 def read_secret(path: str) -> str:

@@ -4,6 +4,8 @@ elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .approx_index import DEFAULT_CAPACITY_UNITS, ApproxIndex
 from .block_hash import token_chain
 from .kv_index import KvIndex
@@ -29,7 +31,7 @@ class Knowledge:
         self.exact_mask = 0
         self.event_mask = 0
         self.weights = TierWeights()
-        self.sent_lately: list[tuple[int, tuple[int, ...]]] | None = None  # for other proxies; None: there are none
+        self.on_sent: Callable[[int, tuple[int, ...]], None] | None = None  # who tells other proxies, if there are any
         self._default_block_tokens = default_block_tokens
 
     def prompt_tokens(self, prompt: Prompt) -> int:
@@ -71,8 +73,8 @@ class Knowledge:
         """The prompt was dispatched to an engine."""
         if prompt.chain:
             self.approx.insert(slot, prompt.chain, now)
-            if self.sent_lately is not None:
-                self.sent_lately.append((slot, prompt.chain))
+        if self.on_sent is not None:
+            self.on_sent(slot, prompt.chain)
 
     def set_capacity_tokens(self, slot: int, tokens: int) -> None:
         """Bound the approximate model by the engine's KV capacity."""

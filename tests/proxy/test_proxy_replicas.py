@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from dynamo_proxy.cli import FLAGS, read_config
-from dynamo_proxy.config import Replicas, parse_replicas
+from dynamo_proxy.config import ProxyConfig, Replicas, parse_replicas
 from dynamo_proxy.errors import ConfigError, ListenError
 from dynamo_proxy.ledger import Counts, Ledger
 from dynamo_proxy.policy import OverlapRule
 from dynamo_proxy.replica_wire import Chain, News, Order, parcels, sign, verify
 from dynamo_proxy.server import routing_state
+from dynamo_proxy.supervisor import Supervisor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -151,6 +152,19 @@ def test_flags_become_settings_and_what_contradicts_is_refused(tmp_path: Path) -
     assert (state.overlap, state.max_in_flight) == (OverlapRule(2.0, 0.5, 16), 7)
     with pytest.raises(ConfigError, match="--workers"):
         read_config({**given, "workers": 2})
+
+
+def test_workers_of_one_proxy_are_replicas_of_each_other(tmp_path: Path) -> None:
+    supervisor = Supervisor(ProxyConfig((), workers=3), tmp_path)
+    told = [supervisor._config_of(worker, ()).replicas for worker in supervisor.workers]
+    assert all(replicas is not None for replicas in told)
+    places = {replicas.listen for replicas in told if replicas is not None}
+    assert len(places) == 3
+    for replicas in told:
+        assert replicas is not None
+        assert {replicas.listen, *replicas.peers} == places
+        assert len(replicas.key) >= 16
+    assert len({replicas.key for replicas in told if replicas is not None}) == 1
 
 
 # --- the wire
