@@ -170,7 +170,7 @@ class StreamTape:
 
     def end(self) -> bytes:
         """The engine's answer is over."""
-        if not self.done and not self.finished:
+        if not self.done:
             self.failed = "ended_early"
         return _LAST_CHUNK
 

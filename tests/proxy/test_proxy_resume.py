@@ -119,11 +119,12 @@ def test_a_hung_stream_goes_on_after_the_idle_deadline() -> None:
     run(body())
 
 
+@pytest.mark.parametrize("how", ["cut", "end"])
 @pytest.mark.parametrize("left", [0, 1])
-def test_a_stream_whose_last_token_came_is_concluded_without_an_engine(left: int) -> None:
+def test_a_stream_whose_last_token_came_is_concluded_without_an_engine(left: int, how: str) -> None:
     async def body() -> None:
         # events: role, 8 tokens, usage, [DONE]
-        async with broken_and_good(9 + left) as (proxy, _, good):
+        async with broken_and_good(9 + left, how) as (proxy, _, good):
             asked = chat(TEXT, stream=True, max_tokens=8, stream_options={"include_usage": True})
             answer = await ask(proxy.port, post(CHAT, asked))
             events = events_of(answer)
