@@ -126,6 +126,8 @@ class PlannerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> PlannerConfig:
+        if self.pools:  # every pool is held against all of this by itself, with its own settings in place
+            return self
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}; lower it")
         targets = self.target_ttft_ms, self.target_itl_ms
@@ -136,7 +138,7 @@ class PlannerConfig(BaseModel):
         hands = [name for name in ("engine_command", "kubernetes", "scale_command") if getattr(self, name) is not None]
         if len(hands) > 1:
             raise ValueError(f"{' and '.join(hands)} are two ways to scale one pool; give one of them")
-        if not self.pools and not self.advisory and not hands:
+        if not self.advisory and not hands:
             text = "as in 'vllm serve MODEL --port {port}', or kubernetes, or scale_command; give one"
             raise ValueError(f"no-advisory needs engine_command, {text}")
         if self.kubernetes is not None:
@@ -144,10 +146,8 @@ class PlannerConfig(BaseModel):
         if self.scale_to_zero_seconds is not None and self.proxy_admin is None:
             raise ValueError("scale_to_zero_seconds needs proxy_admin: only the proxy sees who wants to wake the pool")
         held = self.min_replicas * self.gpus_per_replica
-        if not self.pools and self.max_gpus is not None and held > self.max_gpus:
+        if self.max_gpus is not None and held > self.max_gpus:
             raise ValueError(f"min_replicas take {held} GPUs but max_gpus is {self.max_gpus}; change one of them")
-        if self.pools:
-            return self
         if not self.engine and self.proxy_admin is None and self.advisory:
             raise ValueError("nothing to observe; give at least one --engine URL or a --proxy-admin URL")
         if not self.advisory and self.engine_command and self.port and self.ports[0] <= self.port <= self.ports[1]:

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 from dynamo_planner.cli import main
-from dynamo_planner.config import PlannerConfig
+from dynamo_planner.config import PlannerConfig, load_config
 from dynamo_planner.control import ControlPort
 from dynamo_planner.decision import decide, wish
 from dynamo_planner.decision_log import DecisionLog, replay
@@ -60,6 +60,15 @@ def test_pools_that_contradict_are_refused(given_settings: dict[str, Any], says:
     with pytest.raises(ConfigError) as caught:
         PlannerConfig.model_validate(given_settings).by_pool()
     assert says in str(caught.value)
+
+
+def test_the_readme_example_is_a_configuration(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "planner_sidecar" / "README.md"
+    example = page.read_text().partition("    proxy-admin:")[2].partition("\n\n")[0]
+    (tmp_path / "planner.yaml").write_text("proxy-admin:" + example.replace("\n    ", "\n"))
+    found = load_config(tmp_path / "planner.yaml", {}).by_pool()
+    assert {name: pool.policy().role for name, pool in found.items()} == {"prefill": "prefill", "decode": "decode"}
+    assert found["decode"].gpus_per_replica == 2
 
 
 BASE = ["--engine", "http://127.0.0.1:9"]
