@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dynamo_connectors.load_gate import (
@@ -235,6 +235,7 @@ def test_it_recovers_after_a_slow_spell(slowdown: float, slow_samples: int) -> N
     samples=st.integers(0, 60),
     blocks=st.integers(200, 3000),
 )
+@example(speed=4e9, latency=0.05, small=4, samples=60, blocks=1000)
 def test_many_blocks_are_let_through_though_all_before_were_few(
     speed: float, latency: float, small: int, samples: int, blocks: int
 ) -> None:
