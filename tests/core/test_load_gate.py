@@ -92,7 +92,12 @@ def test_a_first_load_that_was_slow_by_accident_is_doubted_soon() -> None:
         assert asked <= EXPLORE_YOUNG_ONE_IN
 
 
-@given(speed=speeds, factors=st.lists(noise, min_size=1, max_size=6), blocks=st.integers(1, 3000), probed=st.booleans())
+@given(
+    speed=st.floats(2e7, 1e12),  # below it a load takes 600 s, which the gate takes for a wrong report
+    factors=st.lists(noise, min_size=1, max_size=6),
+    blocks=st.integers(1, 3000),
+    probed=st.booleans(),
+)
 def test_from_the_second_load_on_none_is_clearly_slower_than_computing(
     speed: float, factors: list[float], blocks: int, probed: bool
 ) -> None:
