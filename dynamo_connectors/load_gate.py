@@ -24,7 +24,8 @@ LEAST_SAMPLES = 3
 DOUBT = 1.5
 #: Two samples tell a latency from a rate only when they are that far apart, as a share of the largest.
 _APART = 0.25
-#: A refused tier must be seen to recover: of so many refusals in a row, the last is tried with a few blocks.
+#: A refused tier must be seen to recover: of so many refusals in a row, the last is tried with a few blocks. While all
+#: samples are of one size, with twice as many as the last time: they take a latency for a rate.
 EXPLORE_ONE_IN = 16
 EXPLORE_BLOCKS = 4
 #: A first load may be slow for reasons of its own (kernels are compiled, pages touched): it is doubted sooner.
@@ -44,6 +45,8 @@ class Line:
         self._expected_slope: float | None = None
         self.latency = 0.0
         self.slope = 0.0
+        #: Whether the samples tell a latency from a rate.
+        self.tells_apart = False
 
     @property
     def is_known(self) -> bool:
@@ -77,7 +80,8 @@ class Line:
             for one, two in combinations(self._samples, 2)
             if abs(one[0] - two[0]) >= least
         ]
-        if len(slopes) >= LEAST_SAMPLES:
+        self.tells_apart = len(slopes) >= LEAST_SAMPLES
+        if self.tells_apart:
             self.slope = min(self.slope, max(0.0, median(slopes)))
         self.latency = max(0.0, median(seconds - self.slope * size for size, seconds in self._samples))
 
@@ -90,6 +94,8 @@ class LoadGate:
         self._prefill = Line()
         #: Tier -> times it was refused since the last load from it was seen or tried.
         self._refusals: dict[str, int] = {}
+        #: Tier -> blocks of it that were tried last, while its samples were of one size.
+        self._tried: dict[str, int] = {}
 
     def observe_load(self, tier: str, num_bytes: int, seconds: float) -> None:
         """A load from `tier` took that long. One that failed late counts with the bytes that were asked for."""
@@ -121,8 +127,15 @@ class LoadGate:
             self._refusals[tier] = refusals
             return best
         self._refusals[tier] = 0
-        tried = run[best : best + EXPLORE_BLOCKS]
-        return best + next((place for place, other in enumerate(tried) if other != tier), len(tried))
+        is_flat = self._loads[tier].is_known and not self._loads[tier].tells_apart
+        most = max(EXPLORE_BLOCKS, 2 * self._tried.get(tier, 0)) if is_flat else EXPLORE_BLOCKS
+        there = run[best : best + most]
+        tried = next((place for place, other in enumerate(there) if other != tier), len(there))
+        if is_flat:
+            self._tried[tier] = tried
+        else:
+            self._tried.pop(tier, None)
+        return best + tried
 
     def expected_prefill_seconds(self, tokens: int) -> float:
         """What computing so many tokens more adds to a prefill."""

@@ -24,20 +24,26 @@ class RowCopy:
         self._hbm = hbm
         # One view for good, because the copy engine prepares a plan for every new one.
         self._rows = BlockView.of_rows(torch.from_numpy(rows), hbm.part_bytes if codec is None else codec.part_bytes)
-        self._compressed = None if codec is None else CompressedCopy(codec, hbm, self._rows)
+        # One a direction: a load has its own buffers, and never waits behind a job that stores.
+        self._storing = None if codec is None else CompressedCopy(codec, hbm, self._rows)
+        self._loading = None if codec is None else CompressedCopy(codec, hbm, self._rows)
 
     @property
     def device(self) -> torch.device:
         return self._hbm.device
 
     def down(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        if self._compressed is None:
+        if not blocks:
+            return
+        if self._storing is None:
             copy_blocks(self._hbm, blocks, self._rows, slots)
         else:
-            self._compressed.store(blocks, slots)
+            self._storing.store(blocks, slots)
 
     def up(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        if self._compressed is None:
+        if not slots:  # every block of a batch was a miss
+            return
+        if self._loading is None:
             copy_blocks(self._rows, slots, self._hbm, blocks)
         else:
-            self._compressed.load(slots, blocks)
+            self._loading.load(slots, blocks)

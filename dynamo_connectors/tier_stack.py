@@ -10,6 +10,10 @@ from typing import Literal, NamedTuple
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.tiers.index import TierIndex
 
+#: Blocks of a run that are looked up at once, to begin with: twice as many each time, so a chain of short runs costs no
+#: more than a small multiple of its length, and a long run is a few calls.
+_LOOK_AHEAD = 8
+
 
 class Change(NamedTuple):
     """A block appeared in a tier, or left it."""
@@ -112,12 +116,17 @@ class TierStack:
         if any(faster.chunk_blocks > 1 for faster in self.tiers[:rank]):
             return position + 1
         has = tier.index.readable.__contains__
-        rest = chain[position + 1 : end]
-        served = list(map(has, rest))
-        for faster in self.tiers[:rank]:
-            readable = faster.index.readable
-            served = [here and key not in readable for key, here in zip(rest, served, strict=True)]
-        return position + 1 + (served.index(False) if False in served else len(served))
+        begin, ahead = position + 1, _LOOK_AHEAD
+        while begin < end:
+            rest = chain[begin : min(end, begin + ahead)]
+            served = list(map(has, rest))
+            for faster in self.tiers[:rank]:
+                readable = faster.index.readable
+                served = [here and key not in readable for key, here in zip(rest, served, strict=True)]
+            if False in served:
+                return begin + served.index(False)
+            begin, ahead = begin + len(rest), 2 * ahead
+        return end
 
     def touches_below(self, key: BlockKey) -> int:
         """How many requests have used a block, as far as the tiers of single blocks below the first know."""

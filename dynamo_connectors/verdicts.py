@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from dynamo_connectors.blocks import BlockKey
 
-#: The store did not answer, or would not; the bytes may be fine. Everything else is told by the bytes themselves, or by
-#: nobody: such a block is never served again.
+#: The store did not answer, or would not, or the transfer itself went wrong ("internal_error": a whole batch fails with
+#: one fault of ours). The bytes may be fine, and a request that was let down once computes, so what fails each time
+#: costs each request one try. Everything else is told by the bytes themselves: such a block is never served again.
 _PASSING = frozenset(
     {
         "bad_answer",
@@ -15,6 +16,7 @@ _PASSING = frozenset(
         "deadline",
         "forbidden",
         "forgotten",
+        "internal_error",
         "no_bucket",
         "not_whole",
         "tier_off",

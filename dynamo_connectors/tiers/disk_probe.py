@@ -27,9 +27,14 @@ def read_rate(store: NvmeStore, longest_seconds: float = _LONGEST_SECONDS) -> fl
     probe = _Probe(store)
     threads = [threading.Thread(target=probe.run, name="kvbm-disk-probe", daemon=True) for _ in range(QUEUE_DEPTH)]
     deadline = time.monotonic() + longest_seconds
-    for thread in threads:
-        thread.start()
-    for thread in threads:
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError:  # no more threads: those that run would wait for the others
+        probe.stop()
+    for thread in started:
         thread.join(max(0.0, deadline - time.monotonic()))
     return probe.stop()
 
@@ -51,10 +56,10 @@ class _Probe:
         self._stopped = False
 
     def run(self) -> None:
-        buffer = memoryview(mmap.mmap(-1, self._size))
         try:
+            buffer = memoryview(mmap.mmap(-1, self._size))
             fd = os.open(self._path, os.O_RDWR | self._direct)
-        except OSError:
+        except (OSError, ValueError):
             self._written.abort()
             return
         try:
@@ -74,6 +79,8 @@ class _Probe:
         """The rate so far. Threads that a disk still keeps end with their request."""
         with self._lock:
             self._stopped = True
+            if not self._started:  # who waits for the others to have written waits no longer
+                self._written.abort()
             seconds = self._ended - self._started
             return self._bytes / seconds if self._bytes and seconds > 0 else None
 

@@ -65,6 +65,7 @@ class JobLedger:
 
     def load(self, request_id: str, sources: Sequence[Source], blocks: Sequence[int], missing: Iterable[int]) -> None:
         """Fills HBM blocks, each from its source; `missing` are blocks whose source is gone."""
+        assert len(sources) == len(blocks), f"{len(sources)} sources for {len(blocks)} blocks"
         # A lease may be thousands of blocks, and its request waits: field by field is the fast way.
         keys, tiers, slots, chunks, rows = zip(*sources, strict=True) if sources else ((), (), (), (), ())
         items = tuple(records(LoadItem, keys, tiers, slots, blocks, chunks, rows))

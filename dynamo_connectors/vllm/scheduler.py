@@ -33,6 +33,9 @@ from dynamo_connectors.vllm.step_clock import StepClock
 
 log = engine_logger(__name__)
 
+#: The first requests wait no longer for a list, however patient reads of the store may be.
+_LONGEST_FIND_SECONDS = 2.0
+
 
 class SchedulerHalf:
     """One per engine. Called by vLLM's scheduler only, so it needs no lock. `clock` gives seconds."""
@@ -86,7 +89,8 @@ class SchedulerHalf:
     def matched_tokens(self, request: Any, computed_tokens: int) -> int | None:
         """How many tokens behind `computed_tokens` can be loaded; None: ask again in the next step."""
         live = self._live(request)
-        return None if self._waits_for_finds(live) else self._onboarding.matched_tokens(live, computed_tokens)
+        waits = self._waits_for_finds(live, computed_tokens)
+        return None if waits else self._onboarding.matched_tokens(live, computed_tokens)
 
     def after_alloc(self, request: Any, tables: Tables, external_tokens: int) -> None:
         """The request has HBM blocks; `external_tokens` of what was offered shall be loaded into them."""
@@ -235,13 +239,15 @@ class SchedulerHalf:
             self._requests[request.request_id] = live
         return live
 
-    def _waits_for_finds(self, live: Live) -> bool:
-        """Right after a start an object store may still be listing what it holds."""
-        if not self._recovery.any_open:
+    def _waits_for_finds(self, live: Live, computed_tokens: int) -> bool:
+        """Right after a start an object store may still be listing what it holds, which after a reset is nothing."""
+        if not self._recovery.any_open or self._was_reset:
+            return False
+        if computed_tokens >= self._limits.geometry.longest_limit(live.request.num_tokens, len(live.chains.hashes)):
             return False
         now = self._clock()
         if self._finds_due is None:
-            self._finds_due = now + self._limits.find_seconds
+            self._finds_due = now + min(self._limits.find_seconds, _LONGEST_FIND_SECONDS)
         if now < self._finds_due:
             return True
         if not live.is_early:

@@ -61,7 +61,7 @@ def refuse_large_groups(codec: Codec) -> None:
 
 
 class CompressedCopy:
-    """Both directions between one set of pages and one set of compressed rows. May be used by many threads."""
+    """Either direction between one set of pages and one set of compressed rows: one call at a time, by any thread."""
 
     def __init__(self, codec: Codec, pages: BlockView, rows: BlockView) -> None:
         codec.check_views(pages, rows)
@@ -98,12 +98,19 @@ class CompressedCopy:
             return
         with self._lock:
             current = torch.cuda.current_stream(self._pages.device)
-            self._enqueue(page_ids, row_ids, loads, current)
-            current.synchronize()
+            lane = torch.cuda.Stream(self._pages.device, priority=-1)
+            try:
+                self._enqueue(page_ids, row_ids, loads, lane, current)
+            finally:
+                # Also what was under way when the rest could not start: the caller uses its rows and pages again.
+                try:
+                    lane.synchronize()
+                finally:
+                    current.synchronize()
 
-    def _enqueue(self, page_ids: Addresses, row_ids: Addresses, loads: bool, current: Any) -> None:
+    def _enqueue(self, page_ids: Addresses, row_ids: Addresses, loads: bool, lane: Any, current: Any) -> None:
         device, rows, row_bytes = self._pages.device, self._rows.parts[0], self._codec.row_bytes
-        lane, driver = torch.cuda.Stream(device, priority=-1), copy_driver()
+        driver = copy_driver()
         at_once = max(1, _STAGING_BYTES // row_bytes)
         if not self._staging:
             raw = [torch.empty((at_once, row_bytes), dtype=torch.uint8, device=device) for _ in range(2)]

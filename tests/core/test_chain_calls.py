@@ -120,6 +120,32 @@ def test_runs_say_of_every_block_what_find_says(data: st.DataObject) -> None:
     manager.check()
 
 
+class CountedKey(bytes):
+    """Knows how often any of its kind was looked up."""
+
+    looked_up = 0
+
+    def __hash__(self) -> int:
+        CountedKey.looked_up += 1
+        return super().__hash__()
+
+
+@pytest.mark.parametrize("gap", [1, 2, 3, 16, 10_000])
+def test_a_chain_that_alternates_between_tiers_is_looked_up_in_linear_time(gap: int) -> None:
+    blocks = 4000
+    tiers = [NamedTier("fast", TierIndex(blocks)), NamedTier("slow", TierIndex(blocks))]
+    manager = BlockManager(tiers)
+    chain = [BlockKey(CountedKey(b"%d" % number)) for number in range(blocks)]
+    for number, key in enumerate(chain):
+        for tier in tiers if number % gap == gap - 1 else tiers[1:]:
+            slot = tier.index.reserve(key)
+            assert slot is not None
+            tier.index.commit(slot)
+    CountedKey.looked_up = 0
+    assert len(manager.tiers_of(chain, 0, blocks)) == blocks
+    assert CountedKey.looked_up <= 24 * blocks
+
+
 def test_records_are_the_named_tuples_they_stand_for() -> None:
     names = ["a", "b"]
     fields = (names, "xy", "yx", (1, 2), (3, 4), (None, None), (0, 0))

@@ -85,6 +85,10 @@ def test_damaged_compressed_bytes_are_a_miss_like_any_others(kind: Compression, 
     report = rig.load(names, NVME_SSD, [0, 1], [8, 9])
     assert dict(report.failed) == {names[1]: "bad_checksum"}
     assert torch.equal(rig.hbm[:, 9], before[:, 9])
+    alone = rig.load(names[1:], NVME_SSD, [1], [9])
+    assert dict(alone.failed) == {names[1]: "bad_checksum"}, "a load of which nothing is left"
+    rig.dram.set_key(0, None)
+    assert dict(rig.load(names[:1], HOST_DRAM, [0], [9]).failed) == {names[0]: "wrong_key"}
     rig.engine.close()
 
 
@@ -104,7 +108,7 @@ def test_a_slab_of_another_kind_is_never_read(
     if first is second:
         assert not report.failed
     else:
-        assert set(report.failed) == set(names)
+        assert dict(report.failed) == dict.fromkeys(names, "bad_header")
         assert torch.equal(heir.hbm, before)
     assert len(list(tmp_path.glob("*.slab"))) == (1 if first is second else 2)
     heir.engine.close()

@@ -82,3 +82,27 @@ def test_a_disk_that_hangs_does_not_hold_up_the_start(tmp_path: Path, monkeypatc
     assert read_rate(store, 0.2) is None
     release.set()
     store.close()
+
+
+def test_a_machine_that_gives_no_more_threads_or_memory_gives_no_rate_and_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, start, asked = NvmeStore(tmp_path, 3, 8192, SPACE), threading.Thread.start, [0]
+
+    def start_two(thread: threading.Thread) -> None:
+        asked[0] += 1
+        if asked[0] > 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def no_memory(*_: object) -> None:
+        raise OSError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_two)
+        assert read_rate(store, PATIENT) is None
+    assert not [each for each in threading.enumerate() if each.name == "kvbm-disk-probe"]
+    with monkeypatch.context() as patched:
+        patched.setattr(disk_probe.mmap, "mmap", no_memory)
+        assert read_rate(store, PATIENT) is None
+    store.close()

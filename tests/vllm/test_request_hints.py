@@ -160,6 +160,18 @@ def test_the_first_requests_wait_a_bounded_time_for_what_a_store_lists() -> None
             assert half.take_counts()["early_requests", ""] == 2
 
 
+def test_nobody_waits_for_a_list_that_cannot_help_nor_longer_than_two_seconds() -> None:
+    half, _ = make(objects=4, lasting=("object_store",), find_seconds=30.0)
+    what = request("a", 2)
+    assert half.matched_tokens(what, 2 * BLOCK) == 0, "all its blocks are computed"
+    assert half.matched_tokens(what, BLOCK) is None
+    NOW[0] += 2.0
+    assert half.matched_tokens(what, BLOCK) == 0
+    other, _ = make(objects=4, lasting=("object_store",), find_seconds=30.0)
+    other.reset()
+    assert other.matched_tokens(what, 0) == 0, "after a reset nothing that is listed is served"
+
+
 def test_nothing_goes_to_a_disk_that_workers_have_not_spoken_about() -> None:
     half, _ = make(disk=8, workers=1, lasting=("nvme_ssd",))
     end(half, offer_all(half, request("a", 2), [1, 2]))
