@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from soak.faults import System, break_things
 from soak.object_store import BUCKET, SECRETS, BreakablePipe, make_bucket, s3_server
-from soak.truth import RIGHT, compare_slabs, load_rows, read_rows, save_rows, watch_variables
+from soak.truth import RIGHT, UNKNOWN, compare_slabs, load_rows, read_rows, save_rows, watch_variables
 from soak.workload import Answer, Clients, Tally, ask, distinct_blocks, prompts
 from tools.server_process import ServerProcess, members_of
 from tools.tiny_model import make_model
@@ -108,10 +108,11 @@ def told(watched: Path) -> list[str]:
     """What the engine's own watch saw go wrong, each line once, and which copies it never saw."""
     lines = Counter(watched.read_text().splitlines() if watched.exists() else [])
     right = {line.removesuffix(RIGHT): count for line, count in lines.items() if line.endswith(RIGHT)}
-    print(f"copies   {right} right, {sum(lines.values()) - sum(right.values())} wrong")
+    wrong = [line for line in lines if not line.endswith((RIGHT, UNKNOWN))]
+    print(f"copies   {right} right, {sum(lines[line] for line in wrong)} wrong")
     wanted = ["stored", *(f"loaded from {tier}" for tier in TIERS[1:])]
     unseen = [f"no block was {what} and compared: this was not tested" for what in wanted if what not in right]
-    return [*(line for line in lines if not line.endswith(RIGHT)), *unseen]
+    return [*wrong, *unseen]
 
 
 def tiered_engine(model: Path, folder: Path, s3_url: str) -> ServerProcess:

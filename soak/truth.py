@@ -20,8 +20,8 @@ from dynamo_connectors.tiers import slab_format, slot_header
 
 #: For `watch/sitecustomize.py`: where the rows are, and where it writes down what differs.
 ROWS_VARIABLE, FAULTS_VARIABLE = "DYNAMO_SOAK_ROWS", "DYNAMO_SOAK_FAULTS"
-#: How the lines of copies end that were right.
-RIGHT = ": right"
+#: How the lines of copies end that were right, and of those that nobody can judge: blocks of no prompt of ours.
+RIGHT, UNKNOWN = ": right", ": unknown"
 WATCH_FOLDER = Path(__file__).parent / "watch"
 #: Rounding moves a float of this model's KV by 1e-6.
 _SAME = 1e-4

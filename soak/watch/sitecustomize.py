@@ -40,7 +40,7 @@ class _Hook(importlib.abc.MetaPathFinder):
 def _arm(engine: Any) -> None:
     import numpy as np
 
-    from soak.truth import FAULTS_VARIABLE, RIGHT, ROWS_VARIABLE, difference, load_rows
+    from soak.truth import FAULTS_VARIABLE, RIGHT, ROWS_VARIABLE, UNKNOWN, difference, load_rows
 
     rows = load_rows(Path(os.environ[ROWS_VARIABLE]))
     faults = Path(os.environ[FAULTS_VARIABLE])
@@ -49,7 +49,8 @@ def _arm(engine: Any) -> None:
     def compare(what: str, key: bytes, row: bytes | memoryview) -> None:
         line = difference(rows, bytes(key), np.frombuffer(row, dtype=np.float32))
         with faults.open("a") as file:
-            file.write(f"{what}, {line}\n" if line is not None else f"{what}{RIGHT}\n")
+            verdict = f"{what}, {line}" if line is not None else what + (RIGHT if bytes(key) in rows else UNKNOWN)
+            file.write(verdict + "\n")
 
     def watched_store(self: Any, job: Any, fence: Any) -> Any:
         outcome = store(self, job, fence)

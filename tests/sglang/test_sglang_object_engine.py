@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import urlsplit
 
 import pytest
 
-from soak.object_store import BreakablePipe
+from soak.object_store import BUCKET, SECRETS, make_bucket, s3_server
 from tests.sglang.asking import wait_until
 from tests.sglang.server import Answer, Server, make_server, prompts
-from tests.tiers.s3_servers import BUCKET, CREDENTIALS, moto_server
+from tools.server_process import ServerProcess
 from tools.sglang_server import PAGE_TOKENS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -33,7 +34,7 @@ def started(model: Path, folder: Path, endpoint: str) -> Iterator[Server]:
     flags = ["--kvbm-object-url", f"s3://{BUCKET}/team", "--kvbm-object-endpoint-url", endpoint]
     flags += ["--kvbm-object-gb", "0.1", "--kvbm-object-min-touches", "1", "--max-total-tokens", "4096"]
     server = make_server(model, folder, *flags)
-    server.process.env = {**server.process.env, **CREDENTIALS}
+    server.process.env = {**server.process.env, **SECRETS}
     try:
         server.process.start().wait_ready()
         yield server
@@ -42,20 +43,22 @@ def started(model: Path, folder: Path, endpoint: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Iterator[BreakablePipe]:
-    with moto_server() as moto:
-        port = urlsplit(moto.url).port
-        assert port is not None
-        between = BreakablePipe(port)
-        yield between
-        between.close()
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A process of its own: connections live as long as their clients like."""
+    service = s3_server(tmp_path_factory.mktemp("s3") / "s3.log")
+    try:
+        service.start().wait_ready()
+        make_bucket(service.url)
+        yield service
+    finally:
+        service.stop()
 
 
 @pytest.fixture(scope="module")
-def asked(tiny_model: Path, pipe: BreakablePipe, tmp_path_factory: pytest.TempPathFactory) -> list[Asked]:
+def asked(tiny_model: Path, store: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> list[Asked]:
     """Prompts that a first server has computed and kept, and its answers."""
     mine = prompts(seed=1, count=3, tokens=TOKENS)
-    with started(tiny_model, tmp_path_factory.mktemp("first_server"), pipe.url) as server:
+    with started(tiny_model, tmp_path_factory.mktemp("first_server"), store.url) as server:
         cold = [server.generate(prompt) for prompt in mine]
         blocks = len(mine) * 2 * CHUNK
         wait_until(lambda: server.metric("dynamo_kvbm_offloaded_blocks_total", OBJECTS) >= blocks, "the store has all")
@@ -67,9 +70,9 @@ def asked(tiny_model: Path, pipe: BreakablePipe, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def second(
-    tiny_model: Path, pipe: BreakablePipe, asked: list[Asked], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path, store: ServerProcess, asked: list[Asked], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    with started(tiny_model, tmp_path_factory.mktemp("second_server"), pipe.url) as server:
+    with started(tiny_model, tmp_path_factory.mktemp("second_server"), store.url) as server:
         blocks = len(asked) * 2 * CHUNK
         wait_until(
             lambda: server.metric("dynamo_kvbm_recovered_blocks_total", OBJECTS) >= blocks, "it knows the objects"
@@ -98,11 +101,13 @@ def test_what_lies_behind_pages_that_sglang_holds_is_found(second: Server, asked
 
 
 def test_a_store_that_hangs_delays_nobody_beyond_its_deadline(
-    second: Server, asked: list[Asked], pipe: BreakablePipe
+    second: Server, asked: list[Asked], store: ServerProcess
 ) -> None:
     """Everything is answered while it hangs; a request that waited for it would never be."""
     prompt, cold = asked[2]
-    pipe.mode = "hang"
+    assert store.process is not None
+    # It takes connections and says nothing.
+    os.kill(store.process.pid, signal.SIGSTOP)
     try:
         answer = second.generate(prompt)
         assert answer.output == cold.output
@@ -114,4 +119,4 @@ def test_a_store_that_hangs_delays_nobody_beyond_its_deadline(
         for fresh in prompts(seed=2, count=3, tokens=TOKENS):
             second.generate(fresh)
     finally:
-        pipe.mode = "fine"
+        os.kill(store.process.pid, signal.SIGCONT)

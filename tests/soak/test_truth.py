@@ -74,9 +74,9 @@ from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transfer import Stores, TransferEngine
 
 hbm = torch.arange(4 * 512, dtype=torch.float32).reshape(4, 512)
-engine = TransferEngine(BlockView.of_pages([hbm], [2048]), Stores(DramStore(2, 2048)))
+engine = TransferEngine(BlockView.of_pages([hbm], [2048]), Stores(DramStore(3, 2048)))
 fence = ComputeFence(torch.device("cpu"))
-engine.submit(StoreJob(1, (StoreItem(b"right", 1, 0), StoreItem(b"wrong", 2, 1))), fence)
+engine.submit(StoreJob(1, (StoreItem(b"right", 1, 0), StoreItem(b"wrong", 2, 1), StoreItem(b"other", 0, 2))), fence)
 assert engine.poll(20)
 engine.submit(LoadJob(2, "r", (LoadItem(b"right", "host_dram", 0, 3),)), fence)
 assert engine.poll(20)
@@ -94,5 +94,6 @@ def test_an_engine_under_watch_tells_each_copy(tmp_path: Path) -> None:
     assert told.read_text().splitlines() == [
         "stored: right",
         f"stored, block {b'wrong'.hex()[:16]}: 512 of 512 floats differ, the first at 0",
+        "stored: unknown",
         "loaded from host_dram: right",
     ]
