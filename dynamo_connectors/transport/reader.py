@@ -152,6 +152,8 @@ class Reader:
         read = self._reads.get(reply.read)
         if read is None or read.peer != peer:
             return  # an answer that came twice, or too late
+        if read.state not in ("asking", "checking"):
+            return  # nothing is asked: a READ that is under way ends by the data plane's word alone
         if reply.epoch != read.epoch:
             self._lost(read.peer, read, "restarted")
         elif isinstance(reply, Grant) and read.state == "asking":

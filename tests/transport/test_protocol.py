@@ -135,6 +135,29 @@ def test_an_owner_that_was_restarted_has_nothing_of_its_last_run() -> None:
     assert world.asked[again].reasons == (None,)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_read_under_way_keeps_its_memory_when_its_owner_is_another_by_now(is_late: bool) -> None:
+    """The question goes out twice; the first is granted, the second reaches the next run of the owner."""
+    world = World()
+    world.export(LEASE, [A], [0])
+    number = world.read(LEASE, [A], 1.0)
+    world.deliver_to_owner(0)
+    world.deliver_to_reader(0)
+    world.pass_time(0.1)
+    assert len(world.to_owner) == 2, "the question is said again"
+    world.deliver_to_owner(0)
+    world.deliver_to_reader(0)
+    assert len(world.transfers) == 1
+    if is_late:
+        world.pass_time(1.5)
+    world.start_owner()
+    talk(world)  # restarted, says the new run
+    assert world.asked[number].reasons is None, "NIXL still writes to its rows"
+    land(world)
+    talk(world)
+    assert world.asked[number].reasons == ("timeout" if is_late else "restarted",)
+
+
 def test_a_lease_nobody_ever_announces_is_waited_for_a_moment_only() -> None:
     world = World()
     number = world.read(OTHER, [A], 60.0)
