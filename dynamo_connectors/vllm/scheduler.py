@@ -175,6 +175,8 @@ class SchedulerHalf:
         self._forget_next = self._was_reset = True
         for live in self._requests.values():
             live.offered = [0] * len(live.offered)
+            if live.request_id not in self._onboarding.loading:  # else when its load ends
+                self._onboarding.let_go(live)
         self._publish()
         return not self._onboarding.loading
 

@@ -164,6 +164,29 @@ def test_a_request_that_leaves_before_its_turn_lets_go() -> None:
     assert half.plan(is_idle=True).unwatch == watched
 
 
+def test_a_request_that_takes_nothing_lets_go() -> None:
+    _, params, _ = prefilled(prefill_half())
+    half = decode_half()
+    what = decode_request(params)
+    half.new_request(what)
+    watched = half.plan(is_idle=True).watch
+    half.after_alloc(what, [[10, 11, 12]], 0)
+    assert half.plan(is_idle=False).unwatch == watched
+
+
+def test_a_reset_lets_go_of_what_queued_requests_were_offered() -> None:
+    """It was computed with the weights of before, as far as anybody knows."""
+    _, params, _ = prefilled(prefill_half())
+    half = decode_half()
+    what = decode_request(params)
+    half.new_request(what)
+    watched = half.plan(is_idle=True).watch
+    assert half.matched_tokens(what, 0) == 3 * BLOCK
+    assert half.reset()
+    assert half.plan(is_idle=True).unwatch == watched
+    assert half.matched_tokens(what, 0) == 0
+
+
 @pytest.mark.parametrize(
     "change",
     [
