@@ -66,7 +66,7 @@ class Reader:
         self._reads: dict[int, Read] = {}
         self._watches: dict[bytes, Watch] = {}
         self._out: list[Instruction] = []
-        self._nonce = 0
+        self._nonce = common.first
         self._restarting = False
         #: What happened since the last look, by (what, label).
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -148,6 +148,9 @@ class Reader:
     def receive(self, peer: Peer, reply: Reply, now: float) -> None:
         if isinstance(reply, (Welcome, Refuse)):
             self._answered(peer, reply, now)
+            return
+        if reply.reader != self._common.name:
+            self.counts["nixl_refused_messages", "other_reader"] += 1
             return
         read = self._reads.get(reply.read)
         if read is None or read.peer != peer:
@@ -234,6 +237,9 @@ class Reader:
     def _answered(self, name: Peer, reply: Welcome | Refuse, now: float) -> None:
         peer = self._peers.get(name)
         if peer is None or peer.state != "greeting" or peer.nonce != reply.nonce:
+            return
+        if isinstance(reply, Welcome) and reply.namespace != self._common.namespace:
+            self.counts["nixl_refused_messages", "other_namespace"] += 1
             return
         if isinstance(reply, Refuse):
             self._refused(name, reply.reason, reply.detail, now + _REFUSED_SECONDS)
