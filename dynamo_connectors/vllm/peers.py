@@ -20,7 +20,7 @@ from dynamo_connectors.transport.server import PeerServer, ServerSettings
 from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process
 from dynamo_connectors.vllm.groups import Geometry
-from dynamo_connectors.vllm.handoff import Identity
+from dynamo_connectors.vllm.handoff import Identity, Trust
 from dynamo_connectors.vllm.messages import StepPlan
 
 log = engine_logger(__name__)
@@ -113,7 +113,13 @@ def identity_of(config: KvbmConfig, vllm_config: Any) -> Identity | None:
         return None
     parallel = vllm_config.parallel_config
     engine_id = str(vllm_config.kv_transfer_config.engine_id)
-    return Identity(engine_id, config.peer.host, _first_port(config, parallel), parallel.world_size)
+    port, secret = _first_port(config, parallel), read_secret(config.peer)
+    return Identity(engine_id, config.peer.host, port, parallel.world_size, secret)
+
+
+def trust_of(config: KvbmConfig) -> Trust | None:
+    """Whose blocks this engine may load; None when it loads nobody's."""
+    return Trust(read_secret(config.peer), config.peer.is_local) if config.peer.reads else None
 
 
 def worker_peers(config: KvbmConfig, vllm_config: Any, space: Namespace, dram: DramStore) -> WorkerPeers | None:

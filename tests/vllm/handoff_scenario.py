@@ -22,6 +22,8 @@ from vllm.v1.request import Request
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Verdict
 from dynamo_connectors.transport.messages import Request as Message
+from dynamo_connectors.transport.tickets import Ticket
+from dynamo_connectors.vllm.handoff import SIGNATURE
 from tests.transport.peers import Between
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, SimulatedWorker, Truth, ours
 from tests.vllm.version_scenario import engine_config, prompt
@@ -110,7 +112,7 @@ class Fleet:
             self.decode.expect_answer(name)
 
     def through_between(self, ticket: dict[str, Any]) -> dict[str, Any]:
-        return {**ticket, "remote_port": self.between_port}
+        return signed({**ticket, "remote_port": self.between_port})
 
     def settle(self) -> None:
         """Nothing is under way, and no lease is open."""
@@ -135,6 +137,12 @@ class Fleet:
         self.decode.close()
         self.prefill.close()
         self.between.close()
+
+
+def signed(params: dict[str, Any]) -> dict[str, Any]:
+    """As the engine would have signed them."""
+    ticket = Ticket(params["remote_host"], params["remote_port"], bytes.fromhex(params["dynamo_lease"]))
+    return {**params, SIGNATURE: ticket.signature(b"this host alone", params["remote_num_tokens"]).hex()}
 
 
 def hand_over(fleet: Fleet, count: int) -> None:
@@ -197,7 +205,7 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     if fault == "another prompt's ticket":
         through = fleet.through_between(fleet.computed(f"q-{name}", prompt(90_000 + number, 200)))
     elif fault == "ticket of no engine":
-        through["dynamo_lease"] = os.urandom(16).hex()
+        through = signed({**through, "dynamo_lease": os.urandom(16).hex()})
     elif fault == "lease over, slots re-used":
         refill(fleet, ticket)
         for worker in fleet.prefill.workers:
