@@ -103,6 +103,11 @@ class Owner:
         for lease in list(self._leases):
             self._end(lease, "revoked")
 
+    def isolate(self, epoch: bytes, namespace: bytes) -> None:
+        """Revokes all, and is another owner from now on, for readers with this namespace."""
+        self.revoke_all()
+        self._offer = self._offer._replace(epoch=epoch, namespace=namespace)
+
     def expire(self, now: float) -> None:
         for name, lease in list(self._leases.items()):
             lease.grants = {read: until for read, until in lease.grants.items() if until > now}

@@ -124,6 +124,10 @@ class PeerTier:
         """No request wants these blocks any more: the owner may have them back."""
         self._submit(lambda: self._reader.unwatch(ticket.lease, time.monotonic()))
 
+    def isolate(self, namespace: bytes) -> None:
+        """Meets only owners with this namespace from now on."""
+        self._submit(lambda: self._reader.isolate(namespace))
+
     def take_counts(self) -> Counter[tuple[str, str]]:
         """What happened since the last call, by (what, label)."""
         with self._lock:

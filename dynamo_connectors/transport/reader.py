@@ -114,6 +114,17 @@ class Reader:
             watch.ends_left, watch.renew_at = _END_REPEATS, now
             self.tick(now)
 
+    def isolate(self, namespace: bytes) -> None:
+        """From now on it has this in common with its peers. Nothing is asked of those it has met; READs go on."""
+        self._common = self._common._replace(namespace=namespace)
+        for name, peer in self._peers.items():
+            if peer.state == "ready":
+                self._out.append(Disconnect(name))
+            peer.state = "absent"
+        for read in list(self._reads.values()):
+            if read.state in ("connecting", "asking"):
+                self._finish(read, "refused")
+
     def tick(self, now: float) -> None:
         """What is due by now. Call it at least at `next_due`."""
         for name, peer in self._peers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -68,13 +69,22 @@ class WorkerPeers:
             for job in plan.exports:
                 self._exports[job.lease] = job.job_id
                 self._server.export(job.lease, dict(job.slots))
-            if plan.forget:  # the plan's own exports, too: they may be of before
-                self._server.revoke_all()
+        if plan.forget:  # after the plan's own exports: they may be of before
+            self._isolate()
         if self._tier is not None:
             for encoded in plan.watch:
                 self._tier.watch(Ticket.decode(encoded))
             for encoded in plan.unwatch:
                 self._tier.unwatch(Ticket.decode(encoded))
+
+    def _isolate(self) -> None:
+        """Weights may have changed, and nobody knows to what: peers that fitted this engine fit it no more."""
+        namespace = self._namespace + os.urandom(16)
+        if self._server is not None:
+            self._server.isolate(namespace)
+        if self._tier is not None:
+            self._tier.isolate(namespace)
+        log.warning("dynamo: after a reset of its KV cache this engine hands KV over no more; restart it for that")
 
     def take_reports(self) -> list[JobReport]:
         """Exports that have ended."""

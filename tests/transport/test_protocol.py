@@ -135,6 +135,41 @@ def test_an_owner_that_was_restarted_has_nothing_of_its_last_run() -> None:
     assert world.asked[again].reasons == (None,)
 
 
+@pytest.mark.parametrize("which", ["owner", "reader"])
+def test_who_was_reset_meets_nobody_who_was_not(which: str) -> None:
+    world = World()
+    world.export(LEASE, [A], [0])
+    first = world.read(LEASE, [A], 8.0)
+    talk(world)
+    if which == "owner":
+        world.owner.isolate(b"new run", NAMESPACE + b"1")
+        world.collect()
+    else:
+        world.reader.isolate(NAMESPACE + b"2")
+        world.obey()
+    assert world.asked[first].reasons is None, "a READ that is under way goes on"
+    land(world)
+    talk(world)
+    assert world.asked[first].reasons == (("restarted",) if which == "owner" else (None,))
+    world.export(OTHER, [B], [1])
+    again = world.read(OTHER, [B], 8.0)
+    world.settle()
+    assert world.asked[again].reasons == ("refused",)
+
+
+def test_a_reset_ends_what_was_asked_before_it() -> None:
+    world = World()
+    world.export(LEASE, [A], [0])
+    number = world.read(LEASE, [A], 8.0)
+    world.deliver_to_owner(0)
+    world.deliver_to_reader(0)
+    world.reader.isolate(NAMESPACE + b"2")
+    world.obey()
+    assert world.asked[number].reasons == ("refused",)
+    talk(world)
+    assert not world.transfers
+
+
 def test_answers_to_another_reader_are_no_answers() -> None:
     world, number = reading([A])
     land(world)

@@ -217,8 +217,6 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
         fleet.between.hook = lambda message: 0 if isinstance(message, kind) else 1
     elif fault == "lossy network":
         fleet.between.hook = lambda message: chance.choice((0, 1, 1, 2))
-    elif fault == "reset of the prefill engine":
-        fleet.prefill.scheduler.reset_prefix_cache(reset_connector=True)
     fleet.decode.ask(name, tokens, ANSWER_TOKENS, through)
     if fault == "client leaves":
         for _ in range(chance.randrange(3)):
@@ -238,7 +236,6 @@ FAULTS = [
     *(f"slots re-used at {kind}" for kind in ("Ask", "Grant", "Check")),
     *(f"silence at {kind}" for kind in ("Ask", "Check", "Verdict")),
     "lossy network",
-    "reset of the prefill engine",
     "client leaves",
 ]
 
@@ -255,6 +252,20 @@ def faults(fleet: Fleet, count: int) -> None:
     assert counts["hit_blocks|peer"], "nothing was ever handed over"
 
 
+def reset(fleet: Fleet) -> None:
+    """Between ticket and reading, and of a request after it: nothing is handed over any more."""
+    tokens = prompt(70_000, 200)
+    ticket = fleet.computed("p-reset", tokens)
+    fleet.prefill.scheduler.reset_prefix_cache(reset_connector=True)
+    fleet.decode.ask("reset", tokens, ANSWER_TOKENS, ticket)
+    fleet.decoded("reset")
+    tokens = prompt(70_001, 200)
+    fleet.decode.take_counts()
+    fleet.decode.ask("after", tokens, ANSWER_TOKENS, fleet.computed("p-after", tokens))
+    fleet.decoded("after")
+    assert not fleet.decode.take_counts()["hit_blocks|peer"], "a reset engine was met"
+
+
 def main(model: str, requests: int) -> None:
     for mode in (Mode("one worker"), Mode("two workers, async scheduling", workers=2, async_scheduling=True)):
         fleet = Fleet(model, mode, 20_000)
@@ -268,6 +279,7 @@ def main(model: str, requests: int) -> None:
     fleet = Fleet(model, Mode("faults"), 300)
     try:
         faults(fleet, requests)
+        reset(fleet)
         fleet.settle()
     finally:
         fleet.close()
