@@ -60,7 +60,10 @@ class DramStore:
     def set_key(self, slot: int, key: BlockKey | None) -> None:
         """Names what `slot` holds: None while the copy engine fills the row, the key when it is complete."""
         if key is None:
+            # In this order: who sees the new generation (`transport.owner`) must not see the old key beside it.
+            self._keys[slot] = None
             self._generations[slot] += 1
+            return
         self._keys[slot] = key
 
     def holds(self, slot: int, key: BlockKey) -> bool:

@@ -39,10 +39,10 @@ class TransferUnknownError(StoreError):
     """A READ failed, and bytes of it may still arrive."""
 
 
-def installed_build(cuda_major: int | None = None) -> str | None:
-    """The NIXL build to import: the one for that CUDA if it is there."""
+def installed_build() -> str | None:
+    """The NIXL build to import."""
     present = [name for name in _BUILDS if importlib.util.find_spec(name) is not None]
-    return next((name for name in present if name == f"nixl_cu{cuda_major}"), present[-1] if present else None)
+    return present[-1] if present else None
 
 
 def require_nixl() -> str:

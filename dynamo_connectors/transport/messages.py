@@ -16,7 +16,7 @@ from dynamo_connectors.errors import DynamoConnectorsError
 Body = TypeVar("Body")
 
 MAGIC = b"DYNP"
-VERSION = 1
+VERSION = 2
 #: Above it a frame is not even read: a question about `MOST_BLOCKS` blocks takes less.
 MOST_FRAME_BYTES = 2 << 20
 MOST_BLOCKS = 16_384
@@ -94,6 +94,7 @@ class Welcome(_Message, frozen=True):
     """Owner: `epoch` is this run of mine; row `slot` lies at `base + slot * row_bytes` of agent `metadata`."""
 
     nonce: Count
+    namespace: Name
     epoch: Name
     metadata: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
     base: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -112,6 +113,7 @@ class Refuse(_Message, frozen=True):
 class Grant(_Message, frozen=True):
     """Owner: `status` is granted (slots and generations, one per key asked), pending, unknown, gone or restarted."""
 
+    reader: Name
     read: Count
     epoch: Name
     status: Annotated[str, msgspec.Meta(max_length=16)]
@@ -122,6 +124,7 @@ class Grant(_Message, frozen=True):
 class Verdict(_Message, frozen=True):
     """Owner: held, or why not."""
 
+    reader: Name
     read: Count
     epoch: Name
     held: bool

@@ -103,6 +103,11 @@ class Owner:
         for lease in list(self._leases):
             self._end(lease, "revoked")
 
+    def isolate(self, epoch: bytes, namespace: bytes) -> None:
+        """Revokes all, and is another owner from now on, for readers with this namespace."""
+        self.revoke_all()
+        self._offer = self._offer._replace(epoch=epoch, namespace=namespace)
+
     def expire(self, now: float) -> None:
         for name, lease in list(self._leases.items()):
             lease.grants = {read: until for read, until in lease.grants.items() if until > now}
@@ -153,21 +158,28 @@ class Owner:
             self.counts["nixl_refused_peers", "other_block_size"] += 1
             detail = f"a block has {offer.row_bytes} bytes here and {hello.row_bytes} there; use the same --block-size"
             return Refuse(hello.nonce, "other_block_size", detail)
-        return Welcome(hello.nonce, offer.epoch, offer.metadata, offer.base, offer.rows, offer.row_bytes)
+        return Welcome(
+            hello.nonce, offer.namespace, offer.epoch, offer.metadata, offer.base, offer.rows, offer.row_bytes
+        )
 
     def _ask(self, ask: Ask, now: float) -> Grant:
         epoch, lease = self._offer.epoch, self._leases.get(ask.lease)
         if ask.epoch != epoch:
-            return Grant(ask.read, epoch, "restarted")
+            return Grant(ask.reader, ask.read, epoch, "restarted")
         if lease is None:
-            return Grant(ask.read, epoch, "gone" if ask.lease in self._remembered else "unknown")
+            return Grant(ask.reader, ask.read, epoch, "gone" if ask.lease in self._remembered else "unknown")
         self._renew(ask.lease, now)
         if lease.slots is None or (len(lease.grants) >= _MOST_GRANTS and (ask.reader, ask.read) not in lease.grants):
-            return Grant(ask.read, epoch, "pending")
+            return Grant(ask.reader, ask.read, epoch, "pending")
         lease.grants[ask.reader, ask.read] = now + ask.seconds + _GRACE_SECONDS
         places = [self._place(lease.slots, BlockKey(key)) for key in ask.keys]
         return Grant(
-            ask.read, epoch, "granted", tuple(slot for slot, _ in places), tuple(generation for _, generation in places)
+            ask.reader,
+            ask.read,
+            epoch,
+            "granted",
+            tuple(slot for slot, _ in places),
+            tuple(generation for _, generation in places),
         )
 
     def _place(self, slots: Mapping[BlockKey, int], key: BlockKey) -> tuple[int, int]:
@@ -186,7 +198,7 @@ class Owner:
             self._renew(check.lease, now)
         if reason:
             self.counts["nixl_fences_refused", reason] += 1
-        return Verdict(check.read, self._offer.epoch, not reason, reason)
+        return Verdict(check.reader, check.read, self._offer.epoch, not reason, reason)
 
     def _why_not(self, check: Check) -> str:
         if check.epoch != self._offer.epoch:

@@ -59,6 +59,10 @@ class _Call:
     started: float
 
 
+def _closed(blocks: int) -> list[StoreError | None]:
+    return [StoreError("closed", "the peer tier is closed")] * blocks
+
+
 class PeerTier:
     """A `LowerTier`. Nothing can be written to it. Reads go into `regions`, which outlive it."""
 
@@ -68,19 +72,22 @@ class PeerTier:
         self._regions = list(regions)
         self._codec = Codec(settings.secret)
         name = os.urandom(8)
-        self._reader = Reader(Common(name, settings.namespace, settings.row_bytes, settings.quarantine_bytes))
+        first = int.from_bytes(os.urandom(8), "big") >> 3
+        self._reader = Reader(Common(name, settings.namespace, settings.row_bytes, settings.quarantine_bytes, first))
         self._plane = DataPlane(f"dynamo-reader-{name.hex()}", self._regions, settings.row_bytes)
         try:
             self._sockets = PeerSockets()
         except BaseException:
             self._plane.close()
             raise
-        self._numbers = count(1)
+        self._numbers = count(first)
         #: What the engine's threads ask of ours.
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._calls: dict[int, _Call] = {}
         self._lock = threading.Lock()
         self._closed = False
+        #: Under `_lock`: nobody takes tasks any more.
+        self._ended = False
         self._counts: Counter[tuple[str, str]] = Counter()
         self._quarantined_bytes = 0
         self._thread = threading.Thread(target=self._run, name="kvbm-peer", daemon=True)
@@ -99,7 +106,8 @@ class PeerTier:
             outcome.set_running_or_notify_cancel()
             keys = [places[at].key for at in positions]
             addresses = [np.frombuffer(into[at], dtype=np.uint8).ctypes.data for at in positions]
-            self._submit(partial(self._start, encoded, _Call(keys, addresses, outcome, time.monotonic())))
+            if not self._submit(partial(self._start, encoded, _Call(keys, addresses, outcome, time.monotonic()))):
+                outcome.set_result(_closed(len(keys)))
             batches.append(Batch(positions, outcome))
         return batches
 
@@ -115,6 +123,10 @@ class PeerTier:
     def unwatch(self, ticket: Ticket) -> None:
         """No request wants these blocks any more: the owner may have them back."""
         self._submit(lambda: self._reader.unwatch(ticket.lease, time.monotonic()))
+
+    def isolate(self, namespace: bytes) -> None:
+        """Meets only owners with this namespace from now on."""
+        self._submit(lambda: self._reader.isolate(namespace))
 
     def take_counts(self) -> Counter[tuple[str, str]]:
         """What happened since the last call, by (what, label)."""
@@ -139,9 +151,14 @@ class PeerTier:
     def check(self) -> None:
         assert self._quarantined_bytes >= 0, "a negative number of bytes is quarantined"
 
-    def _submit(self, task: Callable[[], None]) -> None:
-        self._tasks.put(task)
+    def _submit(self, task: Callable[[], None]) -> bool:
+        """False when it will never be done."""
+        with self._lock:
+            if self._ended:
+                return False
+            self._tasks.put(task)
         self._sockets.wake()
+        return True
 
     # -- our thread --------------------------------------------------------------------------------------------------
 
@@ -154,9 +171,11 @@ class PeerTier:
         # The fence: from here on nothing writes to anybody's buffers.
         self._plane.close()
         self._closed = True
+        with self._lock:
+            self._ended = True
         self._drain_tasks()
         for call in self._calls.values():
-            call.outcome.set_result([StoreError("closed", "the peer tier is closed")] * len(call.keys))
+            call.outcome.set_result(_closed(len(call.keys)))
         self._calls.clear()
 
     def _step(self) -> None:

@@ -66,7 +66,7 @@ class Reader:
         self._reads: dict[int, Read] = {}
         self._watches: dict[bytes, Watch] = {}
         self._out: list[Instruction] = []
-        self._nonce = 0
+        self._nonce = common.first
         self._restarting = False
         #: What happened since the last look, by (what, label).
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -114,6 +114,17 @@ class Reader:
             watch.ends_left, watch.renew_at = _END_REPEATS, now
             self.tick(now)
 
+    def isolate(self, namespace: bytes) -> None:
+        """From now on it has this in common with its peers. Nothing is asked of those it has met; READs go on."""
+        self._common = self._common._replace(namespace=namespace)
+        for name, peer in self._peers.items():
+            if peer.state == "ready":
+                self._out.append(Disconnect(name))
+            peer.state = "absent"
+        for read in list(self._reads.values()):
+            if read.state in ("connecting", "asking"):
+                self._finish(read, "refused")
+
     def tick(self, now: float) -> None:
         """What is due by now. Call it at least at `next_due`."""
         for name, peer in self._peers.items():
@@ -149,9 +160,14 @@ class Reader:
         if isinstance(reply, (Welcome, Refuse)):
             self._answered(peer, reply, now)
             return
+        if reply.reader != self._common.name:
+            self.counts["nixl_refused_messages", "other_reader"] += 1
+            return
         read = self._reads.get(reply.read)
         if read is None or read.peer != peer:
             return  # an answer that came twice, or too late
+        if read.state not in ("asking", "checking"):
+            return  # nothing is asked: a READ that is under way ends by the data plane's word alone
         if reply.epoch != read.epoch:
             self._lost(read.peer, read, "restarted")
         elif isinstance(reply, Grant) and read.state == "asking":
@@ -232,6 +248,9 @@ class Reader:
     def _answered(self, name: Peer, reply: Welcome | Refuse, now: float) -> None:
         peer = self._peers.get(name)
         if peer is None or peer.state != "greeting" or peer.nonce != reply.nonce:
+            return
+        if isinstance(reply, Welcome) and reply.namespace != self._common.namespace:
+            self.counts["nixl_refused_messages", "other_namespace"] += 1
             return
         if isinstance(reply, Refuse):
             self._refused(name, reply.reason, reply.detail, now + _REFUSED_SECONDS)

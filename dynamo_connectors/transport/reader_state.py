@@ -61,6 +61,8 @@ class Common(NamedTuple):
     namespace: bytes
     row_bytes: int
     quarantine_bytes: int
+    #: Nonces count from here on. Random, so that no answer to another reader or run answers a question of this one.
+    first: int
 
 
 @dataclass

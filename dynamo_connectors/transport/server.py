@@ -73,6 +73,11 @@ class PeerServer:
         with self._lock:
             self._owner.revoke_all()
 
+    def isolate(self, namespace: bytes) -> None:
+        """Serves nothing of what there was, and only readers with this namespace from now on."""
+        with self._lock:
+            self._owner.isolate(os.urandom(8), namespace)
+
     def take_ended(self) -> list[bytes]:
         with self._lock:
             return self._owner.take_ended()

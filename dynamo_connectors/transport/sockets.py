@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any
 
@@ -25,12 +26,15 @@ class PeerSockets:
         self._poller = zmq.Poller()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller.register(self._bell, zmq.POLLIN)
+        #: Guards the descriptor of the bell: closed, its number is somebody else's.
+        self._lock = threading.Lock()
         self._is_open = True
 
     def wake(self) -> None:
         """From any thread: `receive` returns."""
-        if self._is_open:
-            os.eventfd_write(self._bell, 1)
+        with self._lock:
+            if self._is_open:
+                os.eventfd_write(self._bell, 1)
 
     def send(self, peer: str, frame: bytes) -> None:
         socket = self._sockets.get(peer)
@@ -63,10 +67,11 @@ class PeerSockets:
         return frames
 
     def close(self) -> None:
-        if not self._is_open:
-            return
-        self._is_open = False
-        os.close(self._bell)
+        with self._lock:
+            if not self._is_open:
+                return
+            self._is_open = False
+            os.close(self._bell)
         self._context.destroy(linger=0)
 
     def _connect(self, peer: str) -> zmq.Socket[Any] | None:

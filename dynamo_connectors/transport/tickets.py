@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from typing import Annotated
 
 import msgspec
@@ -13,12 +14,17 @@ from dynamo_connectors.transport.messages import Lease
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
     """`port` is that of the owner's first worker; the others listen on the next ones."""
 
-    host: Annotated[str, msgspec.Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9_.:-]+$")]
+    host: Annotated[str, msgspec.Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     lease: Lease
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)
+
+    def signature(self, secret: bytes, tokens: int) -> bytes:
+        """Proves that one of the fleet offers these `tokens`: tickets come with requests, so from anybody."""
+        # No frame of `messages` begins like it.
+        return hmac.digest(secret, b"ticket" + msgspec.msgpack.encode((self, tokens)), "sha256")
 
     @classmethod
     def decode(cls, encoded: bytes) -> Ticket:

@@ -7,6 +7,7 @@ that comes with another prompt gives nothing.
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 
 #: Beside the engine's own names: the lease, in hexadecimal.
 LEASE = "dynamo_lease"
+#: `Ticket.signature`, in hexadecimal.
+SIGNATURE = "dynamo_signature"
+UNSIGNED = "its ticket is not signed with this fleet's --kvbm-peer-secret-file; it is computed here"
 #: More would not be a prompt.
 _MOST_TOKENS = 1 << 24
 
@@ -31,6 +35,15 @@ class Identity(NamedTuple):
     host: str
     port: int
     num_workers: int
+    #: What the fleet shares.
+    secret: bytes
+
+
+class Trust(NamedTuple):
+    """Whom the decode side believes. `local_only`: there is no secret, so no other host is asked."""
+
+    secret: bytes
+    local_only: bool
 
 
 class Offered(NamedTuple):
@@ -40,10 +53,10 @@ class Offered(NamedTuple):
     ticket: BlockKey
 
 
-def offered(params: object, local_only: bool = False) -> tuple[Offered | None, str]:
+def offered(params: object, trust: Trust) -> tuple[Offered | None, str]:
     """What `kv_transfer_params` offer, and one line when they offer something that cannot be used.
 
-    They come from whoever may send requests: with `local_only`, because there is no secret, no other host is asked.
+    They come from whoever may send requests, so what no engine of the fleet has signed is not believed.
     """
     if not isinstance(params, Mapping) or not params.get("do_remote_prefill"):
         return None, ""
@@ -56,9 +69,13 @@ def offered(params: object, local_only: bool = False) -> tuple[Offered | None, s
         ticket = Ticket(params.get("remote_host"), params.get("remote_port"), bytes.fromhex(lease))  # type: ignore[arg-type]
         encoded = ticket.encode()
         Ticket.decode(encoded)
-    except (StoreError, ValueError, TypeError) as error:
+    except (StoreError, ValueError, TypeError, OverflowError) as error:
         return None, f"its ticket cannot be used ({error}); it is computed here"
-    if local_only and not is_this_host(ticket.host):
+    signature = params.get(SIGNATURE)
+    expected = ticket.signature(trust.secret, tokens).hex()
+    if not isinstance(signature, str) or not hmac.compare_digest(signature.encode(errors="replace"), expected.encode()):
+        return None, UNSIGNED
+    if trust.local_only and not is_this_host(ticket.host):
         return None, f"its KV lies at {ticket.host}, and without --kvbm-peer-secret-file no other host is asked"
     return Offered(tokens, BlockKey(encoded)), ""
 
@@ -87,6 +104,8 @@ class Exports:
         self._ledger.announce(lease)
         self._waiting[lease] = chain, storing
         self._export_what_is_ready(lease)
+        tokens = len(chain) * block_tokens
+        signature = Ticket(self._identity.host, self._identity.port, lease).signature(self._identity.secret, tokens)
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
@@ -96,8 +115,9 @@ class Exports:
             "remote_host": self._identity.host,
             "remote_port": self._identity.port,
             "tp_size": self._identity.num_workers,
-            "remote_num_tokens": len(chain) * block_tokens,
+            "remote_num_tokens": tokens,
             LEASE: lease.hex(),
+            SIGNATURE: signature.hex(),
         }
 
     def stored(self, keys: set[BlockKey]) -> None:

@@ -58,6 +58,7 @@ class Onboarding:
             wanted = self._geometry.longest_limit(live.request.num_tokens, len(live.chains.hashes)) - live.local_tokens
             self._counts["wanted_blocks", ""] += max(0, wanted) // self._main_tokens
         if external_tokens == 0:
+            self.let_go(live)  # it computes everything: its peer need not wait for it
             return
         sources: list[Source] = []
         blocks: list[int] = []
@@ -85,7 +86,7 @@ class Onboarding:
         self._shared.end(job.loading)
         here = [source for source in job.loads if source.tier != PEER]
         self._manager.release(here, damaged=damaged(job.failed))
-        self._let_go(live)
+        self.let_go(live)
         if self._gate is not None:
             # What came too late took its time like the rest; other failures say nothing about it.
             late: Counter[str] = Counter()
@@ -115,7 +116,13 @@ class Onboarding:
         """The request is gone. Who waits for its load goes on: what it loads now will not stay in HBM."""
         self._shared.leave(live.request_id)
         if live.request_id not in self.loading:
-            self._let_go(live)
+            self.let_go(live)
+
+    def let_go(self, live: Live) -> None:
+        """The peer may have its blocks back."""
+        offer, live.offer = live.offer, None
+        if offer is not None:
+            self._ledger.unwatch(offer.ticket)
 
     def check(self) -> None:
         self._shared.check()
@@ -145,12 +152,6 @@ class Onboarding:
 
     def _reach(self, live: Live) -> Reach:
         return Reach(self._manager, live.offer, self._main_tokens)
-
-    def _let_go(self, live: Live) -> None:
-        """The peer may have its blocks back."""
-        offer, live.offer = live.offer, None
-        if offer is not None:
-            self._ledger.unwatch(offer.ticket)
 
     def _worth_loading(self, live: Live, gate: Gate, total: int) -> int:
         """The part of the prefix up to `total` tokens that is faster to load than to compute."""

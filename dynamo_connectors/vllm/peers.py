@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from dynamo_connectors.transport.server import PeerServer, ServerSettings
 from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process
 from dynamo_connectors.vllm.groups import Geometry
-from dynamo_connectors.vllm.handoff import Identity
+from dynamo_connectors.vllm.handoff import Identity, Trust
 from dynamo_connectors.vllm.messages import StepPlan
 
 log = engine_logger(__name__)
@@ -68,13 +69,22 @@ class WorkerPeers:
             for job in plan.exports:
                 self._exports[job.lease] = job.job_id
                 self._server.export(job.lease, dict(job.slots))
-            if plan.forget:  # the plan's own exports, too: they may be of before
-                self._server.revoke_all()
+        if plan.forget:  # after the plan's own exports: they may be of before
+            self._isolate()
         if self._tier is not None:
             for encoded in plan.watch:
                 self._tier.watch(Ticket.decode(encoded))
             for encoded in plan.unwatch:
                 self._tier.unwatch(Ticket.decode(encoded))
+
+    def _isolate(self) -> None:
+        """Weights may have changed, and nobody knows to what: peers that fitted this engine fit it no more."""
+        namespace = self._namespace + os.urandom(16)
+        if self._server is not None:
+            self._server.isolate(namespace)
+        if self._tier is not None:
+            self._tier.isolate(namespace)
+        log.warning("dynamo: after a reset of its KV cache this engine hands KV over no more; restart it for that")
 
     def take_reports(self) -> list[JobReport]:
         """Exports that have ended."""
@@ -113,7 +123,13 @@ def identity_of(config: KvbmConfig, vllm_config: Any) -> Identity | None:
         return None
     parallel = vllm_config.parallel_config
     engine_id = str(vllm_config.kv_transfer_config.engine_id)
-    return Identity(engine_id, config.peer.host, _first_port(config, parallel), parallel.world_size)
+    port, secret = _first_port(config, parallel), read_secret(config.peer)
+    return Identity(engine_id, config.peer.host, port, parallel.world_size, secret)
+
+
+def trust_of(config: KvbmConfig) -> Trust | None:
+    """Whose blocks this engine may load; None when it loads nobody's."""
+    return Trust(read_secret(config.peer), config.peer.is_local) if config.peer.reads else None
 
 
 def worker_peers(config: KvbmConfig, vllm_config: Any, space: Namespace, dram: DramStore) -> WorkerPeers | None:

@@ -21,7 +21,7 @@ from dynamo_connectors.verdicts import is_damage, may_have_been_sent
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.groups import Chains
-from dynamo_connectors.vllm.handoff import Exports, Identity, offered, wants_handoff
+from dynamo_connectors.vllm.handoff import UNSIGNED, Exports, Identity, Trust, offered, wants_handoff
 from dynamo_connectors.vllm.hints import parse_hints
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 from dynamo_connectors.vllm.live import ChangeSink, Gate, Holds, Limits, Live, Tables
@@ -68,15 +68,15 @@ class SchedulerHalf:
         #: Workers still have to hear of a reset; what they found from before it must not come back.
         self._forget_next = False
         self._was_reset = False
-        #: Whether blocks of peers may be loaded.
-        self._reads = self._local_only = False
+        #: Whose blocks may be loaded; None: nobody's.
+        self._trust: Trust | None = None
 
     def bind_holds(self, holds: Holds) -> None:
         self._offloading.holds = holds
 
-    def take_role(self, identity: Identity | None, reads: bool, local_only: bool = False) -> None:
-        """`identity`: where peers may read this engine's blocks; `reads`: this engine may read theirs."""
-        self._reads, self._local_only = reads, local_only
+    def take_role(self, identity: Identity | None, trust: Trust | None) -> None:
+        """`identity`: where peers may read this engine's blocks; `trust`: this engine may read theirs."""
+        self._trust = trust
         if identity is not None:
             self._exports = Exports(identity, self._manager, self._ledger, partial(os.urandom, LEASE_BYTES))
 
@@ -179,6 +179,8 @@ class SchedulerHalf:
         self._forget_next = self._was_reset = True
         for live in self._requests.values():
             live.offered = [0] * len(live.offered)
+            if live.request_id not in self._onboarding.loading:  # else when its load ends
+                self._onboarding.let_go(live)
         self._publish()
         return not self._onboarding.loading
 
@@ -231,8 +233,9 @@ class SchedulerHalf:
             geometry = self._limits.geometry
             chains = Chains(geometry, request.block_hashes, self._adapters.name_of(request))
             live = Live(request, chains, hints, [0] * len(geometry.groups))
-            if self._reads:
-                live.offer, problem = offered(request.kv_transfer_params, self._local_only)
+            if self._trust is not None:
+                live.offer, problem = offered(request.kv_transfer_params, self._trust)
+                self._counts["nixl_refused_messages", "unsigned_ticket"] += problem == UNSIGNED
                 if problem:
                     log.warning("dynamo: request %s: %s", request.request_id, problem)
                     self._counts["ignored_hints", ""] += 1

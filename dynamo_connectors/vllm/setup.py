@@ -41,7 +41,7 @@ from dynamo_connectors.vllm.kv_pages import Pages, planned_row_bytes, read_geome
 from dynamo_connectors.vllm.lasting import LastingTiers
 from dynamo_connectors.vllm.launch_flags import refuse_parallelism
 from dynamo_connectors.vllm.live import Limits
-from dynamo_connectors.vllm.peers import check_role, identity_of, worker_peers
+from dynamo_connectors.vllm.peers import check_role, identity_of, trust_of, worker_peers
 from dynamo_connectors.vllm.scheduler import SchedulerHalf
 from dynamo_connectors.vllm.worker import WorkerHalf
 from dynamo_connectors.weights import can_be_met_again, weights_identity
@@ -104,7 +104,7 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
     gate = LoadGate() if config.load_gate else None
     check_role(config, vllm_config, geometry)
     half = SchedulerHalf(BlockManager(tiers, config.min_touches), limits, events, gate, time.monotonic)
-    half.take_role(identity_of(config, vllm_config), config.peer.reads, config.peer.is_local)
+    half.take_role(identity_of(config, vllm_config), trust_of(config))
     return half
 
 

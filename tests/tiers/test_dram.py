@@ -90,3 +90,20 @@ def test_closing_with_a_view_alive_gives_the_memory_back_with_the_view() -> None
     del view
     gc.collect()
     assert mapped_bytes() < before + GIGABYTE // 2, "the closed store still holds the mapping"
+
+
+def test_who_sees_the_new_generation_does_not_see_the_old_key() -> None:
+    """A peer's question comes on another thread, between any two steps of `set_key`."""
+    store = DramStore(1, 4096)
+    store.write(0, BlockKey(b"old"), memoryview(bytes(4096)))
+    seen: list[bool] = []
+
+    class Watched(list[int]):
+        def __setitem__(self, slot: object, generation: object) -> None:
+            seen.append(store.holds(0, BlockKey(b"old")))
+            super().__setitem__(slot, generation)  # type: ignore[index,assignment]
+
+    store._generations = Watched(store._generations)
+    store.set_key(0, None)
+    assert seen == [False]
+    store.close()

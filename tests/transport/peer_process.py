@@ -133,6 +133,12 @@ class ReaderSide:
     def close(self) -> bool:
         return self.tier.close(time.monotonic() + 10)
 
+    def fail(self) -> None:
+        """Its thread dies of something that nobody thought of."""
+        self.tier._reader.tick = None  # type: ignore[assignment,method-assign]
+        self.tier._sockets.wake()
+        self.tier._thread.join(30)
+
 
 def main() -> None:
     side: Any = None

@@ -17,10 +17,10 @@ REQUESTS = [
     m.End(b"l" * 16),
 ]
 REPLIES = [
-    m.Welcome(1, b"e", b"meta", 4096, 10, 65536),
+    m.Welcome(1, b"n", b"e", b"meta", 4096, 10, 65536),
     m.Refuse(1, "other_model", "why"),
-    m.Grant(2, b"e", "granted", (0, -1), (1, 0)),
-    m.Verdict(2, b"e", False, "lease_ended"),
+    m.Grant(b"r", 2, b"e", "granted", (0, -1), (1, 0)),
+    m.Verdict(b"r", 2, b"e", False, "lease_ended"),
 ]
 
 

@@ -284,6 +284,19 @@ def test_a_reader_that_is_killed_under_its_read_leaves_nothing(fleet: Fleet) -> 
     fleet.reader.call("watch", port=fleet.port, lease="cd" * 16, wanted=False)
 
 
+@pytest.mark.parametrize("how", ["close", "fail"])
+def test_a_tier_whose_thread_is_gone_refuses_at_once(how: str) -> None:
+    process = PeerProcess("tcp")
+    try:
+        process.call("reader", rows=1, row_bytes=ROW_BYTES, options={})
+        process.call(how)
+        number = process.call("read", port=free_port(), lease="ab" * 16, keys=KEYS[:1], rows=[0])
+        assert process.call("wait", read=number) == ["closed"]
+        assert process.call("close")
+    finally:
+        process.end()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"namespace": "other model"}, "refused"), ({"truncates": True}, "refused")],

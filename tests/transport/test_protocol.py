@@ -116,7 +116,7 @@ def test_without_the_fence_the_same_scene_hands_out_foreign_bytes(monkeypatch: p
 def test_an_answer_to_an_earlier_question_is_no_answer() -> None:
     """A verdict that came before the READ ended says nothing about it."""
     world, number = reading([A])
-    world.reader.receive(PEER, Verdict(number, world.epoch, True), world.now)
+    world.reader.receive(PEER, Verdict(b"reader", number, world.epoch, True), world.now)
     world.obey()
     assert world.asked[number].reasons is None
 
@@ -133,6 +133,81 @@ def test_an_owner_that_was_restarted_has_nothing_of_its_last_run() -> None:
     world.export(LEASE, [A], [3])
     world.settle()
     assert world.asked[again].reasons == (None,)
+
+
+@pytest.mark.parametrize("which", ["owner", "reader"])
+def test_who_was_reset_meets_nobody_who_was_not(which: str) -> None:
+    world = World()
+    world.export(LEASE, [A], [0])
+    first = world.read(LEASE, [A], 8.0)
+    talk(world)
+    if which == "owner":
+        world.owner.isolate(b"new run", NAMESPACE + b"1")
+        world.collect()
+    else:
+        world.reader.isolate(NAMESPACE + b"2")
+        world.obey()
+    assert world.asked[first].reasons is None, "a READ that is under way goes on"
+    land(world)
+    talk(world)
+    assert world.asked[first].reasons == (("restarted",) if which == "owner" else (None,))
+    world.export(OTHER, [B], [1])
+    again = world.read(OTHER, [B], 8.0)
+    world.settle()
+    assert world.asked[again].reasons == ("refused",)
+
+
+def test_a_reset_ends_what_was_asked_before_it() -> None:
+    world = World()
+    world.export(LEASE, [A], [0])
+    number = world.read(LEASE, [A], 8.0)
+    world.deliver_to_owner(0)
+    world.deliver_to_reader(0)
+    world.reader.isolate(NAMESPACE + b"2")
+    world.obey()
+    assert world.asked[number].reasons == ("refused",)
+    talk(world)
+    assert not world.transfers
+
+
+def test_answers_to_another_reader_are_no_answers() -> None:
+    world, number = reading([A])
+    land(world)
+    world.reader.receive(PEER, Verdict(b"another", number, world.epoch, True), world.now)
+    world.obey()
+    assert world.asked[number].reasons is None
+    assert world.reader.counts["nixl_refused_messages", "other_reader"] == 1
+
+
+def test_a_welcome_of_another_namespace_is_no_welcome() -> None:
+    world = World()
+    world.read(LEASE, [A], 8.0)
+    world.reader.receive(PEER, Welcome(1, b"other", world.epoch, b"metadata", 0, 6, ROW_BYTES), world.now)
+    assert not world.reader.take()
+    assert world.reader.counts["nixl_refused_messages", "other_namespace"] == 1
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_read_under_way_keeps_its_memory_when_its_owner_is_another_by_now(is_late: bool) -> None:
+    """The question goes out twice; the first is granted, the second reaches the next run of the owner."""
+    world = World()
+    world.export(LEASE, [A], [0])
+    number = world.read(LEASE, [A], 1.0)
+    world.deliver_to_owner(0)
+    world.deliver_to_reader(0)
+    world.pass_time(0.1)
+    assert len(world.to_owner) == 2, "the question is said again"
+    world.deliver_to_owner(0)
+    world.deliver_to_reader(0)
+    assert len(world.transfers) == 1
+    if is_late:
+        world.pass_time(1.5)
+    world.start_owner()
+    talk(world)  # restarted, says the new run
+    assert world.asked[number].reasons is None, "NIXL still writes to its rows"
+    land(world)
+    talk(world)
+    assert world.asked[number].reasons == ("timeout" if is_late else "restarted",)
 
 
 def test_a_lease_nobody_ever_announces_is_waited_for_a_moment_only() -> None:
@@ -236,7 +311,8 @@ def test_an_answer_that_does_not_fit_the_question_is_a_miss() -> None:
     world.deliver_to_owner(0)
     world.deliver_to_reader(0)
     for slots in ((0, 1), (10**6,)):
-        world.reader.receive(PEER, Grant(number, world.epoch, "granted", slots, (1,) * len(slots)), world.now)
+        grant = Grant(b"reader", number, world.epoch, "granted", slots, (1,) * len(slots))
+        world.reader.receive(PEER, grant, world.now)
         world.obey()
     assert world.asked[number].reasons == ("bad_answer",)
 
@@ -245,14 +321,14 @@ def test_the_owner_does_not_look_outside_its_slots() -> None:
     world = World()
     world.export(LEASE, [A], [0])
     verdict = world.owner.receive(Check(b"r", 1, world.epoch, LEASE, (10**6,), (0,)), 0.0)
-    assert verdict == Verdict(1, world.epoch, False, "garbled")
+    assert verdict == Verdict(b"r", 1, world.epoch, False, "garbled")
 
 
 def test_metadata_that_cannot_be_loaded_refuse_the_peer() -> None:
     world = World()
     number = world.read(LEASE, [A], 8.0)
     world.to_owner.clear()
-    world.reader.receive(PEER, Welcome(1, world.epoch, b"trunc", 0, 6, ROW_BYTES), world.now)
+    world.reader.receive(PEER, Welcome(1, NAMESPACE, world.epoch, b"trunc", 0, 6, ROW_BYTES), world.now)
     world.reader.take()
     world.reader.connected(PEER, world.epoch, "the metadata is truncated", world.now)
     assert [step for step in world.reader.take() if isinstance(step, Finish)] == [Finish(number, ("refused",))]

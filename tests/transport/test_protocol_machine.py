@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dynamo_connectors.blocks import BlockKey
-from tests.transport.world import PEER, ROWS, World
+from tests.transport.world import NAMESPACE, PEER, ROWS, World
 
 KEYS = [BlockKey(b"key%d" % number) for number in range(8)]
 LEASES = [bytes([number]) * 16 for number in range(4)]
@@ -93,6 +93,11 @@ class Fleet(RuleBasedStateMachine):
     def reset(self) -> None:
         self.world.owner.revoke_all()
         self.world.collect()
+
+    @rule()
+    def reset_reader(self) -> None:
+        self.world.reader.isolate(NAMESPACE)
+        self.world.obey()
 
     @rule()
     def restart_owner(self) -> None:

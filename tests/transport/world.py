@@ -80,7 +80,7 @@ class World:
         self.asked: dict[int, Asked] = {}
         self.pinned: dict[bytes, dict[BlockKey, int]] = {}
         self.started_anew = 0
-        self.reader = Reader(Common(b"reader", NAMESPACE, ROW_BYTES, quarantine_bytes))
+        self.reader = Reader(Common(b"reader", NAMESPACE, ROW_BYTES, quarantine_bytes, 0))
         self.start_owner()
 
     def start_owner(self) -> None:

@@ -22,6 +22,8 @@ from vllm.v1.request import Request
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Verdict
 from dynamo_connectors.transport.messages import Request as Message
+from dynamo_connectors.transport.tickets import Ticket
+from dynamo_connectors.vllm.handoff import SIGNATURE
 from tests.transport.peers import Between
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, SimulatedWorker, Truth, ours
 from tests.vllm.version_scenario import engine_config, prompt
@@ -110,7 +112,7 @@ class Fleet:
             self.decode.expect_answer(name)
 
     def through_between(self, ticket: dict[str, Any]) -> dict[str, Any]:
-        return {**ticket, "remote_port": self.between_port}
+        return signed({**ticket, "remote_port": self.between_port})
 
     def settle(self) -> None:
         """Nothing is under way, and no lease is open."""
@@ -135,6 +137,12 @@ class Fleet:
         self.decode.close()
         self.prefill.close()
         self.between.close()
+
+
+def signed(params: dict[str, Any]) -> dict[str, Any]:
+    """As the engine would have signed them."""
+    ticket = Ticket(params["remote_host"], params["remote_port"], bytes.fromhex(params["dynamo_lease"]))
+    return {**params, SIGNATURE: ticket.signature(b"this host alone", params["remote_num_tokens"]).hex()}
 
 
 def hand_over(fleet: Fleet, count: int) -> None:
@@ -197,7 +205,7 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     if fault == "another prompt's ticket":
         through = fleet.through_between(fleet.computed(f"q-{name}", prompt(90_000 + number, 200)))
     elif fault == "ticket of no engine":
-        through["dynamo_lease"] = os.urandom(16).hex()
+        through = signed({**through, "dynamo_lease": os.urandom(16).hex()})
     elif fault == "lease over, slots re-used":
         refill(fleet, ticket)
         for worker in fleet.prefill.workers:
@@ -209,8 +217,6 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
         fleet.between.hook = lambda message: 0 if isinstance(message, kind) else 1
     elif fault == "lossy network":
         fleet.between.hook = lambda message: chance.choice((0, 1, 1, 2))
-    elif fault == "reset of the prefill engine":
-        fleet.prefill.scheduler.reset_prefix_cache(reset_connector=True)
     fleet.decode.ask(name, tokens, ANSWER_TOKENS, through)
     if fault == "client leaves":
         for _ in range(chance.randrange(3)):
@@ -230,7 +236,6 @@ FAULTS = [
     *(f"slots re-used at {kind}" for kind in ("Ask", "Grant", "Check")),
     *(f"silence at {kind}" for kind in ("Ask", "Check", "Verdict")),
     "lossy network",
-    "reset of the prefill engine",
     "client leaves",
 ]
 
@@ -247,6 +252,20 @@ def faults(fleet: Fleet, count: int) -> None:
     assert counts["hit_blocks|peer"], "nothing was ever handed over"
 
 
+def reset(fleet: Fleet) -> None:
+    """Between ticket and reading, and of a request after it: nothing is handed over any more."""
+    tokens = prompt(70_000, 200)
+    ticket = fleet.computed("p-reset", tokens)
+    fleet.prefill.scheduler.reset_prefix_cache(reset_connector=True)
+    fleet.decode.ask("reset", tokens, ANSWER_TOKENS, ticket)
+    fleet.decoded("reset")
+    tokens = prompt(70_001, 200)
+    fleet.decode.take_counts()
+    fleet.decode.ask("after", tokens, ANSWER_TOKENS, fleet.computed("p-after", tokens))
+    fleet.decoded("after")
+    assert not fleet.decode.take_counts()["hit_blocks|peer"], "a reset engine was met"
+
+
 def main(model: str, requests: int) -> None:
     for mode in (Mode("one worker"), Mode("two workers, async scheduling", workers=2, async_scheduling=True)):
         fleet = Fleet(model, mode, 20_000)
@@ -260,6 +279,7 @@ def main(model: str, requests: int) -> None:
     fleet = Fleet(model, Mode("faults"), 300)
     try:
         faults(fleet, requests)
+        reset(fleet)
         fleet.settle()
     finally:
         fleet.close()

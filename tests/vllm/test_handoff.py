@@ -10,23 +10,24 @@ pytest.importorskip("vllm")
 
 from dynamo_connectors.config import PEER
 from dynamo_connectors.transport.tickets import Ticket
-from dynamo_connectors.vllm.handoff import Identity, offered, wants_handoff
+from dynamo_connectors.vllm.handoff import SIGNATURE, Identity, Trust, offered, wants_handoff
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.scheduler import SchedulerHalf
 from tests.vllm.fakes import BLOCK, FakeRequest, end, keep, load, make, offer_all, request
 
-IDENTITY = Identity("engine-p", "10.0.0.7", 5700, 1)
+IDENTITY = Identity("engine-p", "10.0.0.7", 5700, 1, b"secret")
+TRUST = Trust(b"secret", local_only=False)
 
 
 def prefill_half(**chosen: Any) -> SchedulerHalf:
     half, _ = make(**chosen)
-    half.take_role(IDENTITY, reads=False)
+    half.take_role(IDENTITY, None)
     return half
 
 
 def decode_half(**chosen: Any) -> SchedulerHalf:
     half, _ = make(**chosen)
-    half.take_role(None, reads=True)
+    half.take_role(None, TRUST)
     return half
 
 
@@ -54,7 +55,7 @@ def test_the_answer_speaks_the_engines_own_protocol() -> None:
     needed = {"remote_engine_id", "remote_request_id", "remote_host", "remote_port", "remote_block_ids", "tp_size"}
     assert needed <= params.keys()
     assert params["remote_num_tokens"] == 3 * BLOCK
-    offer, problem = offered(params)
+    offer, problem = offered(params, TRUST)
     assert problem == ""
     assert offer is not None
     assert Ticket.decode(offer.ticket) == Ticket("10.0.0.7", 5700, bytes.fromhex(params["dynamo_lease"]))
@@ -136,9 +137,40 @@ def test_what_no_tier_here_holds_comes_from_the_peer() -> None:
 def test_without_a_secret_a_client_cannot_send_this_engine_to_another_host() -> None:
     _, params, _ = prefilled(prefill_half())
     half, _ = make()
-    half.take_role(None, reads=True, local_only=True)
+    half.take_role(None, Trust(b"secret", local_only=True))
     assert half.matched_tokens(decode_request(params), 0) == 0
-    assert half.matched_tokens(FakeRequest("e", request("a", 3).block_hashes, {**params, "remote_host": "::1"}), 0)
+    here = signed({**params, "remote_host": "::1"})
+    assert half.matched_tokens(FakeRequest("e", request("a", 3).block_hashes, here), 0)
+
+
+def signed(params: dict[str, Any]) -> dict[str, Any]:
+    """As the engine that `params` name would have signed them."""
+    ticket = Ticket(params["remote_host"], params["remote_port"], bytes.fromhex(params["dynamo_lease"]))
+    return {**params, SIGNATURE: ticket.signature(b"secret", params["remote_num_tokens"]).hex()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {SIGNATURE: None},
+        {SIGNATURE: "00" * 32},
+        {SIGNATURE: "\udc80"},
+        {"remote_host": "10.0.0.8"},
+        {"remote_port": 5701},
+        {"remote_num_tokens": 2 * BLOCK},
+        {"dynamo_lease": "ab" * 16},
+    ],
+)
+def test_a_client_cannot_send_this_engine_anywhere_with_a_ticket_of_its_own(change: dict[str, Any]) -> None:
+    _, params, _ = prefilled(prefill_half())
+    half = decode_half()
+    what = decode_request({**params, **change})
+    half.new_request(what)
+    assert half.matched_tokens(what, 0) == 0
+    assert not half.plan(is_idle=True).watch, "nobody is met for it"
+    counts = half.take_counts()
+    assert counts["nixl_refused_messages", "unsigned_ticket"] == 1
+    assert counts["ignored_hints", ""] == 1
 
 
 def test_a_hand_off_that_fails_is_not_tried_again() -> None:
@@ -164,6 +196,29 @@ def test_a_request_that_leaves_before_its_turn_lets_go() -> None:
     assert half.plan(is_idle=True).unwatch == watched
 
 
+def test_a_request_that_takes_nothing_lets_go() -> None:
+    _, params, _ = prefilled(prefill_half())
+    half = decode_half()
+    what = decode_request(params)
+    half.new_request(what)
+    watched = half.plan(is_idle=True).watch
+    half.after_alloc(what, [[10, 11, 12]], 0)
+    assert half.plan(is_idle=False).unwatch == watched
+
+
+def test_a_reset_lets_go_of_what_queued_requests_were_offered() -> None:
+    """It was computed with the weights of before, as far as anybody knows."""
+    _, params, _ = prefilled(prefill_half())
+    half = decode_half()
+    what = decode_request(params)
+    half.new_request(what)
+    watched = half.plan(is_idle=True).watch
+    assert half.matched_tokens(what, 0) == 3 * BLOCK
+    assert half.reset()
+    assert half.plan(is_idle=True).unwatch == watched
+    assert half.matched_tokens(what, 0) == 0
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -172,7 +227,9 @@ def test_a_request_that_leaves_before_its_turn_lets_go() -> None:
         {"dynamo_lease": "ab"},
         {"remote_host": "a b\n"},
         {"remote_host": None},
+        {"remote_host": "10.0.0.7\n"},
         {"remote_port": 0},
+        {"remote_port": 1 << 70},
         {"remote_port": "5700"},
         {"remote_num_tokens": -1},
         {"remote_num_tokens": True},
