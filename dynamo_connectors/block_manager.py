@@ -211,16 +211,16 @@ class BlockManager:
         """Copies to start now, by jobs: see `cascade.jobs_of`. Each one goes back through `end_move`."""
         return self._cascade.take()
 
-    def end_move(self, move: Move, ok: bool, damaged: bool = False, spoils: bool = False) -> None:
+    def end_move(self, move: Move, ok: bool, damaged: bool = False, sent: bool = False) -> None:
         """`damaged`: the source gave wrong bytes, or lost them for good; it is never served again.
 
-        `spoils`: it failed, but may have left bytes in the target, which are erased.
+        `sent`: it may have left bytes in the target; they are erased if the target is not filled in the end.
         """
         if damaged:
             is_up = move.target_tier == self._stack.first.name
             name = move.chunk if is_up and move.chunk is not None else move.key
             self._discard_damaged(self._stack.by_name[move.source_tier], name, move.source_slot)
-        arrived = self._cascade.end(move, ok and not damaged, spoils)
+        arrived = self._cascade.end(move, ok and not damaged, sent)
         if arrived is not None:
             self._arrived(*arrived)
         elif move.target_tier == self._stack.first.name:

@@ -76,7 +76,7 @@ class _Fill:
     moves_left: int
     reason: str | None = None
     #: Some of its bytes may lie in the target.
-    is_spoilt: bool = False
+    is_sent: bool = False
 
 
 class Cascade:
@@ -167,10 +167,10 @@ class Cascade:
                 started += self._start_down(down)
         return started
 
-    def end(self, move: Move, ok: bool, spoils: bool = False) -> tuple[BlockKey, BlockKey | None] | None:
+    def end(self, move: Move, ok: bool, sent: bool = False) -> tuple[BlockKey, BlockKey | None] | None:
         """Returns the block that can be read from the first tier now, with its parent, if there is one.
 
-        `spoils`: though it failed, its bytes may have come to the target.
+        `sent`: bytes of it may lie in the target because of it. A copy that found them there already has sent none.
         """
         self._moves.remove(move)
         source, target = self._stack.by_name[move.source_tier], self._stack.by_name[move.target_tier]
@@ -182,7 +182,7 @@ class Cascade:
         name = move.chunk if is_up and move.chunk is not None else move.key
         if source.index.slot_of(name) != move.source_slot:
             fill.reason = fill.reason or "source_gone"
-        fill.is_spoilt |= ok or spoils
+        fill.is_sent |= sent
         if not ok:
             fill.reason = "move_failed"
         source.index.unpin(move.source_slot, fill.above[0 if is_up else move.row])
@@ -190,7 +190,7 @@ class Cascade:
             return None
         del self._fills[target.name, move.target_slot]
         if fill.reason is not None:
-            if fill.is_spoilt:
+            if fill.is_sent:
                 self._stack.spoil(target, move.target_slot, fill.blocks[-1])
             else:
                 target.index.abort(move.target_slot)

@@ -97,8 +97,12 @@ class Moved(NamedTuple):
 
 @dataclass(frozen=True)
 class JobReport:
-    """The end of a job. Keys in `failed` gave no bytes, each with a reason fit for a metric label."""
+    """The end of a job. Keys in `failed` gave no bytes, each with a reason fit for a metric label.
+
+    `sent`: it moved blocks down, and bytes of it may lie in that tier, however it ended.
+    """
 
     job_id: int
     failed: Mapping[BlockKey, str]
     moved: tuple[Moved, ...] = ()
+    sent: bool = False

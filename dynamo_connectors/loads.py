@@ -65,8 +65,9 @@ class LoadFromBelow:
         for first in range(0, len(rows), MOST_ROWS):
             items, part = waiting[first : first + MOST_ROWS], rows[first : first + MOST_ROWS]
             places = [Place(item.key, item.slot, item.chunk, item.row) for item in items[: len(part)]]
-            for positions, outcome in self._tier.read(places, [self._staging.view(row) for row in part]):
-                self._reads[outcome] = _Read([items[at] for at in positions], [part[at] for at in positions])
+            for batch in self._tier.read(places, [self._staging.view(row) for row in part]):
+                read = _Read([items[at] for at in batch.positions], [part[at] for at in batch.positions])
+                self._reads[batch.outcome] = read
         return len(rows)
 
     def _finish(self, done: set[Future[Sequence[StoreError | None]]], failed: dict[BlockKey, str]) -> int:

@@ -68,6 +68,7 @@ class _Outcome:
 
     failed: dict[BlockKey, str] = field(default_factory=dict)
     moved: list[Moved] = field(default_factory=list)
+    sent: bool = False
 
     def note_move(self, tier: str, blocks: int, row_bytes: int, started: float) -> None:
         if blocks:
@@ -175,10 +176,11 @@ class TransferEngine:
         except BaseException:
             # The boundary of a background task: whatever went wrong, the blocks are a miss and the engine recomputes.
             log.exception("dynamo: %s %d failed; its blocks are treated as a miss", type(job).__name__, job.job_id)
-            outcome = _Outcome(dict.fromkeys(_keys_of(job), "internal_error"))
+            # Nobody knows how far it came.
+            outcome = _Outcome(dict.fromkeys(_keys_of(job), "internal_error"), sent=isinstance(job, MoveJob))
         with self._lock:
             self._unreported -= 1
-        self._reports.put(JobReport(job.job_id, outcome.failed, tuple(outcome.moved)))
+        self._reports.put(JobReport(job.job_id, outcome.failed, tuple(outcome.moved), outcome.sent))
 
     # -- between HBM and host memory ------------------------------------------------------------------------------
     def _store(self, job: StoreJob, fence: ComputeFence) -> _Outcome:
@@ -268,6 +270,7 @@ class _Move:
         self._outcome = _Outcome()
         self._started = time.monotonic()
         self._lock = threading.Lock()
+        self._batches: Sequence[Batch] = ()
         self._open_batches = 0
         self._good = 0
 
@@ -291,7 +294,7 @@ class _Move:
         self._await(items, self._below.read(places, rows))
 
     def _await(self, items: Sequence[MoveItem], batches: Sequence[Batch]) -> None:
-        self._open_batches = len(batches)
+        self._batches, self._open_batches = batches, len(batches)
         if not batches:
             self._ended.set_result(self._outcome)
         for batch in batches:
@@ -310,6 +313,7 @@ class _Move:
             self._open_batches -= 1
             if self._open_batches:
                 return
+        self._outcome.sent = not going_up and any(batch.sent() for batch in self._batches)
         tier = self._job.source_tier if going_up else self._job.target_tier
         self._outcome.note_move(tier, self._good, self._dram.row_bytes, self._started)
         self._ended.set_result(self._outcome)

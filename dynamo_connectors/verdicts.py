@@ -1,4 +1,4 @@
-"""What the reason of a failure says about the bytes: whether a block is lost, and whether a write left some. Pure."""
+"""What the reason of a failure says about the bytes: whether a block is lost, or only not to be had now. Pure."""
 
 from __future__ import annotations
 
@@ -29,19 +29,16 @@ _PASSING = frozenset(
 )
 
 
-#: A write that failed so has put nothing into an object store.
-_NOT_SENT = frozenset(
-    {"closed", "forbidden", "forgotten", "no_bucket", "no_tier", "not_whole", "tier_off", "upload_backlog", "wrong_key"}
-)
-
-
-def may_have_been_sent(reason: str) -> bool:
-    return reason not in _NOT_SENT
-
-
 def is_damage(reason: str) -> bool:
     return reason not in _PASSING
 
 
 def damaged(failed: Mapping[BlockKey, str]) -> set[BlockKey]:
     return {key for key, reason in failed.items() if is_damage(reason)}
+
+
+def add_failures(failed: dict[BlockKey, str], more: Mapping[BlockKey, str]) -> None:
+    """Joins what two workers say of one job: a block that is damaged on one of them is damaged."""
+    for key, reason in more.items():
+        if is_damage(reason) or not is_damage(failed.get(key, reason)):
+            failed[key] = reason

@@ -19,7 +19,7 @@ from dynamo_connectors.sglang.page_io import Page, ReadableStore
 from dynamo_connectors.tiers.base import Place
 from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.object import ObjectStats, ObjectStore
-from dynamo_connectors.verdicts import is_damage, may_have_been_sent
+from dynamo_connectors.verdicts import is_damage
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Offloaded(NamedTuple):
     ok: bool
     seconds: float = 0.0
     damaged: BlockKey | None = None
-    #: It failed, but the store may hold the object.
-    spoils: bool = False
+    #: However it ended, the store may hold the object because of it.
+    sent: bool = False
 
 
 class Lower(Protocol):
@@ -153,8 +153,8 @@ class ObjectTier:
         places = [Place(move.key, move.target_slot, move.chunk, move.row) for move in ordered]
         for batch in self._store.write(places, rows):
             batch.outcome.add_done_callback(
-                lambda outcome: ended(
-                    Offloaded(moves, _all_well(outcome), self._clock() - started, spoils=_may_lie_there(outcome))
+                lambda outcome, sent=batch.sent: ended(  # type: ignore[misc]
+                    Offloaded(moves, _all_well(outcome), self._clock() - started, sent=sent())
                 )
             )
 
@@ -175,9 +175,3 @@ def _wait(outcome: Future[Sequence[StoreError | None]], seconds: float, blocks: 
 
 def _all_well(outcome: Future[Sequence[StoreError | None]]) -> bool:
     return not outcome.cancelled() and outcome.exception() is None and not any(outcome.result())
-
-
-def _may_lie_there(outcome: Future[Sequence[StoreError | None]]) -> bool:
-    if outcome.cancelled() or outcome.exception() is not None:
-        return True
-    return any(error is not None and may_have_been_sent(error.reason) for error in outcome.result())

@@ -337,7 +337,7 @@ class PageStore:
     def _moved_down(self, offloaded: Offloaded) -> None:
         with self._lock:
             for move in offloaded.moves:
-                self._manager.end_move(move, offloaded.ok, move.key == offloaded.damaged, offloaded.spoils)
+                self._manager.end_move(move, offloaded.ok, move.key == offloaded.damaged, offloaded.sent)
             moved = len(offloaded.moves) if offloaded.ok else 0
             self._lowered_pages += moved
             self._tell_changes()

@@ -5,7 +5,7 @@ In vLLM the scheduler owns the index and each worker owns a store; in SGLang one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
@@ -44,11 +44,19 @@ class Place(NamedTuple):
     row: int = 0
 
 
+def _always() -> bool:
+    return True
+
+
 class Batch(NamedTuple):
-    """Blocks that one request moves. `outcome` says for each of `positions` why it failed, or None."""
+    """Blocks that one request moves. `outcome` says for each of `positions` why it failed, or None.
+
+    `sent`, of a write, says once the outcome is there whether bytes of it may lie in the tier, however it ended.
+    """
 
     positions: Sequence[int]
     outcome: Future[Sequence[StoreError | None]]
+    sent: Callable[[], bool] = _always
 
 
 class LowerTier(Protocol):

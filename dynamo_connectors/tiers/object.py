@@ -30,6 +30,8 @@ Outcome: TypeAlias = "Future[Sequence[StoreError | None]]"
 #: No request waits for an upload, but host memory stays pinned for it.
 _UPLOAD_SECONDS = 15.0
 _UPLOADS_AT_ONCE = 4
+#: What a store says that has kept nothing of an upload; after any other failure it may have.
+_REFUSALS = ("forbidden", "no_bucket")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class ObjectStats:
     queued_bytes: int
     circuits_opened: int
     failures: Mapping[str, int]
+
+
+@dataclass
+class _Upload:
+    """One object on its way to the store, which may hold it because of us once it `is_sent`."""
+
+    chunk: BlockKey
+    keys: Sequence[BlockKey]
+    rows: Sequence[Buffer]
+    is_sent: bool = False
 
 
 class ObjectStore:
@@ -99,18 +111,17 @@ class ObjectStore:
         """Stores all rows of one chunk, in order, as one object."""
         names = {self._object_of(place) for place in places}
         is_whole = [place.row for place in places] == list(range(self.chunk_blocks)) and len(names) == 1
-        chunk = names.pop() if names else None
         outcome: Outcome
-        if chunk is None or not is_whole:
+        upload = _Upload(names.pop() if names else BlockKey(b""), [place.key for place in places], rows)
+        if not is_whole:
             # A row of it was lost on the way: nobody could read the rest.
             outcome = self._refused(StoreError("not_whole", "an object is written whole or not at all"), len(places))
         elif (error := self._take_queue_space()) is not None:
             outcome = self._refused(error, len(places))
         else:
-            keys = [place.key for place in places]
-            outcome = self._start(partial(self._write, chunk, keys, rows), len(places))
+            outcome = self._start(partial(self._write, upload), len(places))
             outcome.add_done_callback(lambda _: self._give_queue_space())
-        return [Batch(range(len(places)), outcome)]
+        return [Batch(range(len(places)), outcome, lambda: upload.is_sent)]
 
     def erase(self, chunks: Sequence[BlockKey]) -> Outcome:
         """Removes objects. The outcome comes when they are gone, which takes as long as the service is dead."""
@@ -223,30 +234,35 @@ class ObjectStore:
         with self._lock:
             self._read_bytes += len(rows) * self.row_bytes
 
-    async def _write(self, chunk: BlockKey, keys: Sequence[BlockKey], rows: Sequence[Buffer], outcome: Outcome) -> None:
-        requests, name = self._requests, object_format.object_name(chunk)
+    async def _write(self, upload: _Upload, outcome: Outcome) -> None:
+        requests = self._requests
         try:
             async with self._upload_places:
                 if not _claim(outcome):
                     return
-                upload = partial(self._upload, name, keys, rows)
-                written_bytes = await requests.request(requests.writes, upload, _UPLOAD_SECONDS)
+                send = partial(self._send, upload)
+                written_bytes = await requests.request(requests.writes, send, _UPLOAD_SECONDS)
         except StoreError as error:
             requests.count(error.reason)
             raise
         with self._lock:
             self._written_bytes += written_bytes
 
-    async def _upload(self, name: str, keys: Sequence[BlockKey], rows: Sequence[Buffer]) -> int:
+    async def _send(self, upload: _Upload) -> int:
         """Bytes sent. One request to the circuit: that an object is not there yet says nothing about writing it."""
-        requests = self._requests
+        requests, name = self._requests, object_format.object_name(upload.chunk)
         # Another replica's, or ours from before a restart: the name says that it is as good.
         if await requests.client.size_of(name) == self.object_bytes:
             return 0
         requests.refuse_after_end()
-        body = object_format.encode(self._namespace, keys, rows, self.row_bytes)
+        body = object_format.encode(self._namespace, upload.keys, upload.rows, self.row_bytes)
         requests.refuse_after_end()
-        await requests.client.put(name, body)
+        upload.is_sent = True
+        try:
+            await requests.client.put(name, body)
+        except StoreError as error:
+            upload.is_sent = error.reason not in _REFUSALS
+            raise
         return len(body)
 
 

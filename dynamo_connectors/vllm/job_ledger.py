@@ -21,6 +21,7 @@ from dynamo_connectors.jobs import (
     StoreItem,
     StoreJob,
 )
+from dynamo_connectors.verdicts import add_failures
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 
 
@@ -39,6 +40,8 @@ class Running:
     #: Nobody waits for its end.
     is_patient: bool = False
     moved: list[Moved] = field(default_factory=list)
+    #: Bytes of `moves` may lie in their target, on at least one worker.
+    is_sent: bool = False
     #: The request that waits for `loads`.
     loading: str | None = None
 
@@ -122,7 +125,8 @@ class JobLedger:
         """The jobs that every worker has ended now."""
         for job_id, ended in reports.ended.items():
             job = self._jobs[job_id]
-            job.failed.update(reports.failed.get(job_id, {}))
+            add_failures(job.failed, reports.failed.get(job_id, {}))
+            job.is_sent |= job_id in reports.sent
             job.moved += reports.moved.get(job_id, ())
             job.workers_left -= ended
             if job.workers_left <= 0:

@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.jobs import EraseJob, ExportJob, JobReport, LoadJob, Moved, MoveJob, StoreJob
+from dynamo_connectors.verdicts import add_failures
 from dynamo_connectors.vllm.recovery import Finds, in_common
 
 
@@ -38,7 +39,7 @@ class WorkerReports(KVConnectorWorkerMetadata):
 
     #: job id -> number of workers that ended it.
     ended: dict[int, int] = field(default_factory=dict)
-    #: job id -> the keys that failed on at least one worker, with one reason each.
+    #: job id -> the keys that failed on at least one worker, with the worst reason that one gave.
     failed: dict[int, dict[BlockKey, str]] = field(default_factory=dict)
     #: job id -> what each worker moved and how long that took.
     moved: dict[int, tuple[Moved, ...]] = field(default_factory=dict)
@@ -46,6 +47,8 @@ class WorkerReports(KVConnectorWorkerMetadata):
     finds: Finds = field(default_factory=dict)
     #: Tier -> bytes a second that the slowest worker measured at start-up.
     rates: dict[str, float] = field(default_factory=dict)
+    #: Jobs of which bytes may lie in the tier that they moved blocks to, on at least one worker.
+    sent: set[int] = field(default_factory=set)
 
     @classmethod
     def of(
@@ -57,6 +60,7 @@ class WorkerReports(KVConnectorWorkerMetadata):
             moved={report.job_id: report.moved for report in reports if report.moved},
             finds=finds or {},
             rates=rates or {},
+            sent={report.job_id for report in reports if report.sent},
         )
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReports:
@@ -67,11 +71,11 @@ class WorkerReports(KVConnectorWorkerMetadata):
             ended[job_id] = ended.get(job_id, 0) + count
         failed = {job_id: dict(keys) for job_id, keys in self.failed.items()}
         for job_id, keys in other.failed.items():
-            failed.setdefault(job_id, {}).update(keys)
+            add_failures(failed.setdefault(job_id, {}), keys)
         moved = dict(self.moved)
         for job_id, parts in other.moved.items():
             moved[job_id] = moved.get(job_id, ()) + parts
         rates = {**other.rates, **self.rates}
         for tier in self.rates.keys() & other.rates.keys():
             rates[tier] = min(self.rates[tier], other.rates[tier])
-        return WorkerReports(ended, failed, moved, in_common(self.finds, other.finds), rates)
+        return WorkerReports(ended, failed, moved, in_common(self.finds, other.finds), rates, self.sent | other.sent)

@@ -17,7 +17,7 @@ from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index_stats import IndexStats
 from dynamo_connectors.transport.messages import LEASE_BYTES
-from dynamo_connectors.verdicts import is_damage, may_have_been_sent
+from dynamo_connectors.verdicts import is_damage
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.groups import Chains
@@ -235,7 +235,8 @@ class SchedulerHalf:
             live = Live(request, chains, hints, [0] * len(geometry.groups))
             if self._trust is not None:
                 live.offer, problem = offered(request.kv_transfer_params, self._trust)
-                self._counts["nixl_refused_messages", "unsigned_ticket"] += problem == UNSIGNED
+                if problem == UNSIGNED:
+                    self._counts["nixl_refused_messages", "unsigned_ticket"] += 1
                 if problem:
                     log.warning("dynamo: request %s: %s", request.request_id, problem)
                     self._counts["ignored_hints", ""] += 1
@@ -278,8 +279,7 @@ class SchedulerHalf:
             # A write that failed says nothing about what was to be written.
             damaged = reason is not None and (is_damage(reason) if going_up else reason == "wrong_key")
             # Where several workers write, one may have stored its part of what the others lost.
-            spoils = reason is not None and (self._limits.num_workers > 1 or may_have_been_sent(reason))
-            self._manager.end_move(move, reason is None, damaged, spoils and not going_up)
+            self._manager.end_move(move, reason is None, damaged, sent=job.is_sent)
             if reason is None:
                 what = "prefetched_blocks" if going_up else "offloaded_blocks"
                 self._counts[what, move.target_tier] += 1

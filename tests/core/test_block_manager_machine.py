@@ -155,7 +155,7 @@ class BlockManagerMachine(RecordingMachine):
             assert self.uses[item.key] >= shape.min_touches, f"{item} was not used often enough"
 
     @precondition(lambda self: self.moves)
-    @rule(data=st.data(), how=st.sampled_from(["ok", "ok", "ok", "failed", "spoils", "damaged"]))
+    @rule(data=st.data(), how=st.sampled_from(["ok", "ok", "ok", "was there", "failed", "half sent", "damaged"]))
     def end_move(self, data: st.DataObject, how: str) -> None:
         self.end_move_at(data.draw(st.integers(0, len(self.moves) - 1)), how)
 
@@ -169,10 +169,11 @@ class BlockManagerMachine(RecordingMachine):
             self.damage(source)
         _, content = self.moves.pop(place)
         rows = list(self.bytes_in[target])
-        rows[0 if is_up else move.row] = content[move.row if is_up else 0] if how == "ok" else None
+        is_good = how in ("ok", "was there")
+        rows[0 if is_up else move.row] = content[move.row if is_up else 0] if is_good else None
         self.bytes_in[target] = tuple(rows)
         is_last = target not in [(other.target_tier, other.target_slot) for other, _ in self.moves]
-        self.manager.end_move(move, how == "ok", damaged=how == "damaged", spoils=how == "spoils")
+        self.manager.end_move(move, is_good, damaged=how == "damaged", sent=how in ("ok", "half sent"))
         if is_last and target[0] == OBJECT:
             self.wrote_chunk(target, move.chunk or move.key)
 

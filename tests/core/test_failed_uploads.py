@@ -18,7 +18,7 @@ def test_what_a_failed_upload_may_have_left_is_erased(is_reset: bool) -> None:
     if is_reset:
         manager.clear()
     for move in first:
-        manager.end_move(move, ok=False, spoils=move.row == 1)
+        manager.end_move(move, ok=False, sent=move.row == 1)
     for move in second:
         manager.end_move(move, ok=False)
     manager.check()
@@ -38,7 +38,7 @@ def test_a_store_that_erases_nothing_does_not_fill_up_with_what_failed() -> None
     request(manager, CHAIN)
     manager.offload(CHAIN)
     for move in manager.take_moves():
-        manager.end_move(move, ok=False, spoils=True)
+        manager.end_move(move, ok=False, sent=True)
     manager.check()
     assert manager.stats()[STORE].evicting_blocks == 2 * 2
     assert manager.stats()[STORE].filling_blocks == 0

@@ -112,7 +112,10 @@ def test_a_cancelled_read_leaves_its_buffers_alone(tier: LowerTier) -> None:
     given_up = [at for batch in reads if batch.outcome.cancel() for at in batch.positions]
     as_they_were = [bytes(into[at]) for at in given_up]
     again = buffers(BLOCKS, ROW)
-    assert errors_of(tier.read(PLACES, again), BLOCKS) == [None] * BLOCKS
+    # On a slow machine several were given up in a row, for which an object store is left alone for a second.
+    while "tier_off" in (errors := errors_of(tier.read(PLACES, again), BLOCKS)):
+        time.sleep(0.1)
+    assert errors == [None] * BLOCKS
     assert again == ROWS
     assert [bytes(into[at]) for at in given_up] == as_they_were
     for batch in reads:

@@ -195,32 +195,6 @@ def test_a_chunk_that_is_complete_after_its_request_goes_on_to_the_object_store(
     half.check()
 
 
-@pytest.mark.parametrize(
-    ("workers", "reason", "is_erased"), [(2, "tier_off", True), (1, "timeout", True), (1, "tier_off", False)]
-)
-def test_an_object_that_may_lie_in_the_store_without_being_known_is_erased(
-    workers: int, reason: str, is_erased: bool
-) -> None:
-    """One of several workers may have stored its shard; a store may have taken what it did not confirm in time."""
-    half, _ = make(objects=4, workers=workers)
-    what = request("a", 2)
-    plan = offer_all(half, what, [1, 2])
-    for _ in range(workers):
-        end(half, plan)
-    half.finished(what, [[1, 2]], 2 * BLOCK)
-    upload = half.plan(is_idle=True)
-    (job,) = upload.moves
-    for worker in range(workers):
-        lost = {job.job_id: dict.fromkeys(what.block_hashes, reason)}
-        end(half, upload, lost if worker == workers - 1 else {})
-    erasures = half.plan(is_idle=True)
-    assert [erasure.chunks for erasure in erasures.erasures] == [(what.block_hashes[1],)] * is_erased
-    for _ in range(workers):
-        end(half, erasures)
-    assert half.tier_stats()["object_store"].evicting_blocks == 0
-    half.check()
-
-
 def test_host_memory_smaller_than_one_prompt_keeps_its_head_and_holds_nothing() -> None:
     half, holds = make(dram=2, disk=8)
     what = request("a", 5)
