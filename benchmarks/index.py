@@ -43,7 +43,7 @@ def filled(policy: str, capacity: int, blocks: int) -> TierIndex:
         assert slot is not None
         index.commit(slot)
         if number % 2:
-            index.use(key)
+            index.use_all([key])
         index.take_evicted()
     return index
 

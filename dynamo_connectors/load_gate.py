@@ -45,8 +45,6 @@ class Line:
         self._expected_slope: float | None = None
         self.latency = 0.0
         self.slope = 0.0
-        #: Whether the samples tell a latency from a rate.
-        self.tells_apart = False
 
     @property
     def is_known(self) -> bool:
@@ -70,20 +68,28 @@ class Line:
     def has_samples(self) -> bool:
         return bool(self._samples)
 
+    @property
+    def tells_apart(self) -> bool:
+        """Whether the samples tell a latency from a rate."""
+        return len(self._slopes()) >= LEAST_SAMPLES
+
     def learn(self, size: float, seconds: float) -> None:
         self._samples.append((size, seconds))
         # With sizes all alike, everything is slope.
         self.slope = median(seconds / size for size, seconds in self._samples)
-        least = _APART * max(size for size, _ in self._samples)
-        slopes = [
+        slopes = self._slopes()
+        if len(slopes) >= LEAST_SAMPLES:
+            self.slope = min(self.slope, max(0.0, median(slopes)))
+        self.latency = max(0.0, median(seconds - self.slope * size for size, seconds in self._samples))
+
+    def _slopes(self) -> list[float]:
+        """Between the samples that are far enough apart."""
+        least = _APART * max((size for size, _ in self._samples), default=0.0)
+        return [
             (one[1] - two[1]) / (one[0] - two[0])
             for one, two in combinations(self._samples, 2)
             if abs(one[0] - two[0]) >= least
         ]
-        self.tells_apart = len(slopes) >= LEAST_SAMPLES
-        if self.tells_apart:
-            self.slope = min(self.slope, max(0.0, median(slopes)))
-        self.latency = max(0.0, median(seconds - self.slope * size for size, seconds in self._samples))
 
 
 class LoadGate:

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 _THREADS = 2
 #: The store ends its requests in time by itself, and counts them; this is for a thread that is late.
 _SLACK_SECONDS = 0.5
-#: A detach, or a server that stops, waits no longer for requests to hang up.
-_CLOSE_SECONDS = 5.0
 
 
 class Offloaded(NamedTuple):
@@ -55,7 +53,7 @@ class Lower(Protocol):
     def take_listed(self) -> list[tuple[int, BlockKey]]: ...
     def stats(self) -> ObjectStats: ...
     def forget(self) -> None: ...
-    def close(self) -> None: ...
+    def close(self, deadline: float) -> None: ...
 
 
 class ObjectTier:
@@ -125,11 +123,12 @@ class ObjectTier:
     def forget(self) -> None:
         self._store.forget()
 
-    def close(self) -> None:
-        """Drops what waits or runs. Idempotent."""
-        self._io.stop(time.monotonic() + _CLOSE_SECONDS)
-        if not self._store.close(self._clock() + _CLOSE_SECONDS):
-            logger.warning("dynamo: the object store is still busy; its thread is left to end by itself")
+    def close(self, deadline: float) -> None:
+        """Drops what waits or runs, and waits for its threads until `deadline` (of `time.monotonic`). Idempotent."""
+        # First: who reads a chunk back from the disk is told that nobody takes it.
+        has_ended = self._store.close(deadline)
+        if not (self._io.stop(deadline) and has_ended):
+            logger.warning("dynamo: the object store is still busy; its threads are left to end by themselves")
 
     def check(self) -> None:
         self._store.check()

@@ -28,8 +28,8 @@ from dynamo_connectors.verdicts import damaged
 logger = logging.getLogger(__name__)
 
 _store_numbers = itertools.count(1)
-#: What the last checkpoint may take after that.
-_LEAST_CLOSE_SECONDS = 1.0
+#: Of the time that closing may take: until then transfers end, and then the tier below; the rest is for the checkpoint.
+_TRANSFERS_SHARE, _LOWER_SHARE = 0.6, 0.8
 
 
 class LastingStore(TierStore, Protocol):
@@ -269,21 +269,22 @@ class PageStore:
                 store=self._number,
             )
 
-    def close(self) -> None:
-        """Waits for transfers in flight, then gives everything back. Idempotent.
+    def close(self, deadline: float | None = None) -> None:
+        """Waits for transfers in flight, then gives everything back, by `deadline` (of `time.monotonic`). Idempotent.
 
         A disk that hangs keeps its threads, not the caller.
         """
         with self._lock:
             self._is_open = False
-        deadline = time.monotonic() + page_io.CLOSE_SECONDS
-        has_ended = self._mover.close(deadline)
+        begun = time.monotonic()
+        deadline = begun + page_io.CLOSE_SECONDS if deadline is None else max(begun, deadline)
+        has_ended = self._mover.close(begun + _TRANSFERS_SHARE * (deadline - begun))
         if self._lower is not None:
-            self._lower.close()
+            self._lower.close(begun + _LOWER_SHARE * (deadline - begun))
         # On a thread of its own: the last checkpoint is a write like any other.
         closer = threading.Thread(target=self._store.close, name="dynamo-kvbm-close", daemon=True)
         closer.start()
-        closer.join(max(_LEAST_CLOSE_SECONDS, deadline - time.monotonic()))
+        closer.join(max(0.0, deadline - time.monotonic()))
         if closer.is_alive() or not has_ended:
             logger.error("dynamo: the disk of tier %s does not answer; it is left as it is", self._name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from dynamo_connectors.blocks import BlockKey, Namespace
 from dynamo_connectors.config import GIGABYTE, NVME_SSD, KvbmConfig
 from dynamo_connectors.errors import ConfigError, UnsupportedLayoutError
+from dynamo_connectors.sglang import page_io
 from dynamo_connectors.sglang.host_pages import layout_fingerprint
 from dynamo_connectors.sglang.object_tier import ObjectTier
 from dynamo_connectors.sglang.page_io import Page
@@ -45,7 +47,7 @@ class Pages(Protocol):
     def clear(self) -> None: ...
     def counts(self) -> PageCounts: ...
     def lower_counts(self) -> dict[str, PageCounts]: ...
-    def close(self) -> None: ...
+    def close(self, deadline: float | None = None) -> None: ...
     def check(self) -> None: ...
 
 
@@ -110,12 +112,24 @@ class PoolSet:
         return True
 
     def close(self) -> None:
-        """Ends transfers in flight and lets the slabs go; they stay for the next engine. Idempotent."""
+        """Ends transfers in flight and lets the slabs go; they stay for the next engine. Idempotent.
+
+        Within `page_io.CLOSE_SECONDS`, however many of its disks and stores hang.
+        """
         with self._lock:
             closed, self._pages = self._pages, {}
-        for name, pages in closed.items():
-            counts = pages.counts()
-            pages.close()
+        counted = {name: pages.counts() for name, pages in closed.items()}
+        deadline = time.monotonic() + page_io.CLOSE_SECONDS
+        # At the same time: disks that hang shall not add up.
+        closers = [
+            threading.Thread(target=pages.close, args=(deadline,), name="dynamo-kvbm-close", daemon=True)
+            for pages in closed.values()
+        ]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join()
+        for name, counts in counted.items():
             logger.info(
                 "dynamo: nvme_ssd tier closed (pool %s): %d pages written, %d read, dropped %s, failed to load %s",
                 name,

@@ -95,10 +95,10 @@ class SharedPages:
     def lower_counts(self) -> dict[str, PageCounts]:
         return {}
 
-    def close(self) -> None:
+    def close(self, deadline: float | None = None) -> None:
         with self._lock:
             self._serves = False
-        self._mover.close(time.monotonic() + page_io.CLOSE_SECONDS)
+        self._mover.close(time.monotonic() + page_io.CLOSE_SECONDS if deadline is None else deadline)
         self._slabs.close()
 
     def check(self) -> None:

@@ -211,7 +211,7 @@ class TierIndex:
         self._order.add_all(free)
 
     def use_all(self, keys: Iterable[BlockKey]) -> None:
-        """`use` of each of `keys`: the last one becomes the newest."""
+        """One more request uses each of `keys` that is known here: the last one becomes the newest."""
         ready, filling, touches, slots = self._ready, self._filling, self._touches, []
         for key in keys:
             slot = ready.get(key)
@@ -223,11 +223,6 @@ class TierIndex:
                 touches[slot] += 1
             slots.append(slot)
         self._order.use_all(slots)
-
-    def use(self, key: BlockKey) -> int:
-        """One more request uses `key`: just used. Returns how many have by now, 0 when the block is not known here."""
-        self.use_all((key,))
-        return self.touches(key)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Marks a chain as just used, its head last, so that tails are evicted before the heads they hang on."""

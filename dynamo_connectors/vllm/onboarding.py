@@ -9,11 +9,13 @@ from operator import attrgetter
 from dynamo_connectors.block_manager import BlockManager, Source
 from dynamo_connectors.config import PEER
 from dynamo_connectors.verdicts import damaged
-from dynamo_connectors.vllm.compat import NULL_BLOCK_ID
+from dynamo_connectors.vllm.compat import NULL_BLOCK_ID, engine_logger
 from dynamo_connectors.vllm.handoff import Reach
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 from dynamo_connectors.vllm.live import Gate, Limits, Live, Tables
 from dynamo_connectors.vllm.sharing import SharedLoads
+
+log = engine_logger(__name__)
 
 
 class Onboarding:
@@ -63,7 +65,7 @@ class Onboarding:
         sources: list[Source] = []
         blocks: list[int] = []
         missing: list[int] = []
-        total = live.local_tokens + external_tokens
+        total, why_missing = live.local_tokens + external_tokens, "evicted"
         for index, group in enumerate(self._geometry.groups):
             needed = group.needed(live.local_tokens, total)
             leased = self._reach(live).lease(live.chains.keys(index), needed.start, len(needed))
@@ -71,12 +73,17 @@ class Onboarding:
             sources += leased
             blocks += targets[: len(leased)]
             missing += targets[len(leased) :]
-        assert NULL_BLOCK_ID not in blocks, "a load into the null block"
+        if len(blocks) != len(sources) or NULL_BLOCK_ID in blocks:
+            # Which block is whose nobody can tell then, so none of them is loaded and the engine computes them.
+            log.error("dynamo: request %s got %d blocks for %d to load", live.request_id, len(blocks), len(sources))
+            self._manager.release([source for source in sources if source.tier != PEER])
+            missing = [block for block in (*blocks, *missing) if block != NULL_BLOCK_ID]
+            sources, blocks, why_missing = [], [], "internal_error"
         self._ledger.load(live.request_id, sources, blocks, missing)
         self.loading[live.request_id] = live
         self._shared.begin(live.request_id, [source.key for source in sources])
         live.is_disappointed = bool(missing)
-        self._counts["load_failures", "evicted"] += len(missing)
+        self._counts["load_failures", why_missing] += len(missing)
 
     def end(self, job: Running) -> None:
         if job.loading is None:

@@ -124,11 +124,15 @@ def build_worker_half(
     space = namespace(vllm_config, geometry, pages)
     disk: NvmeStore | None = None
     objects: ObjectStore | None = None
+    disk_rate: float | None = None
     try:
         if NVME_SSD in capacities and config.nvme_path is not None:
             lasts = can_be_met_again(space.weights)
             disk = NvmeStore(config.nvme_path, capacities[NVME_SSD], pages.row_bytes, space, lasts)
             log.info("dynamo: disk slab %s, %d blocks of an earlier run", disk.path, len(disk.recovered))
+            if config.load_gate:
+                disk_rate = read_rate(disk)
+                log.info("dynamo: the disk tier reads %.2f GB/s", (disk_rate or 0.0) / 1e9)
         if OBJECT_STORE in capacities and config.object_url is not None:
             settings = ObjectSettings(config.object_url, config.object_endpoint_url, config.object_deadline_seconds)
             chunk = chunk_blocks_for(row_bytes)
@@ -141,10 +145,6 @@ def build_worker_half(
         if objects is not None:
             objects.close(time.monotonic() + 1)
         raise
-    disk_rate = None
-    if disk is not None and config.load_gate:
-        disk_rate = read_rate(disk)
-        log.info("dynamo: the disk tier reads %.2f GB/s", (disk_rate or 0.0) / 1e9)
     lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0), disk_rate)
     make_peer_tier = peers.make_tier if peers is not None and config.peer.reads else None
     stores = Stores(dram, disk, objects, codec=pages.codec, peer=make_peer_tier)

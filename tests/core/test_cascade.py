@@ -112,7 +112,7 @@ def test_a_chunk_goes_down_when_its_least_used_block_may() -> None:
     manager.offload(CHAIN[:6])
     assert [move.key for move in finish(manager)] == CHAIN[:3]
     index = manager.tiers[0].index
-    index.use(CHAIN[5])
+    index.use_all([CHAIN[5]])
     index.discard(CHAIN[4])
     manager.offload(CHAIN[:6])
     assert not manager.has_moves_waiting, "a block of the chunk is gone"

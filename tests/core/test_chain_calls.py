@@ -44,7 +44,7 @@ def both(index: TierIndex, single: TierIndex, step: str, keys: list[BlockKey]) -
     elif step == "use":
         index.use_all(keys)
         for key in keys:
-            single.use(key)
+            single.use_all([key])
     elif step == "touch":
         index.touch(keys)
         for key in reversed(keys):

@@ -96,7 +96,8 @@ def test_arc_agrees_with_the_paper(capacity: int, requests: list[int]) -> None:
     paper, index = PaperArc(capacity), TierIndex(capacity, ArcPolicy(capacity))
     for number in requests:
         key = key_of(number)
-        hit = index.use(key) > 0
+        index.use_all([key])
+        hit = index.touches(key) > 0
         assert hit == paper.request(number)
         if not hit:
             slot = index.reserve(key)
@@ -114,7 +115,7 @@ def test_arc_keeps_what_was_used_twice_through_a_flood_of_blocks_used_once() -> 
             slot = index.reserve(key_of(number))
             assert slot is not None
             index.commit(slot)
-        index.use(key_of(0))
+        index.use_all([key_of(0)])
         for number in range(10, 20):
             slot = index.reserve(key_of(number))
             assert slot is not None
@@ -131,7 +132,7 @@ def test_being_read_and_being_put_in_order_are_no_uses() -> None:
         index.commit(slot)
     slot = index.pin(key_of(0))
     assert slot is not None
-    index.use(key_of(1))
+    index.use_all([key_of(1)])
     index.unpin(slot)
     index.touch([key_of(0)])
     index.evict(2)
@@ -154,7 +155,7 @@ def test_pins_stay_out_of_the_order_and_ghosts_stay_few(policy: type[EvictionPol
         elif action == "unpin" and pinned:
             index.unpin(pinned.pop())
         elif action == "use":
-            index.use(key)
+            index.use_all([key])
         elif action == "discard":
             index.discard(key)
         index.check()

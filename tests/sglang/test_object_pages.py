@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -267,5 +268,5 @@ def test_an_error_that_nobody_foresaw_ends_the_way_down_too() -> None:
     ended: list[Offloaded] = []
     tier = ObjectTier(Store(), 4, 1)  # type: ignore[arg-type]
     tier.offload([Move(BlockKey(b"k"), "nvme_ssd", "object_store", 0, 0)], Disk(), ended.append)
-    tier.close()
+    tier.close(time.monotonic() + 60)
     assert [(each.ok, each.damaged) for each in ended] == [(False, None)], "the chunk would be pinned for ever"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynamo_connectors.block_manager import NamedTier
 from dynamo_connectors.blocks import BlockKey, Namespace
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.sglang import page_io
 from dynamo_connectors.sglang.page_io import PageMover
 from dynamo_connectors.sglang.page_store import PageStore, Transfer, Watcher
 from dynamo_connectors.tiers.dram import DramStore
+from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.tiers.slab_format import PAGE_BYTES
 
@@ -340,9 +343,11 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline_and_touches_no_page_later(
     """SGLang gives the page to somebody else by then; and it may detach without waiting for the disk."""
     monkeypatch.setattr(page_io, "CLOSE_SECONDS", 0.1)
     disk = HangingDisk()
-    store = PageStore("nvme_ssd", disk, mover=PageMover(2, seconds=0.2))
+    mover = PageMover(2)
+    store = PageStore("nvme_ssd", disk, mover=mover)
     kept, late = keys_of("kept"), keys_of("late")
     assert put(store, kept) == [True]
+    monkeypatch.setattr(mover, "_seconds", 0.2)
     disk.go_on.clear()
     row, leaving = bytearray(b"?" * ROW), bytearray(content(late[0]))
     assert store.get(kept, [page_of(row)]) == [False]
@@ -357,3 +362,27 @@ def test_a_disk_that_hangs_is_a_miss_at_the_deadline_and_touches_no_page_later(
     for thread in [thread for thread in threading.enumerate() if thread.name.startswith("dynamo-kvbm")]:
         thread.join(60)
     assert row == b"?" * ROW, "a late answer wrote into a page that was given back"
+
+
+def test_everything_is_closed_by_one_deadline() -> None:
+    """A disk and a store that hang do not add up: each is told an earlier end than the last."""
+    told: dict[str, float] = {}
+
+    class Mover(PageMover):
+        def close(self, deadline: float) -> bool:
+            told["transfers"] = deadline
+            return super().close(deadline)
+
+    class Below:
+        named = NamedTier("object_store", TierIndex(4, erases=True), 2)
+        min_touches = 1
+
+        def when_listed(self, tell: Callable[[], None]) -> None: ...
+
+        def close(self, deadline: float) -> None:
+            told["lower"] = deadline
+
+    store = PageStore("nvme_ssd", MemoryDisk(8, ROW), mover=Mover(1), lower=Below())  # type: ignore[arg-type]
+    begun = time.monotonic()
+    store.close(begun + 1000)
+    assert begun < told["transfers"] < told["lower"] < begun + 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo_connectors.errors import ConfigError, UnsupportedLayoutError
 from dynamo_connectors.sglang.backend import HiCacheBackend
+from dynamo_connectors.sglang.page_store import PageStore
 from dynamo_connectors.sglang.pool_match import PoolNeed, match_pools
 from tests.sglang.conftest import MakeBackend
 from tests.sglang.host_pool import FakeHostPool
@@ -164,3 +166,18 @@ def test_usable_lengths_are_what_their_definition_says(
     match = match_pools("kv", main_pages, needs)
     assert list(match.lengths) == expected
     assert match.pages == max(expected, default=0)
+
+
+def test_pools_are_closed_at_the_same_time(make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disks that hang do not add up."""
+    hybrid = Hybrid(make_backend)
+    together, close, told = threading.Barrier(3), PageStore.close, set()
+
+    def wait_and_close(pages: PageStore, deadline: float | None = None) -> None:
+        together.wait(60)
+        told.add(deadline)
+        close(pages, deadline)
+
+    monkeypatch.setattr(PageStore, "close", wait_and_close)
+    hybrid.backend.close()
+    assert len(told) == 1

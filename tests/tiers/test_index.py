@@ -124,7 +124,7 @@ def test_arc_remembers_as_many_keys_as_there_are_slots() -> None:
         assert slot is not None
         index.commit(slot)
         if number % 3 == 0:
-            index.use(key)
+            index.use_all([key])
     index.check()
 
 

@@ -195,7 +195,8 @@ class TierIndexMachine(RuleBasedStateMachine):
     @rule(key=keys)
     def use(self, key: BlockKey) -> None:
         slots = [slot for slot, row in self.model.rows.items() if row.served and row.key == key]
-        count = self.index.use(key)
+        self.index.use_all([key])
+        count = self.index.touches(key)
         if not slots:
             assert count == 0
             return

@@ -210,3 +210,23 @@ def test_host_memory_smaller_than_one_prompt_keeps_its_head_and_holds_nothing() 
     end(half, again)
     half.check()
     assert {stats.pinned_blocks + stats.filling_blocks for stats in half.tier_stats().values()} == {0}
+
+
+@pytest.mark.parametrize("blocks", [[20], [20, 0], [20, 0, 22]], ids=["too few", "the null block", "both"])
+def test_blocks_that_do_not_fit_what_was_promised_are_computed(blocks: list[int]) -> None:
+    """Which block is whose nobody can tell then: none is loaded, and nothing stays leased."""
+    half, _ = make()
+    keep(half, "a", [1, 2, 3])
+    again = request("b", 4, prefix="a")
+    half.new_request(again)
+    assert half.matched_tokens(again, 0) == 3 * BLOCK
+    half.after_alloc(again, [blocks], 3 * BLOCK)
+    plan = half.plan(is_idle=False)
+    (load,) = plan.loads
+    assert (load.items, load.missing_blocks) == ((), tuple(block for block in blocks if block))
+    assert half.tier_stats()["host_dram"].pinned_blocks == 0
+    end(half, plan)
+    assert half.matched_tokens(again, 0) == 0, "it computes"
+    assert half.take_counts()["load_failures", "internal_error"] == len(load.missing_blocks)
+    half.finished(again, [blocks], 0)
+    half.check()

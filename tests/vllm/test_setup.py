@@ -22,7 +22,10 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.blocks import Namespace
+from dynamo_connectors.config import parse_config
+from dynamo_connectors.errors import ConfigError, StoreError
+from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
 from dynamo_connectors.vllm import setup
 from dynamo_connectors.vllm.compat import log_where_the_engine_logs, page_readers
 from dynamo_connectors.vllm.groups import Geometry, Group
@@ -189,3 +192,35 @@ def test_a_gpu_without_fp8_is_told_so_at_start(
             setup._refuse_old_gpu(pages)
     else:
         setup._refuse_old_gpu(pages)
+
+
+def test_a_disk_that_breaks_while_it_is_probed_is_let_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever comes next gets the slab; what would be left behind of threads and files, the house finds."""
+    pages = SimpleNamespace(
+        view=SimpleNamespace(device=torch.device("cpu"), part_bytes=(64,)),
+        codec=None,
+        row_bytes=64,
+        fingerprint="print",
+    )
+    space = Namespace("vllm", "m", "", "bf16", "print", 16, weights="the same")
+    instead = {
+        "read_pages": pages,
+        "read_geometry": Geometry((Group(16),), 16),
+        "planned_row_bytes": 64,
+        "prepare_cpu": None,
+        "namespace": space,
+    }
+    for name, value in instead.items():
+        monkeypatch.setattr(setup, name, lambda *_, value=value: value)
+
+    def broken(disk: NvmeStore) -> float:
+        raise StoreError("read_failed", "it is gone")
+
+    monkeypatch.setattr(setup, "read_rate", broken)
+    parallel = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1))
+    tiers = {"kvbm_storage_tiers": "hbm,host_dram,nvme_ssd", "kvbm_host_dram_gb": 0.001, "kvbm_nvme_gb": 1e-4}
+    config = parse_config({**tiers, "kvbm_nvme_path": str(tmp_path)})
+    with pytest.raises(StoreError, match="it is gone"):
+        setup.build_worker_half(config, parallel, None, {})
+    NvmeStore(tmp_path, int(1e5) // slot_bytes(64), 64, space).close()
+    assert len(list(tmp_path.glob("*.slab"))) == 1
