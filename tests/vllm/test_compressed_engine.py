@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_connectors.tiers.nvme import slot_bytes
+from dynamo_connectors.tiers.nvme import slot_bytes, slot_offset
+from dynamo_connectors.tiers.slot_header import HEADER_BYTES
 from tests.vllm.client import Answer, VllmClient, prompt
 from tools.server_process import ServerProcess
 from tools.vllm_server import VllmOptions, vllm_server
@@ -66,7 +67,10 @@ def test_what_the_other_kind_left_on_this_disk_is_not_found(
     assert capacity == 25_000_000 // slot_bytes(ROW_BYTES) > 600, "capacities do not follow the compressed size"
 
 
-def test_blocks_come_back_from_both_tiers_near_what_they_were_and_every_time_the_same(client: VllmClient) -> None:
+def test_blocks_come_back_from_both_tiers_near_what_they_were_and_every_time_the_same(
+    client: VllmClient, served: tuple[ServerProcess, Path]
+) -> None:
+    """And damaged ones not at all: what is computed instead is exact."""
     cold = fill(client, 1000, 8)
     dram, disk, read = hits(client, "host_dram"), hits(client, "nvme_ssd"), _read(client)
     from_dram = fill(client, 1000, 8)
@@ -81,6 +85,20 @@ def test_blocks_come_back_from_both_tiers_near_what_they_were_and_every_time_the
     same = sum(one.tokens[0] == other.tokens[0] for one, other in zip(cold, from_dram, strict=True))
     assert same >= 2, "the answers have little to do with the computed ones"
     assert from_dram != cold, "nothing was compressed"
+    damage_every_payload(served[1])
+    damaged = client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum")
+    assert fill(client, 1004, 2) == cold[4:6]
+    assert client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum") > damaged
+
+
+def damage_every_payload(slab: Path) -> None:
+    first, step = slot_offset(0, ROW_BYTES) + HEADER_BYTES + 777, slot_bytes(ROW_BYTES)
+    with slab.open("r+b") as file:
+        for offset in range(first, slab.stat().st_size, step):
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 0x40]))
 
 
 def _read(client: VllmClient) -> float:
