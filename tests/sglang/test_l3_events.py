@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.config import NVME_SSD
+from dynamo_connectors.config import NVME_SSD, OBJECT_STORE
 from dynamo_connectors.sglang import compat
 from dynamo_connectors.sglang.backend import HiCacheBackend
 from dynamo_connectors.sglang.l3_events import REMOVED, STORED, Removed, Stored, TierEvents
@@ -82,30 +82,31 @@ class Router:
     def hear(self, events: Sequence[Stored | Removed]) -> None:
         compat.publish_events(self, events, PAGE)
 
-    def on_disk(self, count: int) -> list[bool]:
+    def on_disk(self, count: int, medium: str = "DISK") -> list[bool]:
         """Which of the first `count` pages of the chain 0, 1, 2, ... the index believes to be on the disk."""
         parent, held = root_hash("", ""), []
         for page in range(count):
             parent = block_hash(parent, tuple(tokens(page)), b"")
-            held.append(bool(self.index.media(0, parent) & MEDIUM_BITS["DISK"]))
+            held.append(bool(self.index.media(0, parent) & MEDIUM_BITS[medium]))
         return held
 
 
-def test_looked_up_and_stored_it_is_announced_with_tokens_and_parent() -> None:
+@pytest.mark.parametrize(("tier", "medium"), [(NVME_SSD, "DISK"), (OBJECT_STORE, "EXTERNAL")])
+def test_looked_up_and_stored_it_is_announced_with_tokens_and_parent(tier: str, medium: str) -> None:
     events, router = TierEvents(PAGE), Router()
     events.describe(keys(0, 1, 2), tokens(0, 1, 2), None)
     for key in keys(0, 1):
-        events.note(STORED, NVME_SSD, key)
+        events.note(STORED, tier, key)
     taken = events.take()
-    assert taken == [Stored(tuple(keys(0, 1)), None, tuple(tokens(0, 1)), "DISK")]
+    assert taken == [Stored(tuple(keys(0, 1)), None, tuple(tokens(0, 1)), medium)]
     router.hear(taken)
-    events.note(STORED, NVME_SSD, keys(2)[0])
+    events.note(STORED, tier, keys(2)[0])
     router.hear(events.take())
-    assert router.on_disk(4) == [True, True, True, False]
+    assert router.on_disk(4, medium) == [True, True, True, False]
     assert router.outcomes == {Outcome.APPLIED}
-    events.note(REMOVED, NVME_SSD, keys(2)[0])
+    events.note(REMOVED, tier, keys(2)[0])
     router.hear(events.take())
-    assert router.on_disk(3) == [True, True, False]
+    assert router.on_disk(3, medium) == [True, True, False]
     assert events.take() == []
 
 
