@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on the GPU host, from the folder that gpu_engine_bundle.sh made: go.sh ENGINE_ARCHIVE OUT [option of the bench ...]
-# One call gives every figure: copies, calibration, the scheduler half, engines. It is done after CALL_SECONDS (570).
+# One call gives every figure: copies, calibration, engines. It is done after CALL_SECONDS (570).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd); archive=$1; out=$2; shift 2
 site=${GPU_ENGINE_SITE:-/opt/gpu_engine}; mkdir -p "$out"
@@ -16,6 +16,5 @@ cd "$here/src"
 # Alone, before the engines load: they find the calibration's figures on disk. Compressed copies are part of it.
 timeout 100 python3 -m benchmarks gpu_copy quick >"$out/gpu_copy.txt" 2>&1 || echo "gpu_copy ended with $?"
 timeout 40 "$site/ours/bin/dynamo-connectors" calibrate >>"$out/machine.txt" 2>&1 || echo "calibrate ended with $?"
-timeout 40 python3 -m benchmarks scheduler_cost >"$out/scheduler_cost.txt" 2>&1 || echo "scheduler_cost ended with $?"
 echo "before the engines: $SECONDS s"
 exec python3 -m benchmarks gpu_engine --out "$out" --disk "$site" --seconds $((${CALL_SECONDS:-570} - SECONDS - 20)) "$@"

@@ -54,6 +54,8 @@ class LoadJob:
     items: tuple[LoadItem, ...]
     #: HBM blocks that were promised to the request but whose source is gone: they count as failed.
     missing_blocks: tuple[int, ...] = ()
+    #: The request may be computed on as soon as the engine's own stream is sure to see the bytes.
+    may_run_ahead: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.compressed_copy import CompressedCopy
 from dynamo_kernels.compression import Codec
-from dynamo_kernels.copy import copy_blocks
+from dynamo_kernels.copy import copy_blocks, start_copy
 
 
 class RowCopy:
@@ -47,3 +47,10 @@ class RowCopy:
             copy_blocks(self._rows, slots, self._hbm, blocks)
         else:
             self._loading.load(slots, blocks)
+
+    def start_up(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        """As `up`, for the current stream only: what that is given from now on sees the bytes."""
+        if self._loading is None:
+            start_copy(self._rows, slots, self._hbm, blocks)
+        else:
+            self._loading.load(slots, blocks, waits=False)

@@ -131,6 +131,27 @@ class TransferEngine:
             ended = self._erase(job)
         ended.add_done_callback(partial(self._report, job))
 
+    def run_ahead(self, job: LoadJob) -> bool:
+        """Starts a load from host memory in the order of the current stream, the engine's own: what that is given from
+        now on sees the bytes. The report comes when they are there.
+
+        False, and nothing is started, where that cannot be promised: then the job is to be submitted.
+        """
+        if not all(item.tier == HOST_DRAM and self._dram.holds(item.slot, item.key) for item in job.items):
+            return False
+        started = time.monotonic()
+        try:
+            self._copy.start_up([item.slot for item in job.items], [item.block for item in job.items])
+        except Exception:
+            log.exception("dynamo: load %d could not run ahead", job.job_id)
+            return False
+        arrived = ComputeFence(self._device)
+        with self._lock:
+            self._unreported += 1
+        ended = self._load_lane.submit(partial(self._await_arrival, job, arrived, started))
+        ended.add_done_callback(partial(self._report, job))
+        return True
+
     def poll(self, wait_seconds: float = 0.0) -> list[JobReport]:
         """Finished jobs. Waits at most `wait_seconds` for the first one."""
         reports: list[JobReport] = []
@@ -227,6 +248,12 @@ class TransferEngine:
         with CopyLane(self._device):
             self._copy.up([item.slot for item in good], [item.block for item in good])
         outcome.note_move(HOST_DRAM, len(good), self._dram.row_bytes, started)
+
+    def _await_arrival(self, job: LoadJob, arrived: ComputeFence, started: float) -> _Outcome:
+        arrived.wait()
+        outcome = _Outcome()
+        outcome.note_move(HOST_DRAM, len(job.items), self._dram.row_bytes, started)
+        return outcome
 
     # -- between host memory and the tiers below ------------------------------------------------------------------
     def _move(self, job: MoveJob) -> Future[_Outcome]:

@@ -73,7 +73,8 @@ H200 = Scale(
     vocabulary=128_000,
     prefix=Prefix(tokens=32_768 + 8, prompts=4, rounds=3),
     disk=Disk(tokens=8_192 + 8, prompts=4),
-    chat=Chat(users=40, turns=4, first_tokens=4_096, turn_tokens=256, answer_tokens=48, think_seconds=4.0),
+    # Their KV is twice HBM, and fits DRAM: 24 users, 8,192 to 9,700 tokens each.
+    chat=Chat(users=24, turns=6, first_tokens=8_192, turn_tokens=256, answer_tokens=48, think_seconds=4.0),
     load=Load(requests=48, prompt_tokens=2_048, answer_tokens=128, concurrency=16, rounds=3),
     exact=Exact(500, 200, 600, answer_tokens=32, concurrency=32, calm_concurrency=16, calm_seconds=0.06, batch=100),
 )

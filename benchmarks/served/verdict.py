@@ -78,14 +78,19 @@ def _prefix_goals(raw: Sequence[Fact]) -> Iterator[Goal]:
 
 
 def disk_rate(raw: Sequence[Fact]) -> float:
-    """GB/s of the loads that came wholly from disk, over what the request took longer than an HBM hit."""
-    block_bytes = median(raw, "block_tokens", part="prefix_size") * KV_BYTES_PER_TOKEN
+    """GB/s of the loads that came wholly from disk, over what the request took longer than an HBM hit.
+
+    A few blocks that the gate tried in a prompt that it refused are no such load.
+    """
+    block_tokens = median(raw, "block_tokens", part="prefix_size")
+    block_bytes = block_tokens * KV_BYTES_PER_TOKEN
     hbm = {"disk": median(raw, "ttft", part="disk", kind="hbm"), "gate": _ttft(raw, DYNAMO_ARM, "hbm")}
     rates = [
         fact["disk_blocks"] * block_bytes / (fact["ttft"] - hit) / 1e9
         for kind, hit in hbm.items()
         for fact in _disk_lines(raw, kind)
-        if fact["disk_blocks"] and not fact["dram_blocks"] and fact["ttft"] > hit
+        if not fact["dram_blocks"] and fact["ttft"] > hit
+        if fact["disk_blocks"] * block_tokens > fact["prompt_tokens"] / 2
     ]
     return statistics.median(rates) if rates else float("nan")
 

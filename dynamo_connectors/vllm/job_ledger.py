@@ -66,14 +66,22 @@ class JobLedger:
         items = tuple(StoreItem(key, block, slot) for (key, slot), block in stores)
         self._stores.append(StoreJob(self._start(Running(self._num_workers, stores=stores)), items))
 
-    def load(self, request_id: str, sources: Sequence[Source], blocks: Sequence[int], missing: Iterable[int]) -> None:
+    def load(
+        self,
+        request_id: str,
+        sources: Sequence[Source],
+        blocks: Sequence[int],
+        missing: Iterable[int],
+        may_run_ahead: bool = False,
+    ) -> None:
         """Fills HBM blocks, each from its source; `missing` are blocks whose source is gone."""
         assert len(sources) == len(blocks), f"{len(sources)} sources for {len(blocks)} blocks"
         # A lease may be thousands of blocks, and its request waits: field by field is the fast way.
         keys, tiers, slots, chunks, rows = zip(*sources, strict=True) if sources else ((), (), (), (), ())
         items = tuple(records(LoadItem, keys, tiers, slots, blocks, chunks, rows))
         job_id = self._start(Running(self._num_workers, loads=tuple(sources), loading=request_id))
-        self._loads.append(LoadJob(job_id, request_id, items, tuple(missing)))
+        lost = tuple(missing)
+        self._loads.append(LoadJob(job_id, request_id, items, lost, may_run_ahead and not lost))
 
     def move(self, moves: Sequence[Move]) -> None:
         for parts in jobs_of(moves):

@@ -38,6 +38,8 @@ class Onboarding:
         self._shared = SharedLoads()
         #: The group whose blocks stand for a prefix: when others ask whether to wait for it, and what it costs to load.
         self._main = next((i for i, group in enumerate(self._geometry.groups) if group.window_tokens is None), 0)
+        #: Whether requests may be computed on while their load is under way, where the workers can keep the order.
+        self.runs_ahead = True
         #: Requests whose blocks count as computed while their bytes are still on the way up.
         self.loading: dict[str, Live] = {}
 
@@ -46,7 +48,8 @@ class Onboarding:
         live.local_tokens = computed_tokens
         if live.is_disappointed:
             return 0
-        if self._shall_wait(live):
+        # It ran ahead of its load and was preempted: one load of a request at a time.
+        if live.request_id in self.loading or self._shall_wait(live):
             return None
         total = self._longest(live)
         if total > computed_tokens and self._gate is not None:
@@ -79,7 +82,7 @@ class Onboarding:
             self._manager.release([source for source in sources if source.tier != PEER])
             missing = [block for block in (*blocks, *missing) if block != NULL_BLOCK_ID]
             sources, blocks, why_missing = [], [], "internal_error"
-        self._ledger.load(live.request_id, sources, blocks, missing)
+        self._ledger.load(live.request_id, sources, blocks, missing, self.runs_ahead and _outlives_its_load(live))
         self.loading[live.request_id] = live
         self._shared.begin(live.request_id, [source.key for source in sources])
         live.is_disappointed = bool(missing)
@@ -179,3 +182,8 @@ class Onboarding:
                 # A peer has it; or it is outside its window and not loaded at all.
                 names.append(PEER if live.offer is not None else self._manager.tiers[-1].name)
         return names
+
+
+def _outlives_its_load(live: Live) -> bool:
+    """What a request leaves behind is kept when it ends, unless its load has not ended by then."""
+    return live.request.max_tokens > 1 and not live.hints.pin_ttl_seconds

@@ -78,6 +78,7 @@ class SchedulerHalf:
         """`identity`: where peers may read this engine's blocks; `trust`: this engine may read theirs."""
         self._trust = trust
         if identity is not None:
+            self._onboarding.runs_ahead = False  # a peer waits for what a short request leaves behind
             self._exports = Exports(identity, self._manager, self._ledger, partial(os.urandom, LEASE_BYTES))
 
     def new_request(self, request: Any) -> None:

@@ -10,6 +10,7 @@ from dynamo_kernels.fence import ComputeFence
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM
+from dynamo_connectors.errors import DynamoConnectorsError
 from dynamo_connectors.jobs import EraseJob, JobReport, LoadJob, MoveJob, StoreJob
 from dynamo_connectors.transfer import Stores, TransferEngine
 from dynamo_connectors.vllm.compat import engine_logger
@@ -43,6 +44,8 @@ class WorkerHalf:
         self._peers = peers
         self._transfers = TransferEngine(hbm, stores)
         self._loads: dict[int, LoadJob] = {}
+        #: Loads whose requests may be computed on already; the rows that they read are still theirs.
+        self._ahead: set[int] = set()
         #: job -> what it does, for the metrics.
         self._running: dict[int, str] = {}
         self._reports: list[JobReport] = []
@@ -58,6 +61,12 @@ class WorkerHalf:
         if plan.forget:
             self._lasting.forget()
         for load in plan.loads:
+            # Only where nothing else is computed: the engine's stream waits for the load.
+            if plan.is_idle and load.may_run_ahead and self._transfers.run_ahead(load):
+                self._running[load.job_id] = "onboard"
+                self._ahead.add(load.job_id)
+                self._loaded_requests.add(load.request_id)
+                continue
             self._loads[load.job_id] = load
             self._start(load, "onboard")
 
@@ -118,7 +127,7 @@ class WorkerHalf:
         self._transfers.close()
 
     def check(self) -> None:
-        assert self._loads.keys() <= self._running.keys(), "a load is known that is not running"
+        assert self._loads.keys() | self._ahead <= self._running.keys(), "a load is known that is not running"
         assert self._num_groups > 1 or not self._failed_requests, "a request failed where a block would do"
 
     def _start(self, job: StoreJob | LoadJob | MoveJob | EraseJob, what: str) -> None:
@@ -131,9 +140,18 @@ class WorkerHalf:
             for moved in report.moved:
                 self._transferred[what, moved.tier].append((moved.num_bytes, moved.seconds))
             self._reports.append(report)
+            if report.job_id in self._ahead:
+                self._ahead.remove(report.job_id)
+                self._end_ahead(report)
             load = self._loads.pop(report.job_id, None)
             if load is not None:
                 self._end_load(load, report.failed)
+
+    @staticmethod
+    def _end_ahead(report: JobReport) -> None:
+        """Nothing fails after the copy is under way but the GPU itself, and then no answer of this engine is right."""
+        if report.failed:
+            raise DynamoConnectorsError("the GPU failed while a request was computed on a load; restart the engine")
 
     def _end_load(self, load: LoadJob, failed: Mapping[BlockKey, str]) -> None:
         self._loaded_requests.add(load.request_id)

@@ -75,6 +75,8 @@ class CompressedCopy:
         self._tables: dict[tuple[int, ...], list[_Table]] = {}
         #: Rows on their way through HBM; one load at a time has them.
         self._staging: list[BlockView] = []
+        #: Behind the last call's use of them.
+        self._staging_free: Any = None
         self._lock = threading.Lock()
 
     def store(self, page_ids: Sequence[int], row_ids: Sequence[int]) -> None:
@@ -85,15 +87,18 @@ class CompressedCopy:
         from_ids, to_ids = checked_ids(self._pages.num_blocks, page_ids, self._rows.num_blocks, row_ids)
         self._through_hbm(from_ids, to_ids, loads=False)
 
-    def load(self, row_ids: Sequence[int], page_ids: Sequence[int]) -> None:
-        """Expands rows into pages. The pages are in place when it returns."""
+    def load(self, row_ids: Sequence[int], page_ids: Sequence[int], waits: bool = True) -> None:
+        """Expands rows into pages. The pages are in place when it returns.
+
+        With `waits` off only for what the current stream is given from now on, and the host has to wait for it.
+        """
         if self._pages.device.type == "cpu":
             expand_blocks(self._codec, self._rows, row_ids, self._pages, page_ids)
             return
         from_ids, to_ids = checked_ids(self._rows.num_blocks, row_ids, self._pages.num_blocks, page_ids)
-        self._through_hbm(to_ids, from_ids, loads=True)
+        self._through_hbm(to_ids, from_ids, loads=True, waits=waits)
 
-    def _through_hbm(self, page_ids: Addresses, row_ids: Addresses, loads: bool) -> None:
+    def _through_hbm(self, page_ids: Addresses, row_ids: Addresses, loads: bool, waits: bool = True) -> None:
         if not len(page_ids):
             return
         with self._lock:
@@ -101,12 +106,16 @@ class CompressedCopy:
             lane = torch.cuda.Stream(self._pages.device, priority=-1)
             try:
                 self._enqueue(page_ids, row_ids, loads, lane, current)
+            except BaseException:
+                waits = True
+                raise
             finally:
                 # Also what was under way when the rest could not start: the caller uses its rows and pages again.
-                try:
-                    lane.synchronize()
-                finally:
-                    current.synchronize()
+                if waits:
+                    try:
+                        lane.synchronize()
+                    finally:
+                        current.synchronize()
 
     def _enqueue(self, page_ids: Addresses, row_ids: Addresses, loads: bool, lane: Any, current: Any) -> None:
         device, rows, row_bytes = self._pages.device, self._rows.parts[0], self._codec.row_bytes
@@ -118,6 +127,8 @@ class CompressedCopy:
         numbers = np.arange(len(row_ids), dtype=np.int64) % at_once
         # All ids before the first row: between the rows they would queue for the engine that brings those.
         on_device = self._on_device(np.stack([page_ids, numbers]).astype(np.int32))
+        if self._staging_free is not None:
+            current.wait_event(self._staging_free)
         lane.wait_stream(current)
         first, second = (lane, current) if loads else (current, lane)
         free: list[Any] = [None, None]
@@ -139,6 +150,7 @@ class CompressedCopy:
                 driver.copy_fragments(across, lane.cuda_stream)
             free[number % 2] = second.record_event()
         current.wait_stream(lane)
+        self._staging_free = current.record_event()
 
     def run(self, kernel: str, rows: BlockView, page_ids: Addresses, row_ids: Addresses, ctas: int) -> None:
         """Launches one kernel over all parts on the current stream, or in Triton's interpreter."""

@@ -34,6 +34,23 @@ def copy_blocks(
     current stream. Raises `CopyError` before anything is copied when an id is out of range, a destination is named
     twice, or the parts differ in size.
     """
+    start_copy(src, src_ids, dst, dst_ids)
+    device = _gpu_of(src, dst)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def start_copy(
+    src: BlockView,
+    src_ids: Sequence[int] | NDArray[Any],
+    dst: BlockView,
+    dst_ids: Sequence[int] | NDArray[Any],
+) -> None:
+    """As `copy_blocks`, and returns while the copy is under way where a GPU makes it.
+
+    It starts after what the current stream was given before, and whatever that stream is given from now on sees the
+    bytes. The host has to wait for the stream before it touches either side.
+    """
     if src.part_bytes != dst.part_bytes:
         raise CopyError(f"parts differ: source {src.part_bytes} bytes, destination {dst.part_bytes}")
     sources, targets = checked_ids(src.num_blocks, src_ids, dst.num_blocks, dst_ids)
@@ -43,8 +60,12 @@ def copy_blocks(
     if plan is None:
         copy_by_torch(src, sources, dst, targets)
         return
-    plan.enqueue(sources, targets)
-    torch.cuda.current_stream(_gpu_of(src, dst)).synchronize()
+    try:
+        plan.enqueue(sources, targets)
+    except BaseException:
+        # No stream waits for what was enqueued before the failure, and the caller takes its blocks back.
+        torch.cuda.synchronize(_gpu_of(src, dst))
+        raise
 
 
 def decisions() -> tuple[Decision, ...]:

@@ -115,7 +115,9 @@ def staged() -> int:
         backs = [[torch.zeros_like(each) for each in values] for _ in range(2)]
         views = [BlockView.of_pages(back, [layout.page_bytes] * 3) for back in backs]
         expand_blocks(codec, rows[0], ids[1], views[0], ids[0])
-        CompressedCopy(codec, views[1], rows[0])._through_hbm(*ids, loads=True)
+        expanding = CompressedCopy(codec, views[1], rows[0])
+        for waits in (False, True):  # the second finds both buffers in use by the first
+            expanding._through_hbm(*ids, loads=True, waits=waits)
         same = [torch.equal(*memory), *(torch.equal(one, other) for one, other in zip(*backs, strict=True))]
         if not all(same):
             print("wrong:", blocks, same)

@@ -124,6 +124,27 @@ def test_attention_that_does_not_wait_for_the_load_is_caught(choice: Choice) -> 
     assert any(second == "attention" for _, second in races[max(races)])  # the load's lane is awaited last
 
 
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.path.value)
+def test_what_the_current_stream_gets_next_follows_a_copy_that_nobody_waited_for(choice: Choice) -> None:
+    def ahead(tape: Tape) -> list[tuple[str, str]]:
+        machine = FakeMachine(tape)
+        pages, rows = torch.zeros((3, 20, 128), dtype=torch.uint8), torch.zeros((20, 3 * 128), dtype=torch.uint8)
+        hbm, host = BlockView.of_pages(pages.unbind(0), [128] * 3), BlockView.of_rows(rows, [128] * 3)
+        every = [int(part.data_ptr()) + at for part in hbm.parts for at in range(0, 20 * 128, 16)]
+        machine.compute.work("last read of freed blocks", reads=every)
+        load = CopyPlan(host, hbm, Direction.H2D, machine, lambda case: choice)
+        load.enqueue(list(range(20)), list(range(20)))
+        machine.compute.work("attention", reads=every)
+        return tape.races()
+
+    whole = Tape()
+    assert ahead(whole) == []
+    races = [race for number in range(whole.waits) for race in ahead(Tape(ignore_wait=number))]
+    # Staged, the kernels that write blocks wait for the engines too, which have waited for compute.
+    needed = {"attention"} if choice.path is Path.STAGED else {"last read of freed blocks", "attention"}
+    assert needed <= {name for race in races for name in race}
+
+
 def test_every_wait_of_the_staging_ring_is_needed() -> None:
     """Filled before it is emptied, emptied before it is filled again: of 5 rounds over 2 buffers, both directions."""
     races = without_each_wait(Choice(Path.STAGED))

@@ -25,6 +25,7 @@ class FakeRequest:
     request_id: str
     block_hashes: list[BlockKey]
     kv_transfer_params: Any = None
+    max_tokens: int = 8
 
     @property
     def num_tokens(self) -> int:

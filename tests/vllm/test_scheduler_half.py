@@ -64,6 +64,30 @@ def test_blocks_whose_load_is_running_are_never_offered() -> None:
     end(half, plan)
 
 
+def test_who_may_run_ahead_of_its_load() -> None:
+    half, _ = make()
+    keep(half, "a", [1, 2])
+    for name, may, hints in (("long", True, {}), ("pins", False, {"kvbm_pin_ttl_seconds": 9})):
+        plan = load(half, request(name, 2, prefix="a", **hints), [8, 9])
+        assert plan.loads[0].may_run_ahead is may, name
+        end(half, plan)
+    short = request("short", 2, prefix="a")
+    short.max_tokens = 1
+    plan = load(half, short, [8, 9])
+    assert not plan.loads[0].may_run_ahead, "its blocks would not be kept: it can end before its load does"
+    end(half, plan)
+
+
+def test_a_request_that_was_preempted_while_its_load_runs_waits_for_it() -> None:
+    half, _ = make()
+    keep(half, "a", [1, 2])
+    again = request("b", 2, prefix="a")
+    plan = load(half, again, [8, 9])
+    assert half.matched_tokens(again, 0) is None
+    end(half, plan)
+    assert half.matched_tokens(again, 0) == 2 * BLOCK
+
+
 def test_a_damaged_block_is_never_offered_again_until_it_is_recomputed() -> None:
     half, _ = make()
     first = request("a", 3)

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -158,6 +159,7 @@ def lost_blocks_are_recomputed(engine: SimulatedEngine) -> None:
     evict_hbm(engine, "lost")
     worker = engine.workers[-1]
     worker_half, original, spoilt = ours(worker.connector)._worker, TransferEngine.poll, []
+    run_ahead = TransferEngine.run_ahead
 
     def poll(self: TransferEngine, *args: Any, **kwargs: Any) -> Any:
         for report in original(self, *args, **kwargs):
@@ -171,14 +173,57 @@ def lost_blocks_are_recomputed(engine: SimulatedEngine) -> None:
             yield report
 
     TransferEngine.poll = poll  # type: ignore[method-assign]
+    TransferEngine.run_ahead = lambda *_: False  # type: ignore[method-assign]
     try:
         engine.submit("damaged", text, 8)
         engine.run()
     finally:
         TransferEngine.poll = original  # type: ignore[method-assign]
+        TransferEngine.run_ahead = run_ahead  # type: ignore[method-assign]
     assert spoilt
     assert engine.answers["damaged"] == engine.answers["whole"]
     assert any(stats.get("counts", {}).get("load_failures|made_up") for stats in engine.stats)
+
+
+def runs_ahead_of_its_load(engine: SimulatedEngine) -> None:
+    """Alone, a request is computed on while its load is under way. It may be over before the load is."""
+    text = prompt(6, 5 * BLOCK + 3)
+    engine.submit("behind", text, 8)
+    engine.run()
+    evict_hbm(engine, "ahead")
+    arrive, arrived = TransferEngine._await_arrival, threading.Event()
+
+    def late(self: TransferEngine, *args: Any) -> Any:
+        assert arrived.wait(60)
+        return arrive(self, *args)
+
+    TransferEngine._await_arrival = late  # type: ignore[method-assign]
+    try:
+        engine.submit("ahead", text, 8)
+        engine.step_until(lambda: len(engine.answers["ahead"]) == 8)
+        half = ours(engine.scheduler.connector)._scheduler
+        assert half._onboarding.loading, "the request waited for the end of its load"
+        half.check()
+    finally:
+        arrived.set()
+        TransferEngine._await_arrival = arrive  # type: ignore[method-assign]
+    engine.run()
+    assert not half._onboarding.loading
+    assert engine.answers["ahead"] == engine.answers["behind"]
+
+
+def does_not_run_ahead_of_what_is_not_there(engine: SimulatedEngine) -> None:
+    text = prompt(7, 5 * BLOCK + 3)
+    engine.submit("there", text, 8)
+    engine.run()
+    evict_hbm(engine, "not-there")
+    dram = ours(engine.workers[-1].connector)._worker._transfers._dram
+    for slot in range(dram.capacity_blocks):
+        dram.set_key(slot, None)
+    engine.submit("not-there", text, 8)
+    engine.run()
+    assert engine.answers["not-there"] == engine.answers["there"]
+    assert any(stats.get("counts", {}).get("load_failures|wrong_key") for stats in engine.stats)
 
 
 def forgets_on_reset(engine: SimulatedEngine) -> None:
@@ -256,6 +301,8 @@ PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
     preempted_requests_come_back_right,
     aborted_in_every_state,
     lost_blocks_are_recomputed,
+    runs_ahead_of_its_load,
+    does_not_run_ahead_of_what_is_not_there,
     forgets_on_reset,
     random_traffic,
 )
