@@ -32,6 +32,7 @@ from .errors import ConfigError, ProxyError
 from .tls import ServerTls, client_context
 
 _DAY = 86_400.0
+_QUEUED = "Tokens that may wait at a prefill engine that is asked; -1: while it is sooner than the decode engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class _Flag:
 
 
 FLAGS = (
-    _Flag("engine", None, "An engine, http://HOST:PORT[,connect=S][,first-byte=S][,idle=S]; repeat for each"),
+    _Flag("engine", None, "An engine, http://HOST:PORT[,role=R][,connect=S][,first-byte=S][,idle=S]; repeat for each"),
     _Flag("engines_file", None, "A file of engines, one a line as for --engine; read again when it changes"),
     _Flag("engine_dns", None, "http://NAME:PORT: every address of the name is an engine; repeat for each"),
     _Flag("engine_k8s_service", None, "NAMESPACE/SERVICE:PORT: its ready endpoints are engines; repeat for each"),
@@ -80,6 +81,11 @@ FLAGS = (
     _Flag("engine_request_limit", 0, "Requests an engine may have, then they wait; 0: no limit", 0, 1_000_000),
     _Flag("queue_size", 1024, "Requests that may wait; more get 429", 0, 1_000_000),
     _Flag("queue_timeout", 30.0, "Seconds a request may wait, then it gets 503", 0.01, 3600),
+    _Flag("disagg_prefill_min_tokens", 512, "Uncached tokens that a decode engine computes itself", 0, 10_000_000),
+    _Flag("disagg_prefill_max_queued_tokens", -1, _QUEUED, -1, 1_000_000_000),
+    _Flag(
+        "disagg_prefill_timeout", 60.0, "Seconds a prefill engine may take; then the decode engine computes", 0.01, 3600
+    ),
     _Flag("replica_sync_listen", "", "IP:PORT where other proxies before this fleet tell their load (UDP)"),
     _Flag("replica_sync_peer", None, "IP:PORT of another proxy; repeat for each"),
     _Flag("replica_sync_key_file", "", "File with the key that all of them share"),
@@ -135,6 +141,9 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
             engine_request_limit=values["engine_request_limit"],
             queue_size=values["queue_size"],
             queue_seconds=values["queue_timeout"],
+            prefill_min_tokens=values["disagg_prefill_min_tokens"],
+            prefill_max_queued_tokens=values["disagg_prefill_max_queued_tokens"],
+            prefill_seconds=values["disagg_prefill_timeout"],
         ),
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],
@@ -164,11 +173,13 @@ def _timeouts(values: dict[str, Any]) -> Timeouts:
 def _discovery(values: dict[str, Any]) -> DiscoverySources:
     discovery = DiscoverySources(
         tuple(values["engines_file"] or ()),
-        tuple(parse_engine_url(url).url for url in values["engine_dns"] or ()),
+        tuple(values["engine_dns"] or ()),
         tuple(values["engine_k8s_service"] or ()),
         values["kubernetes_api"].rstrip("/"),
         values["discovery_interval"],
     )
+    for url in discovery.dns:
+        parse_engine_url(url)
     for service in discovery.services:
         parse_service(service)
     return discovery

@@ -15,6 +15,9 @@ ROUTER_MODES = ("kv", "round-robin", "random", "least-loaded")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 # Names in an engine's specification -> fields of EngineOptions and Timeouts.
 _DEADLINES = {"connect": "connect_seconds", "first-byte": "first_byte_seconds", "idle": "idle_seconds"}
+# What an engine does of a request: prefill engines compute prompts for decode engines; both: either; empty: it computes
+# and decodes what it gets, and hands nothing over.
+ROLES = ("prefill", "decode", "both")
 MIB = 1 << 20
 
 
@@ -25,6 +28,7 @@ class EngineOptions:
     connect_seconds: float | None = None
     first_byte_seconds: float | None = None
     idle_seconds: float | None = None
+    role: str = ""  # one of ROLES, or empty
     draining: bool = False
     discovered: bool = False  # a source of engines named it, and may take it away
 
@@ -89,6 +93,9 @@ class Routing:
     engine_request_limit: int = 0  # requests an engine may have; 0: as many as come
     queue_size: int = 1024  # requests that may wait for one with room
     queue_seconds: float = 30.0
+    prefill_min_tokens: int = 512  # a decode engine computes as many tokens of a prompt itself
+    prefill_max_queued_tokens: int = -1  # of a prefill engine that is asked; -1: as long as it is sooner
+    prefill_seconds: float = 60.0  # how long a prefill engine may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,21 +177,26 @@ def parse_engine_url(text: str) -> EngineAddress:
         raise ConfigError(f"engine URL {text!r} has more than a host and a port; {example}")
     if port == 0 or not _is_host(parts.hostname):
         raise ConfigError(f"engine URL {text!r} has no usable host and port; {example}")
-    return EngineAddress(parts.hostname, port or (443 if tls else 80), _parse_options(text, settings), tls)
+    return EngineAddress(parts.hostname, port or (443 if tls else 80), parse_options(text, settings), tls)
 
 
-def _parse_options(url: str, settings: list[str]) -> EngineOptions:
+def parse_options(url: str, settings: list[str]) -> EngineOptions:
     """NAME=VALUE pairs behind an engine URL."""
     values: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
+        if name == "role" and value in ROLES:
+            values["role"] = value
+            continue
         try:
             seconds = float(value)
         except ValueError:
             seconds = -1.0
         if name not in _DEADLINES or not 0.01 <= seconds <= 86_400:
             names = ", ".join(f"{known}=SECONDS" for known in _DEADLINES)
-            raise ConfigError(f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}")
+            raise ConfigError(
+                f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}, role=prefill|decode|both"
+            )
         values[_DEADLINES[name]] = seconds
     return replace(EngineOptions(), **values)
 

@@ -133,7 +133,7 @@ class Supervisor:
                 continue  # the new worker finds it too
             address = parse_engine_url(row["url"])
             address = known.get(address, address)
-            options = replace(address.options, draining=row["state"] == "draining")
+            options = replace(address.options, draining=row["state"] == "draining", role=row["role"])
             engines.append(replace(address, options=options))
         return tuple(engines)
 
