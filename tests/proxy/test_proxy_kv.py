@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from dynamo_proxy.approx_index import ApproxIndex
 from dynamo_proxy.block_hash import block_hash, root_hash, token_chain
+from dynamo_proxy.compact_map import CompactMap
 from dynamo_proxy.dialects import (
     EventSource,
     read_models,
@@ -161,6 +162,53 @@ def test_a_block_is_held_while_any_medium_holds_it() -> None:
     assert len(index) == 0
     assert index.apply(0, 0, removed([11])) is Outcome.UNKNOWN_BLOCK
     index.check()
+
+
+def test_ranks_are_caches_of_their_own_and_numbers_are_used_again() -> None:
+    index = KvIndex()
+    chain = token_chain([1, 2, 3, 4, 5, 6], 2, ROOT)
+    index.apply(0, 0, stored([11, 12], None, [1, 2, 3, 4]))
+    index.apply(0, 1, stored([11, 12, 13], None, [1, 2, 3, 4, 5, 6]))
+    index.apply(1, 0, stored([11], None, [1, 2]))
+    assert index.walk(chain, 0b11) == {0: 3, 1: 1}
+    assert index.walk(chain, 0b10) == {1: 1}
+    index.clear_source(0, 1)
+    assert index.walk(chain, 0b11) == {0: 2, 1: 1}
+    index.apply(0, 2, stored([11], None, [1, 2], medium="CPU"))
+    index.clear_source(0, 0)
+    index.check()
+    assert (index.walk(chain, 0b11), index.media(0, chain[0]), index.held_blocks(0)) == ({0: 1, 1: 1}, 2, 1)
+    index.apply(0, 0, stored([11, 12], None, [1, 2, 3, 4]))
+    index.check()
+    assert index.walk(chain, 0b11) == {0: 2, 1: 1}
+    index.clear(0)
+    index.clear(1)
+    assert len(index) == 0
+    index.check()
+
+
+def test_a_long_hash_is_the_number_that_the_engine_would_tell() -> None:
+    index = KvIndex()
+    long = bytes(range(32))
+    index.apply(0, 0, stored([long], None, [1, 2]))
+    index.apply(0, 0, removed([int.from_bytes(long, "big") & (1 << 64) - 1]))
+    assert len(index) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(("put", "pop")), st.integers(0, 4000), st.integers(1, (1 << 64) - 1))))
+def test_the_compact_map_is_a_dict(script: list[tuple[str, int, int]]) -> None:
+    compact, plain = CompactMap(), dict[int, int]()
+    for action, key, value in script:
+        assert compact.get(key) == plain.get(key, 0)
+        if action == "put":
+            assert compact.put(key, value) == plain.get(key, 0)
+            plain[key] = value
+        else:
+            assert compact.pop(key) == plain.pop(key, 0)
+        compact.check()
+    assert dict(compact.items()) == plain
+    assert sorted(compact.values()) == sorted(plain.values())
+    assert len(compact) == len(plain)
 
 
 def test_ranks_hold_for_their_engine_and_a_window_group_does_not_count() -> None:
