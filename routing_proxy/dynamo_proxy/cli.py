@@ -20,6 +20,7 @@ from .config import (
     Routing,
     Timeouts,
     TlsFiles,
+    of_workers,
     parse_aliases,
     parse_engine_url,
     parse_engine_urls,
@@ -114,12 +115,13 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
     for flag in FLAGS:
         if flag.high:
             require_range(flag.spelling, values[flag.name], flag.low, flag.high)
-    if values["workers"] > 1 and values["replica_sync_listen"]:
-        raise ConfigError(
-            "--workers already share their load among themselves; give --replica-sync-listen with one worker"
-        )
     discovery = _discovery(values)
     _check_files(values)
+    replicas = parse_replicas(
+        values["replica_sync_listen"], values["replica_sync_peer"] or [], values["replica_sync_key_file"]
+    )
+    if replicas is not None and values["workers"] > 1:
+        of_workers(replicas, values["workers"])  # tells of ports that do not exist
     return ProxyConfig(
         engines=parse_engine_urls(values["engine"] or [], may_be_none=bool(discovery)),
         discovery=discovery,
@@ -128,9 +130,7 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         admin_host=values["admin_host"],
         admin_port=values["admin_port"] or None,
         router_mode=parse_router_mode(values["router_mode"]),
-        replicas=parse_replicas(
-            values["replica_sync_listen"], values["replica_sync_peer"] or [], values["replica_sync_key_file"]
-        ),
+        replicas=replicas,
         routing=Routing(
             overlap_weight=values["kv_overlap_score_weight"] if values["kv_overlap_score_weight"] >= 0 else None,
             temperature=values["router_temperature"],

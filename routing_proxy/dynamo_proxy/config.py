@@ -257,6 +257,22 @@ def parse_replicas(listen: str, peers: list[str], key_path: str) -> Replicas | N
     return Replicas(listen, tuple(peers), key)
 
 
+def of_workers(replicas: Replicas, count: int) -> list[Replicas]:
+    """What the workers of one proxy tell each other and other proxies: worker n has the n-th port from the one given,
+    here and at the peers, which have as many workers. Raises ConfigError.
+    """
+
+    def places(address: str) -> list[str]:
+        host, _, port = address.rpartition(":")
+        if not port.isdigit() or int(port) + count > 65536:
+            raise ConfigError(f"replica address {address} needs {count} ports from its own on; give a lower IP:PORT")
+        return [f"{host}:{int(port) + number}" for number in range(count)]
+
+    own = places(replicas.listen)
+    others = [place for peer in replicas.peers for place in places(peer)]
+    return [Replicas(place, (*(near for near in own if near != place), *others), replicas.key) for place in own]
+
+
 def parse_router_mode(text: str) -> str:
     if text not in ROUTER_MODES:
         raise ConfigError(f"router mode {text!r} is unknown; choose one of {', '.join(ROUTER_MODES)}")
