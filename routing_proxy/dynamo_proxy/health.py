@@ -200,6 +200,12 @@ class Monitor:
         if not reason.startswith("status_"):
             watch.wake.set()
 
+    def engine_is_slow(self, engine: Engine) -> None:
+        """An engine is far slower than the others: it gets nothing for a while, then one request as a trial."""
+        engine.breaker.trip(asyncio.get_running_loop().time())
+        self.metrics.trips.labels(engine.name, "slow").inc()
+        log.warning("engine %s is far slower than the others: it gets no requests for a while", engine.address.url)
+
     def zmq_context(self) -> zmq.Context[zmq.Socket[bytes]]:
         if self._context is None:
             self._context = zmq.Context()

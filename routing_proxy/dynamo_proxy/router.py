@@ -16,6 +16,7 @@ from .learning import CostLearner
 from .ledger import Lease, Ledger
 from .metrics import Metrics
 from .sessions import Sessions
+from .speeds import Speeds
 from .text_chain import Prompt
 
 
@@ -41,6 +42,7 @@ class RoutingState:
     last_slot: int = -1
     last_prefill_slot: int = -1
     max_in_flight: int = 0  # requests an engine may have; 0: as many as come
+    speeds: Speeds = field(default_factory=Speeds)
     sessions: Sessions | None = None  # None: requests of a session go where they like
 
 
@@ -57,11 +59,16 @@ class Router:
         self._rng = rng
         self.state = RoutingState()
         self._on_failure: Callable[[Engine, str], None] = lambda engine, reason: None
+        self._on_slow: Callable[[Engine], None] = lambda engine: None
         self._on_room: Callable[[], None] | None = None
 
     def when_failed(self, call: Callable[[Engine, str], None]) -> None:
         """Name who hears that a request failed on an engine."""
         self._on_failure = call
+
+    def when_slow(self, call: Callable[[Engine], None]) -> None:
+        """Name who hears that an engine is far slower than the others."""
+        self._on_slow = call
 
     def when_room(self, call: Callable[[], None]) -> None:
         """Name who hears that an engine may have room again."""
@@ -142,6 +149,10 @@ class Router:
         learner, new, tokens = self.state.learner, placement.decision.new_tokens, placement.prompt_tokens
         self._ledger.prefilled(placement.lease, learner.model.prefill_seconds(new, tokens))
         if first_token_seconds:
+            predicted = learner.model.t_0 + learner.model.t_p * placement.queued_tokens
+            predicted += learner.model.prefill_seconds(new, tokens)
+            if self.state.speeds.observe(placement.engine.slot, predicted, first_token_seconds):
+                self._on_slow(placement.engine)
             learner.first_token(first_token_seconds, placement.queued_tokens, new, tokens)
 
     def stream_ended(self, placement: Placement, events: int, seconds: float) -> None:
@@ -213,6 +224,7 @@ class Router:
     def check(self) -> None:
         assert self.state.mode in ("kv", "round-robin", "random", "least-loaded"), f"mode {self.state.mode}"
         self.state.learner.check()
+        self.state.speeds.check()
         if self.state.sessions is not None:
             self.state.sessions.check()
 

@@ -64,6 +64,7 @@ class ProxyServer:
         self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts)
         self.monitor.use_events = config.use_kv_events
         self.router.when_failed(self.monitor.request_failed)
+        self.router.when_slow(self.monitor.engine_is_slow)
         self.access_log = AccessLog(config.access_log) if config.access_log else None
         parts = self.router, self.metrics, self.tokens
         late = config.routing.prefill_seconds
@@ -182,6 +183,7 @@ class ProxyServer:
             await engine.pool.close()
         finally:
             self.knowledge.forget(engine.slot)
+            self.router.state.speeds.forget(engine.slot)
             if self.router.state.sessions is not None:
                 self.router.state.sessions.forget_slot(engine.slot)
             self.metrics.forget_engine(engine.name)
