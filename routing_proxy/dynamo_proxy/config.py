@@ -90,6 +90,7 @@ class Routing:
     disk_hit_weight: float = 0.25
     object_hit_weight: float = 0.25
     session_seconds: float = 0.0  # how long a session stays with its engine; 0: it does not
+    warm_up_seconds: float = 10.0  # how long an engine that is new among others gets less; 0: not at all
     engine_request_limit: int = 0  # requests an engine may have; 0: as many as come
     queue_size: int = 1024  # requests that may wait for one with room
     queue_seconds: float = 30.0

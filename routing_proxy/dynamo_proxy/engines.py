@@ -31,6 +31,7 @@ class Health(Enum):
 
 # What decides whether an engine may take a request.
 _DECISIVE = frozenset(("health", "draining", "models"))
+_TOGETHER_SECONDS = 5.0
 _PREFILLS = ("prefill", "both")
 
 
@@ -113,6 +114,8 @@ class EngineRegistry:
         self._leaving: set[int] = set()  # slots of engines that were removed but have parts still open
         self.loras: frozenset[str] = frozenset()
         self._fleets: dict[str, Fleet] = {}  # by model; emptied whenever an engine changes
+        self.warming: dict[int, float] = {}  # engines that are new among others, and since when
+        self.ready_since: dict[int, float] = {}
         self.has_prefill = False  # an engine computes prompts for others
 
     def __iter__(self) -> Iterator[Engine]:
@@ -154,6 +157,8 @@ class EngineRegistry:
         if in_flight:
             raise EngineBusyError(f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait")
         del self._engines[engine.slot]
+        self.warming.pop(engine.slot, None)
+        self.ready_since.pop(engine.slot, None)
         self._roles_changed()
         self._leaving.add(engine.slot)
         self.models_changed()
@@ -162,6 +167,16 @@ class EngineRegistry:
         """Nothing of a removed engine is left: its slot may be used again."""
         self._leaving.discard(engine.slot)
         self._ledger.forget_slot(engine.slot)
+
+    def became_ready(self, engine: Engine, now: float) -> None:
+        """An engine takes requests from now on; a new one among others that do so already gets less at first."""
+        self.warming.pop(engine.slot, None)
+        others = [other.slot for other in self if other.takes_requests and other is not engine]
+        # Those that are found within seconds of each other started together, or it is the proxy that is new.
+        if any(now - self.ready_since.get(slot, now) >= _TOGETHER_SECONDS for slot in others):
+            self.warming[engine.slot] = now
+        self.ready_since[engine.slot] = now
+        engine.health = Health.READY
 
     def _roles_changed(self) -> None:
         self._fleets.clear()
@@ -203,6 +218,7 @@ class EngineRegistry:
         return any(engine.takes_requests and engine.role != "prefill" for engine in self._engines.values())
 
     def check(self) -> None:
+        assert self.warming.keys() <= self._engines.keys(), "an engine that is not here is new"
         assert not self._leaving & self._engines.keys(), "an engine has the slot of one that still leaves"
         addresses = [engine.address for engine in self._engines.values()]
         assert len(set(addresses)) == len(addresses), "an address is listed twice"

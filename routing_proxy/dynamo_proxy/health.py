@@ -89,7 +89,7 @@ class EngineWatch:
         await self._find_events()
         self._monitor.tokens.engine_changed(engine.slot)
         engine.breaker.reset()
-        engine.health = Health.READY
+        self._monitor.registry.became_ready(engine, asyncio.get_running_loop().time())
         log.info("engine %s is ready (%s knowledge)", engine.address.url, engine.knowledge)
 
     async def _find_events(self) -> None:

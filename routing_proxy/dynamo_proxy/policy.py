@@ -184,6 +184,11 @@ def is_sooner_elsewhere(here: Load, new_here: int, there: Load, new_there: int, 
     return elsewhere <= own + model.t_p * here.pending_tokens
 
 
+def warm_up_limit(mean_in_flight: float, age_seconds: float, warm_up_seconds: float) -> float:
+    """Requests that a new engine may have beside others that have so many on average."""
+    return max(1.0, mean_in_flight * age_seconds / warm_up_seconds)
+
+
 def credited_blocks(runs: tuple[int, int, int, int], weights: TierWeights) -> float:
     """Blocks that count as cached, of leading runs down to G1, G2, G3 and G4: what lies lower must be loaded first."""
     g1, g2, g3, g4 = runs

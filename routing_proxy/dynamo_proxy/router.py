@@ -41,6 +41,7 @@ class RoutingState:
     prefill: policy.PrefillRule = field(default_factory=policy.PrefillRule)
     last_slot: int = -1
     last_prefill_slot: int = -1
+    warm_up_seconds: float = 10.0  # how long an engine that is new among others gets less; 0: not at all
     max_in_flight: int = 0  # requests an engine may have; 0: as many as come
     speeds: Speeds = field(default_factory=Speeds)
     sessions: Sessions | None = None  # None: requests of a session go where they like
@@ -89,6 +90,8 @@ class Router:
         state = self.state
         if state.max_in_flight:
             loads = tuple(load for load in loads if load.in_flight < state.max_in_flight) or loads
+        if self._registry.warming:
+            loads = self._warmed(loads, now)
         if prompt.session and state.sessions is not None:
             decision = self._choose_for_session(loads, held, tokens, prompt.session, now)
         else:
@@ -195,6 +198,18 @@ class Router:
         decision = self._choose(there or fleet, self._capped(there or fleet, held, tokens), tokens)
         self.state.sessions.placed(session, decision.slot, now)
         return decision._replace(reason="session") if there else decision
+
+    def _warmed(self, loads: tuple[policy.Load, ...], now: float) -> tuple[policy.Load, ...]:
+        """The engines without the new ones that have their share already."""
+        warming, seconds = self._registry.warming, self.state.warm_up_seconds
+        for slot in [slot for slot, since in warming.items() if now - since >= seconds]:
+            del warming[slot]
+        warm = [load.in_flight for load in loads if load.slot not in warming]
+        if not warm:
+            return loads
+        mean = sum(warm) / len(warm)
+        limits = {slot: policy.warm_up_limit(mean, now - since, seconds) for slot, since in warming.items()}
+        return tuple(load for load in loads if load.in_flight < limits.get(load.slot, load.in_flight + 1))
 
     def _capped(self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int) -> policy.Held:
         """What engines hold as the rule should see it: of what a decode engine lacks, others compute the most part."""
