@@ -54,6 +54,7 @@ class AdminRoutes:
             "url": engine.address.url,
             "name": engine.name,
             "state": engine.state,
+            "role": engine.role,
             "discovered": engine.address.options.discovered,
             "in_flight": self._fleet.ledger.own(engine.slot).in_flight,
             "knowledge": engine.knowledge,

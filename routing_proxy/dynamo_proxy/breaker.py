@@ -42,9 +42,17 @@ class Breaker:
             return False
         if self.state is not Circuit.CLOSED:
             self._seconds = min(self._seconds * 2, LONGEST_SECONDS)
+        self._open(now)
+        return True
+
+    def trip(self, now: float) -> None:
+        """Leave it alone for a while, whatever it answers."""
+        self.score = max(self.score, TRIP_SCORE)
+        self._open(now)
+
+    def _open(self, now: float) -> None:
         self._set(Circuit.OPEN)
         self.until = now + self._seconds
-        return True
 
     def passed(self) -> None:
         """A request was answered. Needed only while `score` is not 0."""

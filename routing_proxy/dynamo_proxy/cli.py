@@ -20,6 +20,7 @@ from .config import (
     Routing,
     Timeouts,
     TlsFiles,
+    of_workers,
     parse_aliases,
     parse_engine_url,
     parse_engine_urls,
@@ -32,6 +33,7 @@ from .errors import ConfigError, ProxyError
 from .tls import ServerTls, client_context
 
 _DAY = 86_400.0
+_QUEUED = "Tokens that may wait at a prefill engine that is asked; -1: while it is sooner than the decode engine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class _Flag:
 
 
 FLAGS = (
-    _Flag("engine", None, "An engine, http://HOST:PORT[,connect=S][,first-byte=S][,idle=S]; repeat for each"),
+    _Flag("engine", None, "An engine, http://HOST:PORT[,role=R][,connect=S][,first-byte=S][,idle=S]; repeat for each"),
     _Flag("engines_file", None, "A file of engines, one a line as for --engine; read again when it changes"),
     _Flag("engine_dns", None, "http://NAME:PORT: every address of the name is an engine; repeat for each"),
     _Flag("engine_k8s_service", None, "NAMESPACE/SERVICE:PORT: its ready endpoints are engines; repeat for each"),
@@ -77,9 +79,15 @@ FLAGS = (
     _Flag("router_disk_cache_hit_weight", 0.25, "Worth of a block on disk", 0, 1),
     _Flag("router_object_cache_hit_weight", 0.25, "Worth of a block in an object store", 0, 1),
     _Flag("router_session_affinity_ttl_secs", 0.0, "Keep a session on its engine for so long; 0: no", 0, _DAY),
+    _Flag("engine_warm_up", 10.0, "Seconds in which a new engine's share grows to a whole one; 0: at once", 0, 3600),
     _Flag("engine_request_limit", 0, "Requests an engine may have, then they wait; 0: no limit", 0, 1_000_000),
     _Flag("queue_size", 1024, "Requests that may wait; more get 429", 0, 1_000_000),
     _Flag("queue_timeout", 30.0, "Seconds a request may wait, then it gets 503", 0.01, 3600),
+    _Flag("disagg_prefill_min_tokens", 512, "Uncached tokens that a decode engine computes itself", 0, 10_000_000),
+    _Flag("disagg_prefill_max_queued_tokens", -1, _QUEUED, -1, 1_000_000_000),
+    _Flag(
+        "disagg_prefill_timeout", 60.0, "Seconds a prefill engine may take; then the decode engine computes", 0.01, 3600
+    ),
     _Flag("replica_sync_listen", "", "IP:PORT where other proxies before this fleet tell their load (UDP)"),
     _Flag("replica_sync_peer", None, "IP:PORT of another proxy; repeat for each"),
     _Flag("replica_sync_key_file", "", "File with the key that all of them share"),
@@ -108,12 +116,13 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
     for flag in FLAGS:
         if flag.high:
             require_range(flag.spelling, values[flag.name], flag.low, flag.high)
-    if values["workers"] > 1 and values["replica_sync_listen"]:
-        raise ConfigError(
-            "--workers already share their load among themselves; give --replica-sync-listen with one worker"
-        )
     discovery = _discovery(values)
     _check_files(values)
+    replicas = parse_replicas(
+        values["replica_sync_listen"], values["replica_sync_peer"] or [], values["replica_sync_key_file"]
+    )
+    if replicas is not None and values["workers"] > 1:
+        of_workers(replicas, values["workers"])  # tells of ports that do not exist
     return ProxyConfig(
         engines=parse_engine_urls(values["engine"] or [], may_be_none=bool(discovery)),
         discovery=discovery,
@@ -122,9 +131,7 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
         admin_host=values["admin_host"],
         admin_port=values["admin_port"] or None,
         router_mode=parse_router_mode(values["router_mode"]),
-        replicas=parse_replicas(
-            values["replica_sync_listen"], values["replica_sync_peer"] or [], values["replica_sync_key_file"]
-        ),
+        replicas=replicas,
         routing=Routing(
             overlap_weight=values["kv_overlap_score_weight"] if values["kv_overlap_score_weight"] >= 0 else None,
             temperature=values["router_temperature"],
@@ -132,9 +139,13 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
             disk_hit_weight=values["router_disk_cache_hit_weight"],
             object_hit_weight=values["router_object_cache_hit_weight"],
             session_seconds=values["router_session_affinity_ttl_secs"],
+            warm_up_seconds=values["engine_warm_up"],
             engine_request_limit=values["engine_request_limit"],
             queue_size=values["queue_size"],
             queue_seconds=values["queue_timeout"],
+            prefill_min_tokens=values["disagg_prefill_min_tokens"],
+            prefill_max_queued_tokens=values["disagg_prefill_max_queued_tokens"],
+            prefill_seconds=values["disagg_prefill_timeout"],
         ),
         kv_block_tokens=values["kv_cache_block_size"],
         use_kv_events=values["kv_events"],
@@ -164,11 +175,13 @@ def _timeouts(values: dict[str, Any]) -> Timeouts:
 def _discovery(values: dict[str, Any]) -> DiscoverySources:
     discovery = DiscoverySources(
         tuple(values["engines_file"] or ()),
-        tuple(parse_engine_url(url).url for url in values["engine_dns"] or ()),
+        tuple(values["engine_dns"] or ()),
         tuple(values["engine_k8s_service"] or ()),
         values["kubernetes_api"].rstrip("/"),
         values["discovery_interval"],
     )
+    for url in discovery.dns:
+        parse_engine_url(url)
     for service in discovery.services:
         parse_service(service)
     return discovery

@@ -15,6 +15,9 @@ ROUTER_MODES = ("kv", "round-robin", "random", "least-loaded")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 # Names in an engine's specification -> fields of EngineOptions and Timeouts.
 _DEADLINES = {"connect": "connect_seconds", "first-byte": "first_byte_seconds", "idle": "idle_seconds"}
+# What an engine does of a request: prefill engines compute prompts for decode engines; both: either; empty: it computes
+# and decodes what it gets, and hands nothing over.
+ROLES = ("prefill", "decode", "both")
 MIB = 1 << 20
 
 
@@ -25,6 +28,7 @@ class EngineOptions:
     connect_seconds: float | None = None
     first_byte_seconds: float | None = None
     idle_seconds: float | None = None
+    role: str = ""  # one of ROLES, or empty
     draining: bool = False
     discovered: bool = False  # a source of engines named it, and may take it away
 
@@ -86,9 +90,13 @@ class Routing:
     disk_hit_weight: float = 0.25
     object_hit_weight: float = 0.25
     session_seconds: float = 0.0  # how long a session stays with its engine; 0: it does not
+    warm_up_seconds: float = 10.0  # how long an engine that is new among others gets less; 0: not at all
     engine_request_limit: int = 0  # requests an engine may have; 0: as many as come
     queue_size: int = 1024  # requests that may wait for one with room
     queue_seconds: float = 30.0
+    prefill_min_tokens: int = 512  # a decode engine computes as many tokens of a prompt itself
+    prefill_max_queued_tokens: int = -1  # of a prefill engine that is asked; -1: as long as it is sooner
+    prefill_seconds: float = 60.0  # how long a prefill engine may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,21 +178,26 @@ def parse_engine_url(text: str) -> EngineAddress:
         raise ConfigError(f"engine URL {text!r} has more than a host and a port; {example}")
     if port == 0 or not _is_host(parts.hostname):
         raise ConfigError(f"engine URL {text!r} has no usable host and port; {example}")
-    return EngineAddress(parts.hostname, port or (443 if tls else 80), _parse_options(text, settings), tls)
+    return EngineAddress(parts.hostname, port or (443 if tls else 80), parse_options(text, settings), tls)
 
 
-def _parse_options(url: str, settings: list[str]) -> EngineOptions:
+def parse_options(url: str, settings: list[str]) -> EngineOptions:
     """NAME=VALUE pairs behind an engine URL."""
     values: dict[str, Any] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
+        if name == "role" and value in ROLES:
+            values["role"] = value
+            continue
         try:
             seconds = float(value)
         except ValueError:
             seconds = -1.0
         if name not in _DEADLINES or not 0.01 <= seconds <= 86_400:
             names = ", ".join(f"{known}=SECONDS" for known in _DEADLINES)
-            raise ConfigError(f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}")
+            raise ConfigError(
+                f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}, role=prefill|decode|both"
+            )
         values[_DEADLINES[name]] = seconds
     return replace(EngineOptions(), **values)
 
@@ -243,6 +256,22 @@ def parse_replicas(listen: str, peers: list[str], key_path: str) -> Replicas | N
     if len(key) < 16:
         raise ConfigError("--replica-sync-key-file must hold at least 16 bytes, for example `openssl rand -hex 32`")
     return Replicas(listen, tuple(peers), key)
+
+
+def of_workers(replicas: Replicas, count: int) -> list[Replicas]:
+    """What the workers of one proxy tell each other and other proxies: worker n has the n-th port from the one given,
+    here and at the peers, which have as many workers. Raises ConfigError.
+    """
+
+    def places(address: str) -> list[str]:
+        host, _, port = address.rpartition(":")
+        if not port.isdigit() or int(port) + count > 65536:
+            raise ConfigError(f"replica address {address} needs {count} ports from its own on; give a lower IP:PORT")
+        return [f"{host}:{int(port) + number}" for number in range(count)]
+
+    own = places(replicas.listen)
+    others = [place for peer in replicas.peers for place in places(peer)]
+    return [Replicas(place, (*(near for near in own if near != place), *others), replicas.key) for place in own]
 
 
 def parse_router_mode(text: str) -> str:

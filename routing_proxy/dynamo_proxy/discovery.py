@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import aiohttp
 import orjson
 
-from .config import DiscoverySources, EngineAddress, parse_engine_url
+from .config import ROLES, DiscoverySources, EngineAddress, EngineOptions, parse_engine_url, parse_options
 from .engines import Engine, EngineRegistry
 from .errors import ConfigError, DiscoveryError, EngineBusyError, UnknownEngineError
 from .ledger import Ledger
 
+ROLE_LABEL = "dynamo-connectors/role"  # of a service: its endpoints carry it too
 _ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
 log = logging.getLogger("dynamo_proxy")
@@ -86,7 +87,7 @@ class KubernetesSource:
 
     def __init__(self, service: str, api: str, account: Path = _ACCOUNT) -> None:
         self.name = f"--engine-k8s-service {service}"
-        self._namespace, self._service, self._port = parse_service(service)
+        self._namespace, self._service, self._port, self._options = parse_service(service)
         host, port = os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
         self._api = api or (f"https://{f'[{host}]' if ':' in host else host}:{port}" if host else "")
         self._account = account
@@ -104,7 +105,10 @@ class KubernetesSource:
                 return frozenset()
         if status != 200:
             raise DiscoveryError(f"the API server answers {status}: {answer.get('message', 'no reason given')}")
-        return frozenset(_endpoints(answer, self._port))
+        return frozenset(replace(found, options=self._with_label(label)) for found, label in _found(answer, self._port))
+
+    def _with_label(self, role: str) -> EngineOptions:
+        return self._options if self._options.role or role not in ROLES else replace(self._options, role=role)
 
     async def _get(self, url: str) -> tuple[int, dict[str, Any]]:
         token, authority = self._account / "token", self._account / "ca.crt"
@@ -129,23 +133,31 @@ def _context(authority: Path) -> Any:
     return ssl.create_default_context(cafile=str(authority))
 
 
-def parse_service(text: str) -> tuple[str, str, str]:
-    """(namespace, service, port name or number) of NAMESPACE/SERVICE:PORT. Raises ConfigError."""
-    place, _, port = text.rpartition(":")
+def parse_service(text: str) -> tuple[str, str, str, EngineOptions]:
+    """The parts and settings of NAMESPACE/SERVICE:PORT_OR_ITS_NAME[,NAME=VALUE]. Raises ConfigError."""
+    where, *settings = text.split(",")
+    place, _, port = where.rpartition(":")
     namespace, _, service = place.partition("/")
     if not namespace or not service or not port or "/" in service:
         raise ConfigError(f"--engine-k8s-service {text!r} is not NAMESPACE/SERVICE:PORT; for example llm/vllm:8000")
-    return namespace, service, port
+    return namespace, service, port, parse_options(where, settings)
 
 
-def _endpoints(answer: dict[str, Any], port: str) -> Iterable[EngineAddress]:
-    """Addresses in an EndpointSliceList or an Endpoints object."""
-    for piece in answer.get("items") or ():
-        for number in _port_numbers(piece.get("ports"), port):
-            for endpoint in piece.get("endpoints") or ():
-                if (endpoint.get("conditions") or {}).get("ready") is not False:
-                    yield from (EngineAddress(host, number) for host in endpoint.get("addresses") or ())
-    for subset in answer.get("subsets") or ():
+def _found(answer: dict[str, Any], port: str) -> Iterable[tuple[EngineAddress, str]]:
+    """Addresses, and roles by label, in an EndpointSliceList or an Endpoints object."""
+    for piece in answer.get("items") or (answer,):
+        role = ((piece.get("metadata") or {}).get("labels") or {}).get(ROLE_LABEL, "")
+        for address in _endpoints(piece, port):
+            yield address, role
+
+
+def _endpoints(piece: dict[str, Any], port: str) -> Iterable[EngineAddress]:
+    """Addresses in an EndpointSlice or an Endpoints object."""
+    for number in _port_numbers(piece.get("ports"), port) if piece.get("endpoints") else ():
+        for endpoint in piece["endpoints"]:
+            if (endpoint.get("conditions") or {}).get("ready") is not False:
+                yield from (EngineAddress(host, number) for host in endpoint.get("addresses") or ())
+    for subset in piece.get("subsets") or ():
         for number in _port_numbers(subset.get("ports"), port):
             yield from (EngineAddress(address["ip"], number) for address in subset.get("addresses") or ())
 

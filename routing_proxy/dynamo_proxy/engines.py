@@ -31,6 +31,8 @@ class Health(Enum):
 
 # What decides whether an engine may take a request.
 _DECISIVE = frozenset(("health", "draining", "models"))
+_TOGETHER_SECONDS = 5.0
+_PREFILLS = ("prefill", "both")
 
 
 class Fleet(NamedTuple):
@@ -60,7 +62,8 @@ class Engine:
     credential: str = field(default="", repr=False)  # the key that the engine wants; empty: none
     host_lines: bytes = field(init=False, repr=False)  # what every request to it begins with
     root_url: bytes = field(init=False)
-
+    role: str = field(init=False)  # of config.ROLES, or empty
+    hands_over: bool = field(init=False)  # another engine may compute its prompts
     on_change: Callable[[], None] = field(init=False, default=lambda: None)  # something in _DECISIVE was set
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -71,6 +74,8 @@ class Engine:
     def __post_init__(self) -> None:
         self.name = f"engine-{self.slot}"
         self.label = self.name.encode()
+        self.role = self.address.options.role
+        self.hands_over = self.role in ("decode", "both")
         self.root_url = self.address.url.encode("latin-1") + b"/"
         self.host_lines = b"host: %b\r\n" % self.address.authority.encode("latin-1")
         if self.credential:
@@ -109,6 +114,9 @@ class EngineRegistry:
         self._leaving: set[int] = set()  # slots of engines that were removed but have parts still open
         self.loras: frozenset[str] = frozenset()
         self._fleets: dict[str, Fleet] = {}  # by model; emptied whenever an engine changes
+        self.warming: dict[int, float] = {}  # engines that are new among others, and since when
+        self.ready_since: dict[int, float] = {}
+        self.has_prefill = False  # an engine computes prompts for others
 
     def __iter__(self) -> Iterator[Engine]:
         return iter(list(self._engines.values()))
@@ -137,7 +145,7 @@ class EngineRegistry:
         self._engines[engine.slot] = engine
         self._ledger.load(engine.slot)
         engine.on_change = engine.breaker.on_change = self._fleets.clear
-        self._fleets.clear()
+        self._roles_changed()
 
     def remove(self, engine: Engine) -> None:
         """Take an engine out; its slot stays taken until `left`. Raises EngineBusyError while requests are in
@@ -149,7 +157,9 @@ class EngineRegistry:
         if in_flight:
             raise EngineBusyError(f"{in_flight} requests are in flight on {engine.address.url}; drain it and wait")
         del self._engines[engine.slot]
-        self._fleets.clear()
+        self.warming.pop(engine.slot, None)
+        self.ready_since.pop(engine.slot, None)
+        self._roles_changed()
         self._leaving.add(engine.slot)
         self.models_changed()
 
@@ -157,6 +167,20 @@ class EngineRegistry:
         """Nothing of a removed engine is left: its slot may be used again."""
         self._leaving.discard(engine.slot)
         self._ledger.forget_slot(engine.slot)
+
+    def became_ready(self, engine: Engine, now: float) -> None:
+        """An engine takes requests from now on; a new one among others that do so already gets less at first."""
+        self.warming.pop(engine.slot, None)
+        others = [other.slot for other in self if other.takes_requests and other is not engine]
+        # Those that are found within seconds of each other started together, or it is the proxy that is new.
+        if any(now - self.ready_since.get(slot, now) >= _TOGETHER_SECONDS for slot in others):
+            self.warming[engine.slot] = now
+        self.ready_since[engine.slot] = now
+        engine.health = Health.READY
+
+    def _roles_changed(self) -> None:
+        self._fleets.clear()
+        self.has_prefill = any(e.role in _PREFILLS for e in self._engines.values())
 
     def models_changed(self) -> None:
         """Recompute which served models are LoRA adapters."""
@@ -174,14 +198,27 @@ class EngineRegistry:
         return fleet
 
     def _fleet(self, model: str, tried: int) -> Fleet:
-        fit = [e for e in self._engines.values() if e.takes_requests and not tried >> e.slot & 1 and e.serves(model)]
-        fit = [e for e in fit if not e.breaker.blocks] or fit  # a doubtful engine is better than none
-        return Fleet(tuple(self._ledger.load(e.slot) for e in fit), sum(1 << e.slot for e in fit))
+        fit = [e for e in self._fit(model, tried) if e.role != "prefill"]
+        return self._as_fleet([e for e in fit if not e.breaker.blocks] or fit)  # a doubtful engine is better than none
+
+    def prefill_fleet(self, model: str, but_slot: int) -> Fleet:
+        """The engines that may compute a prompt for another one, the doubtful left out."""
+        fit = self._fit(model, 1 << but_slot)
+        return self._as_fleet([e for e in fit if e.role in _PREFILLS and not e.breaker.blocks])
+
+    def _fit(self, model: str, tried: int) -> list[Engine]:
+        engines = self._engines.values()
+        return [e for e in engines if e.takes_requests and not tried >> e.slot & 1 and e.serves(model)]
+
+    def _as_fleet(self, engines: list[Engine]) -> Fleet:
+        return Fleet(tuple(self._ledger.load(e.slot) for e in engines), sum(1 << e.slot for e in engines))
 
     def any_ready(self) -> bool:
-        return any(engine.takes_requests for engine in self._engines.values())
+        """True if an engine is ready that answers clients."""
+        return any(engine.takes_requests and engine.role != "prefill" for engine in self._engines.values())
 
     def check(self) -> None:
+        assert self.warming.keys() <= self._engines.keys(), "an engine that is not here is new"
         assert not self._leaving & self._engines.keys(), "an engine has the slot of one that still leaves"
         addresses = [engine.address for engine in self._engines.values()]
         assert len(set(addresses)) == len(addresses), "an address is listed twice"

@@ -9,22 +9,22 @@ the answer, unless the stream is on tape: then relaying -> resuming (as waiting,
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
-from . import stream_tape
 from .config import Timeouts
 from .guard import Meter
-from .http1 import ResponseReader
 from .http_heads import ResponseHead
 from .intake import Asked
+from .outgoing import Outgoing
+from .prefill_leg import PrefillLeg, begin_leg
 from .receipts import Receipt, receipt_of
 from .router import Placement
 from .services import ClientSide, Services
-from .stream_tape import Frames, PlainFrames, StreamTape
+from .stream_tape import Frames, PlainFrames
 from .upstream import UpstreamConnection
-from .wire import is_framed, may_speak, refusal, request_bytes, response_bytes, stream_error_bytes
+from .wire import is_framed, may_speak, refusal, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
-_RESUMES = 3  # per request
 _RETRY_STATUSES = frozenset((502, 503))
 
 
@@ -32,10 +32,10 @@ class Exchange:
     """Carries one request to an engine and its answer back. It owns at most one placement at any time."""
 
     __slots__ = (
-        "_arrived", "_attempt_started", "_client", "_continuation", "_dial", "_endpoint", "_events", "_failure",
-        "_first_token", "_frames", "_head", "_heard", "_last_tail", "_loop", "_meter", "_placement", "_prompt",
-        "_receipt", "_relaying", "_request", "_resumes", "_resuming", "_reused", "_services", "_stale", "_tape",
-        "_tapeable", "_timer", "_tried", "_up", "over",
+        "_arrived", "_attempt_started", "_client", "_dial", "_endpoint", "_events", "_failure", "_first_token",
+        "_frames", "_head", "_heard", "_last_tail", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled_by",
+        "_prompt", "_receipt", "_relaying", "_request", "_reused", "_services", "_stale", "_timer", "_tried", "_up",
+        "over",
     )  # fmt: skip
 
     def __init__(
@@ -59,15 +59,13 @@ class Exchange:
         self.over = False
         self._meter = meter
         self._receipt: Receipt | None = None
-        self._tapeable = asked.tapeable
-        self._tape: StreamTape | None = None
-        self._continuation = b""  # what asks for the rest of a broken stream
-        self._resumes = 0
-        self._resuming = False
+        self._out = Outgoing(asked, endpoint)
         # per attempt
         self._attempt_started = self._heard = self._first_token = 0.0
         self._events = 0  # of a stream since its first
         self._placement: Placement | None = None
+        self._leg: PrefillLeg | None = None  # another engine computes the prompt meanwhile
+        self._prefilled_by = ""
         self._up: UpstreamConnection | None = None
         self._dial: asyncio.Task[None] | None = None
         self._head: ResponseHead | None = None
@@ -99,6 +97,22 @@ class Exchange:
         self._tried |= 1 << placement.engine.slot
         self._attempt_started = now
         self._stale = 0
+        self._prefilled_by = ""
+        if placement.engine.hands_over and not self._out.resuming:
+            self._leg = begin_leg(self._services, self._request, self._prompt, placement, self._leg_over)
+        if self._leg is None:
+            self._connect(placement)
+
+    def _leg_over(self, ticket: dict[str, Any] | None) -> None:
+        """The prefill engine has computed the prompt, or the decode engine must."""
+        leg, self._leg, placement = self._leg, None, self._placement
+        assert leg is not None
+        assert placement is not None
+        self._prefilled_by = leg.engine_name if ticket is not None else ""
+        self._out.ticket = ticket
+        if ticket is None:
+            self._services.router.prefill_came_back(placement)
+        self._attempt_started = self._loop.time()
         self._connect(placement)
 
     def _connect(self, placement: Placement) -> None:
@@ -125,20 +139,11 @@ class Exchange:
             self._send(placement, connection)
 
     def _send(self, placement: Placement, connection: UpstreamConnection) -> None:
-        head, body = self._request.head, self._request.body
         self._up = connection
-        decode = head.minor_version == 0
-        if self._resuming and self._tape is not None:
-            self._tape.rewind()
-            body, decode = self._continuation, True
-        else:
-            self._head = self._frames = self._tape = None
-            if self._tapeable and placement.engine.tells_ids(self._endpoint):
-                self._tape, decode = StreamTape(self._endpoint == stream_tape.CHAT), True
-                body = stream_tape.asking_for_ids(body)
-        reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode)
-        target = stream_tape.COMPLETIONS.encode() if self._resuming else head.target
-        connection.begin(self, reader, request_bytes(head, target, body, placement.engine.host_lines))
+        if not self._out.resuming:
+            self._head = self._frames = None
+        data, reader = self._out.begin(placement.engine, self._services.limits.max_head_bytes)
+        connection.begin(self, reader, data)
         if self._timer is None:
             self._timer = self._loop.call_later(placement.engine.timeouts.first_byte_seconds, self._on_timer)
         if connection.transport is not None:
@@ -149,7 +154,7 @@ class Exchange:
         self._timer = None
         assert self._placement is not None
         limits = self._placement.engine.timeouts
-        started = self._relaying and not self._resuming
+        started = self._relaying and not self._out.resuming
         limit = limits.idle_seconds if started else limits.first_byte_seconds
         # While the client is too slow to take what came, the engine is not at fault.
         since = self._loop.time() if self._client.flow.writing_paused else self._heard
@@ -170,7 +175,7 @@ class Exchange:
     # --- from the engine (ResponseSink)
 
     def on_head(self, head: ResponseHead) -> None:
-        if self._resuming:
+        if self._out.resuming:
             if head.status != 200 or not head.is_events:
                 self._next_engine(f"status_{head.status}")
             return
@@ -178,10 +183,10 @@ class Exchange:
             self._next_engine(f"status_{head.status}")
             return
         self._head = head
-        if self._tape is not None:
+        if self._out.tape is not None:
             if head.status != 200 or not head.is_events or not head.chunked:
-                self._tape = None
-            self._frames = self._tape or (PlainFrames() if head.chunked else None)
+                self._out.tape = None
+            self._frames = self._out.tape or (PlainFrames() if head.chunked else None)
 
     def on_body(self, data: bytes) -> None:
         self._heard = self._loop.time()
@@ -199,7 +204,7 @@ class Exchange:
         self._last_tail = data[-8:]
 
     def _relay(self, data: bytes) -> None:
-        if self._relaying and not self._resuming:
+        if self._relaying and not self._out.resuming:
             self._client.write(data)
             if self._first_token:
                 self._events += data.count(b"data: ")
@@ -226,7 +231,7 @@ class Exchange:
         self._client.finish(is_framed(head, self._request.head) and self._request.head.keep_alive)
 
     def on_lost(self, reason: str) -> None:
-        if self._relaying and not self._resuming:
+        if self._relaying and not self._out.resuming:
             self._broken(reason)
         elif self._reused and reason == "connection_lost" and not self._answer_began():
             # The engine closed an idle connection just as we used it: not its fault, and not a try.
@@ -241,7 +246,7 @@ class Exchange:
 
     def _lost(self, reason: str) -> None:
         """The connection lives, the answer does not."""
-        if self._relaying and not self._resuming:
+        if self._relaying and not self._out.resuming:
             self._broken(reason)
         else:
             self._next_engine(reason)
@@ -258,8 +263,8 @@ class Exchange:
         assert placement is not None
         now = self._loop.time()
         self._watch_for_silence(placement.engine.timeouts)
-        if self._resuming:
-            self._resuming = False
+        if self._out.resuming:
+            self._out.resuming = False
             self._services.router.first_byte(placement, 0.0)
             placement.engine.breaker.passed()
             self._services.metrics.resumes.labels("resumed").inc()
@@ -273,7 +278,8 @@ class Exchange:
         # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
         is_token = head.status == 200 and head.is_events
         self._events, self._first_token = 0, now if is_token else 0.0
-        self._services.router.first_byte(placement, now - self._attempt_started if is_token else 0.0)
+        learns = is_token and not placement.engine.hands_over  # a prompt that came from elsewhere teaches nothing
+        self._services.router.first_byte(placement, now - self._attempt_started if learns else 0.0)
         self._services.metrics.ttft.observe(now - self._arrived)
         if is_token:
             self._services.metrics.prefilled(placement.engine.name, now - self._attempt_started)
@@ -283,7 +289,7 @@ class Exchange:
         if asked or self._services.log is not None:
             state, tries = self._services.router.state, self._tried.bit_count()
             spent = now - self._attempt_started, now - self._arrived
-            self._receipt = receipt_of(placement, state.mode, state.learner.model, tries, *spent)
+            self._receipt = receipt_of(placement, state.mode, state.learner.model, tries, spent, self._prefilled_by)
         receipt = self._receipt.header() if asked and self._receipt is not None else b""
         self._client.write(response_bytes(head, self._request.head, placement, receipt) + first)
 
@@ -299,7 +305,7 @@ class Exchange:
 
     def _give_up(self) -> None:
         """No engine is left to try."""
-        if self._resuming:
+        if self._out.resuming:
             self._services.metrics.resumes.labels("no_engine").inc()
             self._end_broken(200, self._failure)
             return
@@ -319,17 +325,14 @@ class Exchange:
         at_boundary = up is not None and up.reader is not None and up.reader.at_boundary
         self._services.router.failed(placement.engine, reason)
         self._leave_engine()
-        if self._tape is None:
+        if self._out.tape is None:
             self._end_broken(head.status, reason, at_boundary and may_speak(head, self._request.head, self._last_tail))
-        elif not self._resume(self._tape, 1 << placement.engine.slot, reason):
+        elif not self._resume(1 << placement.engine.slot, reason):
             self._end_broken(head.status, reason)
 
-    def _resume(self, tape: StreamTape, lost: int, reason: str) -> bool:
+    def _resume(self, lost: int, reason: str) -> bool:
         """Go on with a stream on tape on another engine; False if that cannot be."""
-        outcome, said = "too_often", b""
-        if self._resumes < _RESUMES:
-            most = self._services.router.max_model_tokens(self._prompt.model)
-            outcome, said = stream_tape.plan_rest(tape, self._request.body, most)
+        outcome, said = self._out.plan_rest(self._services.router.max_model_tokens(self._prompt.model))
         if outcome != "go_on":
             self._services.metrics.resumes.labels(outcome).inc()
         if outcome == "concluded":
@@ -339,9 +342,7 @@ class Exchange:
             return True
         if outcome != "go_on":
             return False
-        self._continuation = said
-        self._resumes += 1
-        self._resuming, self._failure = True, reason
+        self._failure = reason
         if not self._services.router.another(self._prompt, self._tried):
             self._tried = lost  # those that failed this request before may be well again
         self._attempt()
@@ -361,7 +362,10 @@ class Exchange:
     # --- endings
 
     def _leave_engine(self) -> None:
-        """The one place where an exchange lets go of its engine."""
+        """The one place where an exchange lets go of its engines."""
+        leg, self._leg = self._leg, None
+        if leg is not None:
+            leg.cancel()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -389,6 +393,5 @@ class Exchange:
         assert not (self.over and self._placement is not None), "a finished exchange still holds its engine"
         assert not (self.over and self._timer is not None), "a finished exchange still has a timer"
         assert not self._relaying or self._head is not None, "relaying without a head"
-        assert not self._resuming or self._tape is not None, "resuming without a tape"
-        if self._tape is not None:
-            self._tape.check()
+        assert not (self.over and self._leg is not None), "a finished exchange still has its prompt computed"
+        self._out.check()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from typing import Any
 
 from .api_keys import Caller, KeyRing
 from .errors import ConfigError, LimitError, RequestError
@@ -22,9 +21,6 @@ _CONTROL = re.compile(
     r"|pd_role|(add|remove|list)_external|(get_)?server_info|kv_event_sources|(get_)?remote_instance|get_internal|(get_)?loads?$"
     r"|tokenizer_info|get_world_size|shutdown|rpc|engine)"
 )
-# What only a proxy may say to an engine about the other half of a disaggregated request.
-INTERNAL_FIELDS = frozenset(("bootstrap_host", "bootstrap_port", "bootstrap_room", "kv_transfer_params"))
-_REMOTE = ("do_remote_", "remote_")
 log = logging.getLogger("dynamo_proxy")
 
 
@@ -124,14 +120,3 @@ def without_credentials(request: Request) -> Request:
 def is_control_route(path: str) -> bool:
     """True for routes by which operators run an engine."""
     return _CONTROL.match(path) is not None
-
-
-def without_internal(body: dict[str, Any]) -> dict[str, Any]:
-    """The body as a client may send it: hints for the block manager stay, what names another engine goes."""
-    kept = {name: value for name, value in body.items() if name not in INTERNAL_FIELDS}
-    params = body.get("kv_transfer_params")
-    if isinstance(params, dict):
-        hints = {name: value for name, value in params.items() if not name.startswith(_REMOTE)}
-        if hints:
-            kept["kv_transfer_params"] = hints
-    return kept

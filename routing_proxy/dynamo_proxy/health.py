@@ -89,7 +89,7 @@ class EngineWatch:
         await self._find_events()
         self._monitor.tokens.engine_changed(engine.slot)
         engine.breaker.reset()
-        engine.health = Health.READY
+        self._monitor.registry.became_ready(engine, asyncio.get_running_loop().time())
         log.info("engine %s is ready (%s knowledge)", engine.address.url, engine.knowledge)
 
     async def _find_events(self) -> None:
@@ -199,6 +199,12 @@ class Monitor:
             watch.down(reason)
         if not reason.startswith("status_"):
             watch.wake.set()
+
+    def engine_is_slow(self, engine: Engine) -> None:
+        """An engine is far slower than the others: it gets nothing for a while, then one request as a trial."""
+        engine.breaker.trip(asyncio.get_running_loop().time())
+        self.metrics.trips.labels(engine.name, "slow").inc()
+        log.warning("engine %s is far slower than the others: it gets no requests for a while", engine.address.url)
 
     def zmq_context(self) -> zmq.Context[zmq.Socket[bytes]]:
         if self._context is None:

@@ -9,7 +9,8 @@ import orjson
 
 from .engines import EngineRegistry
 from .errors import RequestError
-from .guard import INTERNAL_FIELDS, is_control_route, without_internal
+from .guard import is_control_route
+from .handoff import INTERNAL_FIELDS, without_internal
 from .http1 import Request
 from .openapi import JSON_ROUTES
 from .stream_tape import is_resumable

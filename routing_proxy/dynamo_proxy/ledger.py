@@ -101,6 +101,12 @@ class Ledger:
         self._leases.add(lease)
         return lease
 
+    def expect_prefill(self, lease: Lease, tokens: int) -> None:
+        """So many tokens of the request wait for prefill on its engine: none while another engine computes them."""
+        if lease.held:
+            self.loads[lease.slot].pending_tokens += tokens - lease.pending_tokens
+            lease.pending_tokens = tokens
+
     def prefilled(self, lease: Lease, seconds: float = 0.0) -> None:
         """The first response byte came: its prefill, of so many seconds, no longer waits. Harmless when repeated."""
         if lease.held and lease.pending_tokens:

@@ -67,6 +67,9 @@ class Metrics(Collector):
         )
         self.retries = counter("dynamo_router_retries", "Requests sent again before their first byte", "reason")
         self.resumes = counter("dynamo_router_stream_resumes", "Broken streams by what became of them", "reason")
+        self.prefill_legs = counter(
+            "dynamo_router_prefill_legs", "Prompts for decode engines by who computed", "reason"
+        )
         self.trips = counter("dynamo_router_breaker_trips", "Engines left alone for a while", "engine", "reason")
         self.events = counter("dynamo_router_kv_events", "KV events by what became of them", "reason")
         self.event_gaps = counter("dynamo_router_kv_event_gaps", "Breaks in an event stream", "reason")

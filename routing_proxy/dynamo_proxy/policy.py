@@ -74,6 +74,16 @@ class OverlapRule:
     block_tokens: int = 16
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillRule:
+    """When another engine computes a prompt: what a decode engine computes itself, and how many tokens may wait at the
+    prefill engine (-1: as long as the prompt is computed sooner there).
+    """
+
+    min_tokens: int = 512
+    max_queued_tokens: int = -1
+
+
 Held = Mapping[int, int]  # slot -> tokens of the prompt that its caches hold; nothing for an engine with none
 
 
@@ -162,6 +172,21 @@ def sample(costs: Sequence[float], temperature: float, rng: Random) -> int:
         return rng.choice([index for index, cost in enumerate(costs) if cost == least])
     weights = [math.exp((least - cost) / (most - least) / temperature) for cost in costs]
     return rng.choices(range(len(costs)), weights)[0]
+
+
+def is_sooner_elsewhere(here: Load, new_here: int, there: Load, new_there: int, tokens: int, model: CostModel) -> bool:
+    """True if an engine that only has to wait computes a prompt sooner `there` than `here`, where it delays others too.
+
+    `new_*` are the prompt's tokens that each lacks.
+    """
+    own = model.prefill_seconds(new_here, tokens) * (1 + model.alpha * here.in_flight)
+    elsewhere = model.prefill_seconds(new_there, tokens) + model.t_p * there.pending_tokens
+    return elsewhere <= own + model.t_p * here.pending_tokens
+
+
+def warm_up_limit(mean_in_flight: float, age_seconds: float, warm_up_seconds: float) -> float:
+    """Requests that a new engine may have beside others that have so many on average."""
+    return max(1.0, mean_in_flight * age_seconds / warm_up_seconds)
 
 
 def credited_blocks(runs: tuple[int, int, int, int], weights: TierWeights) -> float:

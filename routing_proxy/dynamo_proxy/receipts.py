@@ -23,16 +23,18 @@ class Receipt:
     attempts: int
     predicted_ttft_ms: float
     actual_ttft_ms: float  # of the engine that answered
-    total_ttft_ms: float  # with the attempts before it
+    total_ttft_ms: float  # with the attempts before it, and what another engine computed for it
+    prefill_engine: str  # that computed the prompt; empty: the same
 
     def header(self) -> bytes:
         return b"x-dynamo-route: %b\r\n" % orjson.dumps(self)
 
 
 def receipt_of(
-    placement: Placement, mode: str, model: CostModel, attempts: int, seconds: float, total_seconds: float
+    placement: Placement, mode: str, model: CostModel, attempts: int, spent: tuple[float, float], prefill_engine: str
 ) -> Receipt:
-    """The receipt for a first byte that came `seconds` after the last attempt began."""
+    """The receipt for a first byte; `spent` seconds since the last attempt began, and since the request came."""
+    seconds, total_seconds = spent
     decision, prompt = placement.decision, placement.prompt_tokens
     new = decision.new_tokens
     own = model.t_p * new + model.t_a * new * (prompt - new / 2)
@@ -48,4 +50,5 @@ def receipt_of(
         predicted_ttft_ms=round(predicted * 1e3, 3),
         actual_ttft_ms=round(seconds * 1e3, 3),
         total_ttft_ms=round(total_seconds * 1e3, 3),
+        prefill_engine=prefill_engine,
     )

@@ -5,7 +5,7 @@ synchronous call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from .learning import CostLearner
 from .ledger import Lease, Ledger
 from .metrics import Metrics
 from .sessions import Sessions
+from .speeds import Speeds
 from .text_chain import Prompt
 
 
@@ -37,8 +38,12 @@ class RoutingState:
     learner: CostLearner = field(default_factory=CostLearner)
     overlap: policy.OverlapRule | None = None  # Dynamo's rule in the place of ours
     temperature: float = 0.0
+    prefill: policy.PrefillRule = field(default_factory=policy.PrefillRule)
     last_slot: int = -1
+    last_prefill_slot: int = -1
+    warm_up_seconds: float = 10.0  # how long an engine that is new among others gets less; 0: not at all
     max_in_flight: int = 0  # requests an engine may have; 0: as many as come
+    speeds: Speeds = field(default_factory=Speeds)
     sessions: Sessions | None = None  # None: requests of a session go where they like
 
 
@@ -55,11 +60,16 @@ class Router:
         self._rng = rng
         self.state = RoutingState()
         self._on_failure: Callable[[Engine, str], None] = lambda engine, reason: None
+        self._on_slow: Callable[[Engine], None] = lambda engine: None
         self._on_room: Callable[[], None] | None = None
 
     def when_failed(self, call: Callable[[Engine, str], None]) -> None:
         """Name who hears that a request failed on an engine."""
         self._on_failure = call
+
+    def when_slow(self, call: Callable[[Engine], None]) -> None:
+        """Name who hears that an engine is far slower than the others."""
+        self._on_slow = call
 
     def when_room(self, call: Callable[[], None]) -> None:
         """Name who hears that an engine may have room again."""
@@ -80,10 +90,14 @@ class Router:
         state = self.state
         if state.max_in_flight:
             loads = tuple(load for load in loads if load.in_flight < state.max_in_flight) or loads
+        if self._registry.warming:
+            loads = self._warmed(loads, now)
         if prompt.session and state.sessions is not None:
             decision = self._choose_for_session(loads, held, tokens, prompt.session, now)
         else:
-            decision = self._choose(loads, held, tokens)
+            decision = self._choose(loads, self._capped(loads, held, tokens), tokens)
+        if self._registry.has_prefill:
+            decision = _with_matched(decision, held, tokens)
         queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         self._knowledge.sent(decision.slot, prompt, now)
@@ -96,6 +110,41 @@ class Router:
             engine.breaker.began()
         return Placement(engine, lease, decision, queued, tokens)
 
+    def place_prefill(self, prompt: Prompt, placement: Placement, now: float) -> Placement | str:
+        """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does."""
+        state, decision, slot = self.state, placement.decision, placement.engine.slot
+        tokens, rule = placement.prompt_tokens, self.state.prefill
+        if decision.new_tokens <= rule.min_tokens:
+            return "short"
+        loads, mask = self._registry.prefill_fleet(prompt.model, slot)
+        if not loads:
+            return "no_engine"
+        if rule.max_queued_tokens >= 0:
+            loads = tuple(load for load in loads if load.pending_tokens <= rule.max_queued_tokens)
+            if not loads:
+                return "queue_full"
+        chosen = self._choose(loads, self._knowledge.matched_tokens(prompt, mask, now), tokens, state.last_prefill_slot)
+        there, here = self._ledger.loads[chosen.slot], self._ledger.loads[slot]
+        if rule.max_queued_tokens < 0:
+            # Its own charge does not wait for itself.
+            here = replace(here, in_flight=here.in_flight - 1, pending_tokens=placement.queued_tokens)
+            new = decision.new_tokens, chosen.new_tokens
+            if not policy.is_sooner_elsewhere(here, new[0], there, new[1], tokens, state.learner.model):
+                return "queue_full"
+        state.last_prefill_slot = chosen.slot
+        queued = there.pending_tokens
+        lease = self._ledger.charge(chosen.slot, chosen.new_tokens, tokens)
+        self._ledger.expect_prefill(placement.lease, 0)
+        self._knowledge.sent(chosen.slot, prompt, now)
+        engine = self._registry.at(chosen.slot)
+        if engine.breaker.score:
+            engine.breaker.began()
+        return Placement(engine, lease, chosen, queued, tokens)
+
+    def prefill_came_back(self, placement: Placement) -> None:
+        """The engine of `placement` computes the prompt itself after all."""
+        self._ledger.expect_prefill(placement.lease, placement.decision.new_tokens)
+
     def first_byte(self, placement: Placement, first_token_seconds: float) -> None:
         """The first body byte came: stop counting its prefill. Learn, if the time to a first token is known
         (above 0).
@@ -103,6 +152,10 @@ class Router:
         learner, new, tokens = self.state.learner, placement.decision.new_tokens, placement.prompt_tokens
         self._ledger.prefilled(placement.lease, learner.model.prefill_seconds(new, tokens))
         if first_token_seconds:
+            predicted = learner.model.t_0 + learner.model.t_p * placement.queued_tokens
+            predicted += learner.model.prefill_seconds(new, tokens)
+            if self.state.speeds.observe(placement.engine.slot, predicted, first_token_seconds):
+                self._on_slow(placement.engine)
             learner.first_token(first_token_seconds, placement.queued_tokens, new, tokens)
 
     def stream_ended(self, placement: Placement, events: int, seconds: float) -> None:
@@ -142,11 +195,35 @@ class Router:
         assert self.state.sessions is not None
         home = self.state.sessions.slot(session, now)
         there = [load for load in fleet if load.slot == home]
-        decision = self._choose(there or fleet, held, tokens)
+        decision = self._choose(there or fleet, self._capped(there or fleet, held, tokens), tokens)
         self.state.sessions.placed(session, decision.slot, now)
         return decision._replace(reason="session") if there else decision
 
-    def _choose(self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int) -> policy.Decision:
+    def _warmed(self, loads: tuple[policy.Load, ...], now: float) -> tuple[policy.Load, ...]:
+        """The engines without the new ones that have their share already."""
+        warming, seconds = self._registry.warming, self.state.warm_up_seconds
+        for slot in [slot for slot, since in warming.items() if now - since >= seconds]:
+            del warming[slot]
+        warm = [load.in_flight for load in loads if load.slot not in warming]
+        if not warm:
+            return loads
+        mean = sum(warm) / len(warm)
+        limits = {slot: policy.warm_up_limit(mean, now - since, seconds) for slot, since in warming.items()}
+        return tuple(load for load in loads if load.in_flight < limits.get(load.slot, load.in_flight + 1))
+
+    def _capped(self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int) -> policy.Held:
+        """What engines hold as the rule should see it: of what a decode engine lacks, others compute the most part."""
+        least = tokens - self.state.prefill.min_tokens
+        if least <= 0 or not self._registry.has_prefill:
+            return held
+        at = self._registry.at
+        return {
+            load.slot: max(held.get(load.slot, 0), least if at(load.slot).hands_over else 0) for load in fleet
+        }  # fmt: skip
+
+    def _choose(
+        self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int, last_slot: int | None = None
+    ) -> policy.Decision:
         state = self.state
         mode = state.mode
         if mode == "kv":
@@ -154,7 +231,7 @@ class Router:
                 return policy.choose_overlap(fleet, held, tokens, state.overlap, self._rng)
             return policy.choose_kv(fleet, held, tokens, state.learner.model, self._rng, state.temperature)
         if mode == "round-robin":
-            return policy.choose_round_robin(fleet, held, tokens, self.state.last_slot)
+            return policy.choose_round_robin(fleet, held, tokens, state.last_slot if last_slot is None else last_slot)
         if mode == "random":
             return policy.choose_random(fleet, held, tokens, self._rng)
         return policy.choose_least_loaded(fleet, held, tokens, self._rng)
@@ -162,5 +239,12 @@ class Router:
     def check(self) -> None:
         assert self.state.mode in ("kv", "round-robin", "random", "least-loaded"), f"mode {self.state.mode}"
         self.state.learner.check()
+        self.state.speeds.check()
         if self.state.sessions is not None:
             self.state.sessions.check()
+
+
+def _with_matched(decision: policy.Decision, held: policy.Held, tokens: int) -> policy.Decision:
+    """The decision with what its engine truly holds."""
+    matched = min(held.get(decision.slot, 0), tokens)
+    return decision._replace(matched_tokens=matched, new_tokens=tokens - matched)

@@ -29,7 +29,7 @@ from .knowledge import Knowledge
 from .ledger import Ledger
 from .listening import banner_host, listen_error
 from .metrics import Metrics
-from .policy import OverlapRule, TierWeights
+from .policy import OverlapRule, PrefillRule, TierWeights
 from .replicas import ReplicaSync
 from .router import Router, RoutingState
 from .services import Services
@@ -64,8 +64,11 @@ class ProxyServer:
         self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts)
         self.monitor.use_events = config.use_kv_events
         self.router.when_failed(self.monitor.request_failed)
+        self.router.when_slow(self.monitor.engine_is_slow)
         self.access_log = AccessLog(config.access_log) if config.access_log else None
-        services = Services(self.router, self.metrics, self.tokens, config.limits, config.timeouts, self.access_log)
+        parts = self.router, self.metrics, self.tokens
+        late = config.routing.prefill_seconds
+        services = Services(*parts, config.limits, config.timeouts, self.access_log, late)
         self.front_end = FrontEnd(self.registry, self.ledger, self.knowledge, services)
         self.front_end.intake.resume_streams = config.resume_streams
         self.front_end.intake.pass_control_routes = config.control_routes
@@ -180,6 +183,7 @@ class ProxyServer:
             await engine.pool.close()
         finally:
             self.knowledge.forget(engine.slot)
+            self.router.state.speeds.forget(engine.slot)
             if self.router.state.sessions is not None:
                 self.router.state.sessions.forget_slot(engine.slot)
             self.metrics.forget_engine(engine.name)
@@ -237,7 +241,9 @@ class ProxyServer:
 def routing_state(config: ProxyConfig) -> RoutingState:
     """The rules that a configuration asks for."""
     state = RoutingState(config.router_mode, temperature=config.routing.temperature)
+    state.warm_up_seconds = config.routing.warm_up_seconds
     state.max_in_flight = config.routing.engine_request_limit
+    state.prefill = PrefillRule(config.routing.prefill_min_tokens, config.routing.prefill_max_queued_tokens)
     if config.routing.session_seconds:
         state.sessions = Sessions(config.routing.session_seconds)
     if config.routing.overlap_weight is not None:

@@ -34,3 +34,4 @@ class Services:
     limits: Limits
     timeouts: Timeouts
     log: AccessLog | None = None
+    prefill_seconds: float = 60.0  # how long a prefill engine may take

@@ -21,7 +21,7 @@ from typing import Any
 
 from aiohttp import web
 
-from .config import EngineAddress, ProxyConfig, Replicas, parse_engine_url
+from .config import EngineAddress, ProxyConfig, Replicas, of_workers, parse_engine_url
 from .errors import ListenError
 from .listening import banner_host, listen_error
 from .workers_admin import WorkersAdmin
@@ -78,8 +78,13 @@ class Supervisor:
     def __init__(self, config: ProxyConfig, folder: Path) -> None:
         self._config = config
         self._folder = folder
-        self._key = secrets.token_bytes(32)  # with which workers sign what they tell each other
         self.workers = [Worker(number, folder) for number in range(config.workers)]
+        # Where each tells of its load; over the network, if other proxies are to hear of it.
+        if config.replicas is not None:
+            self._places = of_workers(config.replicas, config.workers)
+        else:
+            key, near = secrets.token_bytes(32), [f"unix:{folder / f'replica-{w.number}.sock'}" for w in self.workers]
+            self._places = [Replicas(place, tuple(p for p in near if p != place), key) for place in near]
         self.admin = WorkersAdmin(lambda: [worker.admin_socket for worker in self.workers if worker.is_up])
         self.port = 0
         self.admin_port = 0
@@ -133,14 +138,11 @@ class Supervisor:
                 continue  # the new worker finds it too
             address = parse_engine_url(row["url"])
             address = known.get(address, address)
-            options = replace(address.options, draining=row["state"] == "draining")
+            options = replace(address.options, draining=row["state"] == "draining", role=row["role"])
             engines.append(replace(address, options=options))
         return tuple(engines)
 
     def _config_of(self, worker: Worker, engines: tuple[EngineAddress, ...]) -> ProxyConfig:
-        # Our own place first, then the others': what each tells of its load.
-        places = sorted(self.workers, key=lambda other: other is not worker)
-        told = [f"unix:{self._folder / f'replica-{place.number}.sock'}" for place in places]
         return replace(
             self._config,
             engines=engines,
@@ -148,7 +150,7 @@ class Supervisor:
             admin_port=None,
             admin_socket=worker.admin_socket,
             supervisor_socket=str(self._folder / "supervisor.sock"),
-            replicas=Replicas(told[0], tuple(told[1:]), self._key),
+            replicas=self._places[worker.number],
         )
 
     async def stop(self, signals: asyncio.Queue[int]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from dynamo_proxy.config import DiscoverySources, EngineAddress
-from dynamo_proxy.discovery import KubernetesSource
+from dynamo_proxy.discovery import DnsSource, KubernetesSource
 from dynamo_proxy.errors import ConfigError, DiscoveryError
 from dynamo_proxy.server import ProxyServer
 
@@ -179,6 +179,30 @@ def test_ready_endpoints_of_a_service_are_engines(tmp_path: Path) -> None:
             await named.look()
         with pytest.raises(DiscoveryError, match="--kubernetes-api"):
             await KubernetesSource("llm/vllm:http", "", tmp_path).look()
+
+    run(body())
+
+
+def test_a_label_or_a_setting_says_the_role_of_a_service(tmp_path: Path) -> None:
+    async def body() -> None:
+        labelled = {"metadata": {"labels": {"dynamo-connectors/role": "prefill"}}}
+        async with Api().serving() as api:
+            for path, answer in (("/endpointslices", SLICES["items"][0]), ("/endpoints/vllm", ENDPOINTS)):
+                labelled_answer = {**answer, **labelled}
+                api.answers = {path: {"items": [labelled_answer]} if path == "/endpointslices" else labelled_answer}
+                for setting, role in (("", "prefill"), (",role=decode", "decode")):
+                    found = await KubernetesSource(f"llm/vllm:http{setting}", api.url, tmp_path).look()
+                    assert {address.options.role for address in found} == {role}
+        with pytest.raises(ConfigError, match="role=prefill"):
+            KubernetesSource("llm/vllm:http,role=x", "")
+
+    run(body())
+
+
+def test_every_address_of_a_name_has_its_role() -> None:
+    async def body() -> None:
+        found = await DnsSource("http://localhost:8000,role=decode").look()
+        assert {address.options.role for address in found} == {"decode"}
 
     run(body())
 

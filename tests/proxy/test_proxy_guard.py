@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from dynamo_proxy.api_keys import KeyRing, parse_keys
 from dynamo_proxy.errors import ConfigError
-from dynamo_proxy.guard import is_control_route, without_internal
+from dynamo_proxy.guard import is_control_route
+from dynamo_proxy.handoff import without_internal
 from dynamo_proxy.limits import Bucket, CallerLimits
 from dynamo_proxy.openapi import JSON_ROUTES
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The KV index against a naive model, event decoding in both dialects, and the approximate index."""
+"""The KV index against a naive model, and event decoding in both dialects."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from dynamo_proxy.approx_index import ApproxIndex
 from dynamo_proxy.block_hash import block_hash, root_hash, token_chain
-from dynamo_proxy.dialects import (
-    EventSource,
-    read_models,
-    sglang_capacity_tokens,
-    sglang_sources,
-    vllm_capacity_tokens,
-    vllm_sources,
-)
+from dynamo_proxy.compact_map import CompactMap
 from dynamo_proxy.errors import EventDecodeError
 from dynamo_proxy.kv_events import (
     AllCleared,
@@ -161,6 +153,53 @@ def test_a_block_is_held_while_any_medium_holds_it() -> None:
     assert len(index) == 0
     assert index.apply(0, 0, removed([11])) is Outcome.UNKNOWN_BLOCK
     index.check()
+
+
+def test_ranks_are_caches_of_their_own_and_numbers_are_used_again() -> None:
+    index = KvIndex()
+    chain = token_chain([1, 2, 3, 4, 5, 6], 2, ROOT)
+    index.apply(0, 0, stored([11, 12], None, [1, 2, 3, 4]))
+    index.apply(0, 1, stored([11, 12, 13], None, [1, 2, 3, 4, 5, 6]))
+    index.apply(1, 0, stored([11], None, [1, 2]))
+    assert index.walk(chain, 0b11) == {0: 3, 1: 1}
+    assert index.walk(chain, 0b10) == {1: 1}
+    index.clear_source(0, 1)
+    assert index.walk(chain, 0b11) == {0: 2, 1: 1}
+    index.apply(0, 2, stored([11], None, [1, 2], medium="CPU"))
+    index.clear_source(0, 0)
+    index.check()
+    assert (index.walk(chain, 0b11), index.media(0, chain[0]), index.held_blocks(0)) == ({0: 1, 1: 1}, 2, 1)
+    index.apply(0, 0, stored([11, 12], None, [1, 2, 3, 4]))
+    index.check()
+    assert index.walk(chain, 0b11) == {0: 2, 1: 1}
+    index.clear(0)
+    index.clear(1)
+    assert len(index) == 0
+    index.check()
+
+
+def test_a_long_hash_is_the_number_that_the_engine_would_tell() -> None:
+    index = KvIndex()
+    long = bytes(range(32))
+    index.apply(0, 0, stored([long], None, [1, 2]))
+    index.apply(0, 0, removed([int.from_bytes(long, "big") & (1 << 64) - 1]))
+    assert len(index) == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(("put", "pop")), st.integers(0, 4000), st.integers(1, (1 << 64) - 1))))
+def test_the_compact_map_is_a_dict(script: list[tuple[str, int, int]]) -> None:
+    compact, plain = CompactMap(), dict[int, int]()
+    for action, key, value in script:
+        assert compact.get(key) == plain.get(key, 0)
+        if action == "put":
+            assert compact.put(key, value) == plain.get(key, 0)
+            plain[key] = value
+        else:
+            assert compact.pop(key) == plain.pop(key, 0)
+        compact.check()
+    assert dict(compact.items()) == plain
+    assert sorted(compact.values()) == sorted(plain.values())
+    assert len(compact) == len(plain)
 
 
 def test_ranks_hold_for_their_engine_and_a_window_group_does_not_count() -> None:
@@ -320,79 +359,3 @@ def test_the_index_agrees_with_a_naive_model(script: list[tuple[str, int, tuple[
 def test_chained_hashes_are_the_blocks_hashes() -> None:
     first = block_hash(ROOT, (1, 2))
     assert token_chain([1, 2, 3, 4, 5], 2, ROOT) == [first, block_hash(first, (3, 4))]
-
-
-# --- the approximate index
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 2), st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True)),
-        max_size=30,
-    )
-)
-def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(
-    inserts: list[tuple[int, list[int]]],
-) -> None:
-    index = ApproxIndex(default_capacity_units=8)
-    index.set_capacity(1, 3)
-    for moment, (slot, numbers) in enumerate(inserts):
-        chain = [2 * number for number in numbers[:-1]] + [2 * numbers[-1] + 1]  # the last one is coarse: four units
-        index.insert(slot, chain, float(moment))
-        index.check()
-        capacity = 3 if slot == 1 else 8
-        kept = len(chain) if len(chain) + 3 <= capacity else min(len(chain) - 1, capacity)
-        if not kept:
-            assert index.matched(chain, 1 << slot) == {}
-            continue
-        assert index.matched(chain, 1 << slot) == {slot: kept}
-        assert index.fresh(slot, chain, kept, float(moment)) == kept
-        assert index.fresh(slot, chain, kept, moment + 1.0) == 0
-    for slot in range(3):
-        index.clear(slot)
-    assert len(index) == 0
-
-
-# --- dialects
-
-
-def test_wildcards_become_the_engines_host() -> None:
-    answer = {
-        "0": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://*:5557",
-              "replay_endpoint": "tcp://*:5558", "topic": "kv"},
-        "1": {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "tcp://10.1.1.1:7",
-              "replay_endpoint": None},
-        "2": {"enable_kv_cache_events": False, "publisher": "null", "endpoint": "tcp://*:9"},
-    }  # fmt: skip
-    assert vllm_sources(answer, "::1") == (
-        EventSource(0, "tcp://[::1]:5557", "tcp://[::1]:5558", "kv"),
-        EventSource(1, "tcp://10.1.1.1:7", "", ""),
-    )
-    info = {
-        "kv_events": {
-            "publisher": "zmq",
-            "endpoint_host": "*",
-            "endpoint_port_base": 60,
-            "dp_size": 2,
-            "topic": "",
-        }
-    }
-    assert sglang_sources(info, "h") == (
-        EventSource(0, "tcp://h:60", "", ""),
-        EventSource(1, "tcp://h:61", "", ""),
-    )
-    for nonsense in (None, [], {"kv_events": 3}, {"0": None}, "x"):
-        assert vllm_sources(nonsense, "h") == sglang_sources(nonsense, "h") == ()
-
-
-def test_capacity_and_models_are_read_or_absent() -> None:
-    text = 'vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0\n'
-    assert vllm_capacity_tokens(text) == 1600
-    assert vllm_capacity_tokens('vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0\n') is None
-    assert sglang_capacity_tokens({"max_total_num_tokens": 5}) == 5
-    assert sglang_capacity_tokens({"internal_states": [{"max_total_num_tokens": 6}]}) == 6
-    assert sglang_capacity_tokens([]) is None
-    models = read_models({"data": [{"id": "base", "parent": None}, {"id": "ad", "parent": "base"}, 5]})
-    assert models is not None
-    assert (models.ids, models.loras) == ({"base", "ad"}, {"ad"})
-    assert read_models([]) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from dynamo_proxy.server import routing_state
 from dynamo_proxy.supervisor import Supervisor
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tools.server_process import free_port
 
 from .proxy_fakes import Client, FakeEngine, ask, chat, post, proxy_before, run, wait_until
 
@@ -150,8 +153,9 @@ def test_flags_become_settings_and_what_contradicts_is_refused(tmp_path: Path) -
     assert (config.routing.overlap_weight, config.routing.temperature) == (2.0, 0.5)
     state = routing_state(config)
     assert (state.overlap, state.max_in_flight) == (OverlapRule(2.0, 0.5, 16), 7)
-    with pytest.raises(ConfigError, match="--workers"):
-        read_config({**given, "workers": 2})
+    assert read_config({**given, "workers": 2}).workers == 2
+    with pytest.raises(ConfigError, match="needs 4 ports"):
+        read_config({**given, "workers": 4, "replica_sync_peer": ["127.0.0.1:65533"]})
 
 
 def test_workers_of_one_proxy_are_replicas_of_each_other(tmp_path: Path) -> None:
@@ -165,6 +169,36 @@ def test_workers_of_one_proxy_are_replicas_of_each_other(tmp_path: Path) -> None
         assert {replicas.listen, *replicas.peers} == places
         assert len(replicas.key) >= 16
     assert len({replicas.key for replicas in told if replicas is not None}) == 1
+
+
+def test_workers_of_several_proxies_hear_each_other(tmp_path: Path) -> None:
+    """Two proxies of two workers each, as their supervisors would have them: every worker hears of every load."""
+
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        first, second = free_port(), free_port()
+        while abs(first - second) < 2:
+            second = free_port()
+        places = []
+        for own, other in ((first, second), (second, first)):
+            replicas = Replicas(f"127.0.0.1:{own}", (f"127.0.0.1:{other}",), KEY)
+            supervisor = Supervisor(ProxyConfig((), workers=2, replicas=replicas), tmp_path)
+            places += [supervisor._config_of(worker, ()).replicas for worker in supervisor.workers]
+        assert len({place.listen for place in places if place is not None}) == 4
+        hold = engine.hold = asyncio.Event()
+        async with contextlib.AsyncExitStack() as stack:
+            enter = stack.enter_async_context
+            proxies = [await enter(proxy_before(engine, replicas=p, inner=bool(n))) for n, p in enumerate(places)]
+            client = await enter(Client.to(proxies[0].port))
+            client.send(post("/v1/chat/completions", chat(LONG, stream=True)))
+            for proxy in proxies:
+                await wait_until(lambda proxy=proxy: proxy.ledger.load(0).in_flight == 1, "every one knows")
+            hold.set()
+            await client.answer()
+            for proxy in proxies:
+                await wait_until(lambda proxy=proxy: proxy.ledger.load(0).in_flight == 0, "and knows its end")
+
+    run(body())
 
 
 # --- the wire

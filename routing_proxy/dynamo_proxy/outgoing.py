@@ -1,0 +1,66 @@
+"""What an engine is sent for one request: the request itself, with token ids asked for, as the decode half of a
+disaggregated one, or the rest of a broken stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import handoff, stream_tape
+from .engines import Engine
+from .http1 import ResponseReader
+from .intake import Asked
+from .stream_tape import StreamTape
+from .wire import request_bytes
+
+_RESUMES = 3  # per request
+
+
+class Outgoing:
+    """One request towards engines, attempt by attempt."""
+
+    __slots__ = ("_continuation", "_endpoint", "_resumes", "_tapeable", "request", "resuming", "tape", "ticket")
+
+    def __init__(self, asked: Asked, endpoint: str) -> None:
+        self.request = asked.request
+        self._tapeable = asked.tapeable
+        self._endpoint = endpoint
+        self.tape: StreamTape | None = None
+        self.ticket: dict[str, Any] | None = None  # from a prefill engine, for one engine and one try
+        self.resuming = False
+        self._resumes = 0
+        self._continuation = b""  # what asks for the rest of a broken stream
+
+    def begin(self, engine: Engine, max_head_bytes: int) -> tuple[bytes, ResponseReader]:
+        """The bytes for an engine, and who reads its answer."""
+        head, body, target = self.request.head, self.request.body, self.request.head.target
+        decode = head.minor_version == 0
+        given, self.ticket = self.ticket, None
+        if self.resuming and self.tape is not None:
+            self.tape.rewind()
+            body, target, decode = self._continuation, stream_tape.COMPLETIONS.encode(), True
+        else:
+            self.tape = None
+            if given is not None:
+                body = handoff.with_ticket(body, given)
+            if self._tapeable and engine.tells_ids(self._endpoint):
+                self.tape, decode = StreamTape(self._endpoint == stream_tape.CHAT), True
+                body = stream_tape.asking_for_ids(body)
+        reader = ResponseReader(head.method, max_head_bytes, decode)
+        return request_bytes(head, target, body, engine.host_lines), reader
+
+    def plan_rest(self, max_model_tokens: int) -> tuple[str, bytes]:
+        """What becomes of a broken stream on tape: see stream_tape.plan_rest. "go_on": the next attempt asks for it."""
+        assert self.tape is not None
+        if self._resumes >= _RESUMES:
+            return "too_often", b""
+        outcome, said = stream_tape.plan_rest(self.tape, self.request.body, max_model_tokens)
+        if outcome == "go_on":
+            self._continuation, self.resuming = said, True
+            self._resumes += 1
+        return outcome, said
+
+    def check(self) -> None:
+        assert not self.resuming or self.tape is not None, "resuming without a tape"
+        if self.tape is not None:
+            self.tape.check()

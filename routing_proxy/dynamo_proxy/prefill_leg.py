@@ -1,0 +1,172 @@
+"""The prefill half of a disaggregated request: its prompt at a prefill engine, watched until it answers or is late.
+
+Whatever goes wrong here costs the client time and nothing else: the decode engine computes the prompt itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from . import handoff
+from .http1 import Request, ResponseReader
+from .http_heads import ResponseHead
+from .router import Placement
+from .services import Services
+from .text_chain import Prompt
+from .upstream import UpstreamConnection
+from .wire import request_bytes
+
+_MAX_ANSWER_BYTES = 16 << 20
+Done = Callable[[dict[str, Any] | None], None]
+
+
+def begin_leg(
+    services: Services, request: Request, prompt: Prompt, placement: Placement, done: Done
+) -> PrefillLeg | None:
+    """Have the prompt of a request computed for the engine of `placement` if that pays; `done` hears the end of it."""
+    engine = placement.engine
+    if engine.models is None or engine.models.kind != "vllm" or request.head.method != b"POST":
+        return None
+    now = asyncio.get_running_loop().time()
+    chosen = services.router.place_prefill(prompt, placement, now)
+    if isinstance(chosen, str):
+        services.metrics.prefill_legs.labels(chosen).inc()
+        return None
+    half = handoff.prefill_body(request.head.path, request.body)
+    if half is None:
+        services.router.release(chosen)
+        services.router.prefill_came_back(placement)
+        services.metrics.prefill_legs.labels("not_divisible").inc()
+        return None
+    leg = PrefillLeg(services, request, half, chosen, done)
+    leg.start()
+    return leg
+
+
+class PrefillLeg:
+    """One prompt at one prefill engine. Exactly one call of `done` ends it, unless it is cancelled before."""
+
+    __slots__ = (
+        "_answer", "_answered", "_began", "_dial", "_done", "_half", "_loop", "_placement", "_request", "_reused",
+        "_services", "_status", "_timer", "_up", "over",
+    )  # fmt: skip
+
+    def __init__(self, services: Services, request: Request, half: bytes, placement: Placement, done: Done) -> None:
+        self._services = services
+        self._request = request
+        self._half = half
+        self._placement = placement
+        self._done = done
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._up: UpstreamConnection | None = None
+        self._dial: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._reused = False
+        self._status = 0
+        self._answer: list[bytes] = []
+        self._answered = 0
+        self.over = False
+
+    @property
+    def engine_name(self) -> str:
+        return self._placement.engine.name
+
+    def start(self) -> None:
+        self._timer = self._loop.call_later(self._services.prefill_seconds, self._late)
+        connection = self._placement.engine.pool.take()
+        self._reused = connection is not None
+        if connection is not None:
+            self._send(connection)
+        else:
+            self._dial = self._placement.engine.pool.dial(self._dialled)
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: the prefill engine must stop."""
+        if not self.over:
+            self._services.metrics.prefill_legs.labels("cancelled").inc()
+            self._leave()
+
+    def _dialled(self, connection: UpstreamConnection | None, reason: str) -> None:
+        self._dial = None
+        if self.over:
+            if connection is not None:
+                connection.abandon()
+        elif connection is None or not connection.is_open:
+            self._fail(reason or "connection_lost")
+        else:
+            self._send(connection)
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        head = self._request.head
+        self._up = connection
+        reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode=True)
+        connection.begin(self, reader, request_bytes(head, head.target, self._half, self._placement.engine.host_lines))
+
+    def _late(self) -> None:
+        self._timer = None
+        self._fail("timeout")
+
+    # --- from the engine (ResponseSink)
+
+    def on_head(self, head: ResponseHead) -> None:
+        self._status = head.status
+
+    def on_body(self, data: bytes) -> None:
+        self._answer.append(data)
+        self._answered += len(data)
+        if self._answered > _MAX_ANSWER_BYTES:
+            self._fail("bad_answer")
+
+    def on_end(self) -> None:
+        self._up = None
+        if self._status != 200:
+            self._fail(f"status_{self._status}")
+            return
+        ticket = handoff.ticket(b"".join(self._answer))
+        seconds = self._loop.time() - self._began
+        self._services.router.first_byte(self._placement, seconds)
+        self._services.metrics.prefilled(self.engine_name, seconds)
+        if self._placement.engine.breaker.score:
+            self._placement.engine.breaker.passed()
+        self._end("handed_over" if ticket is not None else "no_ticket", ticket)
+
+    def on_lost(self, reason: str) -> None:
+        if self._reused and reason == "connection_lost" and not self._status:
+            # It closed an idle connection just as we used it: not its fault.
+            self._services.metrics.retries.labels("stale_connection").inc()
+            self._up, self._reused = None, False
+            self._dial = self._placement.engine.pool.dial(self._dialled)
+        else:
+            self._fail(reason)
+
+    # --- endings
+
+    def _fail(self, reason: str) -> None:
+        engine = self._placement.engine
+        self._end(reason, None)
+        if not reason.startswith("status_4"):
+            self._services.router.failed(engine, reason)
+
+    def _end(self, reason: str, ticket: dict[str, Any] | None) -> None:
+        self._services.metrics.prefill_legs.labels(reason).inc()
+        self._leave()
+        self._done(ticket)
+
+    def _leave(self) -> None:
+        self.over = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._dial is not None:
+            self._dial.cancel()
+            self._dial = None
+        up, self._up = self._up, None
+        if up is not None:
+            up.abandon()
+        self._services.router.release(self._placement)
+
+    def check(self) -> None:
+        assert not self.over or (self._up is None and self._timer is None), "a finished leg still holds its engine"
