@@ -1,6 +1,6 @@
 """How many replicas the `sla` rule wants: TTFT from a queue at the forecast demand, ITL from the batch. Pure.
 
-Each need carries both directions: `up` at the target, `down` at the demand over `down_margin`. Both are corrected by
+Each need carries both directions: `up` at the target, `down` at the demand over a margin. Both are corrected by
 what was observed: a target that is missed in fact asks for more, whatever the model says.
 """
 
@@ -19,6 +19,7 @@ from .step_model import coefficients
 _BACKLOG_SECONDS = 30.0
 _MIN_VERDICT = 20.0  # samples below which lateness may be chance
 _CORRECTION = (0.5, 2.0)
+_KEEP_MARGIN = 0.9  # of a count that is kept: the demand's bound is a margin already, this one only damps
 
 
 def sla_needs(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> list[Need]:
@@ -95,7 +96,7 @@ def _ttft_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) ->
     if waiting > ready:  # the queue itself must be gone within half a minute
         up = max(up, math.ceil((wanted.now + waiting / _BACKLOG_SECONDS) * service.mean_seconds - 1e-9))
     up = max(up, observed)
-    spare = replace(load, rate=wanted.upper / policy.down_margin)
+    spare = replace(load, rate=wanted.upper / _KEEP_MARGIN)
     down = max(up, prefill_replicas(fitted, spare, target, policy.attainment, policy.is_pooled))
     ahead = f"{wanted.upper:.2f} requests/s within {wanted.horizon_seconds:.0f} s (now {wanted.now:.2f})"
     cost = f"take {service.mean_seconds * 1e3:.0f} ms each against a TTFT of {target * 1e3:.0f} ms"
@@ -118,7 +119,7 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     # What runs now must fit too: output lengths may have grown since they were learnt.
     stuck = _replicas_for_batch(fitted, load, running, target)
     modelled = replicas_for_decode(fitted, load, target)
-    spare = replace(load, tokens_per_second=rate / policy.down_margin)
+    spare = replace(load, tokens_per_second=rate / _KEEP_MARGIN)
     keep = replicas_for_decode(fitted, spare, target)
     if modelled is None or keep is None:
         # No batch is small enough: more replicas would not help, fewer are not known to hurt less.
