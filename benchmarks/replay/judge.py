@@ -16,6 +16,12 @@ from benchmarks.replay.policies import KV_TOKENS, STARTUP_SECONDS, Planned, Sche
 
 TTFT_MS, ITL_MS, START = 500.0, 50.0, (3, 3)
 EASY = {"throughput": "throughput", "latency": "latency"}
+LOAD_THRESHOLDS = {  # half a batch of prompts, and KV use between what `throughput` and `latency` have built in
+    "prefill_scale_up_queue_tokens": 4096,
+    "prefill_scale_down_queue_tokens": 410,
+    "decode_scale_up_kv_rate": 70.0,
+    "decode_scale_down_kv_rate": 35.0,
+}
 KEPT = (
     "goodput_completed_requests",
     "num_requests",
@@ -162,7 +168,7 @@ def run_policy(judge: Judge, name: str, attainment: float, lent: dict[str, Plann
     if name in EASY:
         return judge.run_dynamo(optimization_target=EASY[name])
     if name == "load":
-        return judge.run_dynamo(optimization_target="load")
+        return judge.run_dynamo(optimization_target="load", **LOAD_THRESHOLDS)
     kind, _, predictor = name.partition("-")
     return judge.run_dynamo(
         optimization_target="sla",

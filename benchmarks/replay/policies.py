@@ -111,7 +111,13 @@ class Planned:
             )
             for number in range(total)
         ]
-        proxy = ProxyObservation(interval_seconds=INTERVAL_SECONDS, arrivals=count, prompt_tokens=count * prompt)
+        upstream = {step["worker_id"]: step["num_queued_prefill"] for step in seen.get("prefill_fpm_snapshots", [])}
+        proxy = ProxyObservation(
+            interval_seconds=INTERVAL_SECONDS,
+            arrivals=count,
+            prompt_tokens=count * prompt,
+            in_flight=int(running + sum(upstream.values())),
+        )
         return FleetObservation(self._now, tuple(engines), proxy, ordered=total)
 
 
@@ -144,7 +150,7 @@ def oracle(trace: Path, fitted: Planned, ttft_seconds: float, itl_seconds: float
     prefill, decode = coefficients(fitted.memories["prefill"].prefill), coefficients(fitted.memories["decode"].decode)
     assert prefill is not None, "run the planner before the oracle: it lends its step times"
     assert decode is not None, "run the planner before the oracle: it lends its step times"
-    window = 60.0
+    window = 30.0
     sums: dict[int, list[float]] = {}
     with trace.open() as lines:
         for line in lines:
@@ -162,6 +168,6 @@ def oracle(trace: Path, fitted: Planned, ttft_seconds: float, itl_seconds: float
     ahead = math.ceil(STARTUP_SECONDS / window)
     plan = []
     for slot in range(max(needs) + 1):
-        coming = [needs[later] for later in range(slot, slot + ahead + 1) if later in needs] or [(1, 1)]
+        coming = [needs[later] for later in range(slot - 1, slot + ahead + 1) if later in needs] or [(1, 1)]
         plan.append((slot * window, max(few for few, _ in coming), max(many for _, many in coming)))
     return Scheduled(plan)

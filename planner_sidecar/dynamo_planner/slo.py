@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from .capacity import DecodeLoad, PrefillLoad, batch_at, itl_at, prefill_service, replicas_for_decode
 from .capacity import replicas_for_prefill as prefill_replicas
-from .demand import demand
+from .demand import Demand, demand
 from .records import STARTING, Delta, FleetObservation, Memory, SizingPolicy
 from .sizing import Need
 from .step_model import coefficients
@@ -93,8 +93,9 @@ def _ttft_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) ->
         return Need(observed, max(observed, ready), "ttft", f"prefill rate still unknown, TTFT {seen}")
     service = prefill_service(fitted, load)
     up = prefill_replicas(fitted, load, target, policy.attainment, policy.is_pooled)
-    if waiting > ready:  # the queue itself must be gone within half a minute
-        up = max(up, math.ceil((wanted.now + waiting / _BACKLOG_SECONDS) * service.mean_seconds - 1e-9))
+    backlog = _backlog_at_help(fleet, wanted, waiting, service.mean_seconds)
+    if backlog > ready:
+        up = max(up, math.ceil((wanted.now + backlog / _BACKLOG_SECONDS) * service.mean_seconds - 1e-9))
     up = max(up, observed)
     spare = replace(load, rate=wanted.upper / _KEEP_MARGIN)
     down = max(up, prefill_replicas(fitted, spare, target, policy.attainment, policy.is_pooled))
@@ -103,12 +104,23 @@ def _ttft_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) ->
     return Need(up, down, "ttft", f"{ahead} of {load.tokens:.0f} tokens {cost} for {policy.attainment:.0%}")
 
 
+def _backlog_at_help(fleet: FleetObservation, wanted: Demand, waiting: float, seconds_each: float) -> float:
+    """Requests that will wait when what is ordered now has come: more arrive until then than all that are there or on
+    their way can serve. It must be gone within `_BACKLOG_SECONDS`, or every later request is late as well.
+    """
+    served = fleet.current / seconds_each if seconds_each > 0 else math.inf
+    return waiting + max(0.0, wanted.certain - served) * wanted.horizon_seconds
+
+
 def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> Need:
     target, total = policy.itl_seconds or 0.0, _total(fleet, "itl")
     running = sum(engine.running or 0.0 for engine in fleet.engines if engine.usable)
     ready = max(1, sum(engine.usable for engine in fleet.engines))
     wanted, tokens = demand(memory, fleet, policy), memory.output_tokens
-    rate = wanted.upper * tokens if tokens is not None else 0.0
+    # What waits for its prefill will want to decode as soon as that pool has caught up.
+    upstream = max(0.0, fleet.proxy.in_flight - running) if fleet.proxy is not None and policy.role == "decode" else 0.0
+    upper = max(wanted.upper, wanted.now + upstream / _BACKLOG_SECONDS) if upstream > ready else wanted.upper
+    rate = upper * tokens if tokens is not None else 0.0
     if (total is None or not total.count or running == 0) and rate <= 1e-6:
         return Need(1, 1, "itl", "no decoding")
     observed = _observed_need(fleet, policy, total, target)

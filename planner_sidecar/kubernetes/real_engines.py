@@ -269,7 +269,7 @@ def _planner(folder: Path, admin: str, pod_port: int) -> ServerProcess:
         str(BIN / "dynamo-planner"), "--no-advisory", "--proxy-admin", admin, "--port", str(port),
         "--kubernetes", "statefulset/engines", "--kubeconfig", str(RUN / "planner.kubeconfig"),
         "--kubernetes-namespace", "default", "--pod-port", str(pod_port), "--interval-seconds", "1",
-        "--max-replicas", "2", "--max-waiting-per-replica", "1000", "--stabilisation-seconds", "100000",
+        "--max-replicas", "2", "--max-waiting-per-replica", "1000", "--stabilisation-seconds", "86400",
         "--decision-log", str(folder / "decisions.jsonl"),
     ]  # fmt: skip
     return ServerProcess("dynamo-planner", command, f"http://127.0.0.1:{port}", folder / "planner.log")
