@@ -283,7 +283,7 @@ async def _no_pods(made: Cluster) -> None:
         await asyncio.sleep(0.1)
 
 
-@pytest.mark.timeout(5400)
+@pytest.mark.timeout(3000)
 def test_fifty_scale_downs_under_load_lose_no_request(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
