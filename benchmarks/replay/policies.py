@@ -93,7 +93,7 @@ class Planned:
         total = int(seen.get(f"non_draining_{role}_count", ready))
         ready = min(ready, total)
         steps = seen.get(f"{role}_fpm_snapshots", [])
-        waiting = sum(step["num_queued_prefill"] for step in steps) if role == "prefill" else 0
+        waiting = sum(step[f"num_queued_{role}"] for step in steps)
         running = sum(step["num_decode_requests"] for step in steps) if role == "decode" else 0.0
         kv = sum(step["sum_decode_kv_tokens"] for step in steps) / KV_TOKENS if role == "decode" else 0.0
         share = max(1, ready)
@@ -116,7 +116,7 @@ class Planned:
             interval_seconds=INTERVAL_SECONDS,
             arrivals=count,
             prompt_tokens=count * prompt,
-            in_flight=int(running + sum(upstream.values())),
+            in_flight=int(running + (waiting if role == "decode" else 0) + sum(upstream.values())),
         )
         return FleetObservation(self._now, tuple(engines), proxy, ordered=total)
 

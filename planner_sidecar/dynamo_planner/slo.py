@@ -117,9 +117,8 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     running = sum(engine.running or 0.0 for engine in fleet.engines if engine.usable)
     ready = max(1, sum(engine.usable for engine in fleet.engines))
     wanted, tokens = demand(memory, fleet, policy), memory.output_tokens
-    # What waits for its prefill will want to decode as soon as that pool has caught up.
-    upstream = max(0.0, fleet.proxy.in_flight - running) if fleet.proxy is not None and policy.role == "decode" else 0.0
-    upper = max(wanted.upper, wanted.now + upstream / _BACKLOG_SECONDS) if upstream > ready else wanted.upper
+    pending = _pending_decodes(fleet, running) if policy.role == "decode" else 0.0
+    upper = max(wanted.upper, wanted.now + pending / _BACKLOG_SECONDS) if pending > ready else wanted.upper
     rate = upper * tokens if tokens is not None else 0.0
     if (total is None or not total.count or running == 0) and rate <= 1e-6:
         return Need(1, 1, "itl", "no decoding")
@@ -140,6 +139,13 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     why = f"{rate:.0f} tokens/s in batches of {batch:.1f} take {itl_at(fitted, load, batch) * 1e3:.1f} ms a token"
     need = Need(max(modelled, observed), max(keep, stuck, observed), "itl", f"{why} against {target * 1e3:.1f} ms")
     return replace(need, down=max(need.up, need.down))
+
+
+def _pending_decodes(fleet: FleetObservation, running: float) -> float:
+    """What queues at full decoders, and what waits for its prefill: it comes as soon as that pool has caught up."""
+    waiting = sum(engine.waiting or 0.0 for engine in fleet.engines if engine.usable)
+    known = fleet.proxy is not None and not fleet.proxy.stale_reason
+    return max(waiting, fleet.proxy.in_flight - running if known and fleet.proxy is not None else 0.0)
 
 
 def _replicas_for_batch(fitted: tuple[float, ...], load: DecodeLoad, running: float, target: float) -> int:

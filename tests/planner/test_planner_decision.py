@@ -157,6 +157,8 @@ def test_a_decode_pool_counts_what_waits_for_its_prefill() -> None:
     calm = once(fleet(engine(running=20), proxy=replace(proxy, in_flight=20)), policy, memory)
     piled = once(fleet(engine(running=20), proxy=replace(proxy, in_flight=920)), policy, memory)
     assert piled.need_up > calm.need_up, (piled.explanation, calm.explanation)
+    full = once(fleet(engine(running=20, waiting=900.0)), policy, replace(memory, arrival_rate=10.0))
+    assert full.need_up == piled.need_up, "what queues at the decoders themselves counts as well"
 
 
 def test_sla_doubles_at_most_for_a_missed_target_and_not_while_help_comes() -> None:
