@@ -1,4 +1,4 @@
-"""Fifty scale-downs under load with nothing of ours replaced: `make test-kubernetes` runs this with pytest.
+"""Fifty scale-downs under load with nothing of ours replaced: `make test-kubernetes-engines` runs this.
 
 Real: API server and controllers, the dynamo-planner and dynamo-proxy commands, two vLLM engines on CPU, clients that
 stream. The kubelet is ours. A pod is a relay before an engine: when the pod ends every connection is cut at once, as by
