@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .envs/vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kubernetes lint bench soak clean vllm-env sglang-env vllm-versions
+.PHONY: help demo test test-kubernetes test-kubernetes-engines lint bench soak clean vllm-env sglang-env vllm-versions
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python3.11]'
@@ -22,6 +22,12 @@ test-kubernetes: vllm-env ## the planner against a real Kubernetes API server bu
 	run=$$(planner_sidecar/kubernetes/api_server.sh start) && \
 	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
 	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_api.py --timeout 600 $(ARGS)
+
+test-kubernetes-engines: vllm-env ## fifty scale-downs of real vLLM engines under load, on the same API server (SCALE_DOWNS=50)
+	planner_sidecar/kubernetes/api_server.sh build
+	run=$$(planner_sidecar/kubernetes/api_server.sh start) && \
+	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
+	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_engines.py -s $(ARGS)
 
 lint: vllm-env ## ruff, and mypy --strict on our packages
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from dynamo_planner.records import (
     ProxyObservation,
     SizingPolicy,
 )
-from dynamo_planner.step_model import coefficients, learn_step
+from dynamo_planner.step_model import coefficients, learn_steps
 
 Tick = dict[str, Any]
 INTERVAL_SECONDS, STARTUP_SECONDS = 10.0, 90.0
@@ -33,19 +33,25 @@ class Planned:
     times from the profile that Dynamo's SLA modes are given too, and from per-step records.
     """
 
-    def __init__(self, profile: Profile, ttft_seconds: float, itl_seconds: float, attainment: float) -> None:
+    def __init__(
+        self, profile: Profile, targets: tuple[float, float], attainment: float, least: tuple[int, int] = (1, 1)
+    ) -> None:
         common = SizingPolicy(
             target="sla",
             max_replicas=64,
-            ttft_seconds=ttft_seconds,
-            itl_seconds=itl_seconds,
+            ttft_seconds=targets[0],
+            itl_seconds=targets[1],
             attainment=attainment,
             startup_seconds=STARTUP_SECONDS,
             interval_seconds=INTERVAL_SECONDS,
+            stabilisation_seconds=STARTUP_SECONDS + INTERVAL_SECONDS,  # idle at most what a start too many would cost
             max_kv_usage=0.9,
             max_running_per_replica=256.0,
         )
-        self.policies = {role: replace(common, role=role) for role in ("prefill", "decode")}
+        self.policies = {
+            role: replace(common, role=role, min_replicas=few)
+            for role, few in zip(("prefill", "decode"), least, strict=True)
+        }
         prefill, decode = models(profile)
         self.memories = {"prefill": Memory(prefill=prefill), "decode": Memory(decode=decode)}
         self.log: list[tuple[float, str, int, int, str]] = []
@@ -68,18 +74,16 @@ class Planned:
         return decision.desired if decision.direction != "hold" else None
 
     def _taught(self, role: str, seen: Tick) -> Memory:
-        memory = self.memories[role]
+        memory, samples = self.memories[role], []
         for step in seen.get(f"{role}_fpm_snapshots", []):
-            if step["wall_time"] <= 0:
-                continue
             if role == "prefill" and step["sum_prefill_tokens"] > 0:
-                features = (1.0, float(step["sum_prefill_tokens"]))
-                memory = replace(memory, prefill=learn_step(memory.prefill, features, step["wall_time"]))
+                samples.append(((1.0, float(step["sum_prefill_tokens"])), step["wall_time"]))
             if role == "decode" and step["num_decode_requests"] > 0:
                 kv = step["sum_decode_kv_tokens"] / KV_TOKENS
-                features3 = (1.0, float(step["num_decode_requests"]), kv)
-                memory = replace(memory, decode=learn_step(memory.decode, features3, step["wall_time"]))
-        return memory
+                samples.append(((1.0, float(step["num_decode_requests"]), kv), step["wall_time"]))
+        if role == "prefill":
+            return replace(memory, prefill=learn_steps(memory.prefill, samples))
+        return replace(memory, decode=learn_steps(memory.decode, samples))
 
     def _fleet(self, role: str, seen: Tick) -> FleetObservation:
         traffic = seen.get("traffic") or {}
@@ -89,7 +93,7 @@ class Planned:
         total = int(seen.get(f"non_draining_{role}_count", ready))
         ready = min(ready, total)
         steps = seen.get(f"{role}_fpm_snapshots", [])
-        waiting = sum(step["num_queued_prefill"] for step in steps) if role == "prefill" else 0
+        waiting = sum(step[f"num_queued_{role}"] for step in steps)
         running = sum(step["num_decode_requests"] for step in steps) if role == "decode" else 0.0
         kv = sum(step["sum_decode_kv_tokens"] for step in steps) / KV_TOKENS if role == "decode" else 0.0
         share = max(1, ready)
@@ -107,7 +111,13 @@ class Planned:
             )
             for number in range(total)
         ]
-        proxy = ProxyObservation(interval_seconds=INTERVAL_SECONDS, arrivals=count, prompt_tokens=count * prompt)
+        upstream = {step["worker_id"]: step["num_queued_prefill"] for step in seen.get("prefill_fpm_snapshots", [])}
+        proxy = ProxyObservation(
+            interval_seconds=INTERVAL_SECONDS,
+            arrivals=count,
+            prompt_tokens=count * prompt,
+            in_flight=int(running + (waiting if role == "decode" else 0) + sum(upstream.values())),
+        )
         return FleetObservation(self._now, tuple(engines), proxy, ordered=total)
 
 
@@ -140,7 +150,7 @@ def oracle(trace: Path, fitted: Planned, ttft_seconds: float, itl_seconds: float
     prefill, decode = coefficients(fitted.memories["prefill"].prefill), coefficients(fitted.memories["decode"].decode)
     assert prefill is not None, "run the planner before the oracle: it lends its step times"
     assert decode is not None, "run the planner before the oracle: it lends its step times"
-    window = 60.0
+    window = 30.0
     sums: dict[int, list[float]] = {}
     with trace.open() as lines:
         for line in lines:
@@ -158,6 +168,6 @@ def oracle(trace: Path, fitted: Planned, ttft_seconds: float, itl_seconds: float
     ahead = math.ceil(STARTUP_SECONDS / window)
     plan = []
     for slot in range(max(needs) + 1):
-        coming = [needs[later] for later in range(slot, slot + ahead + 1) if later in needs] or [(1, 1)]
+        coming = [needs[later] for later in range(slot - 1, slot + ahead + 1) if later in needs] or [(1, 1)]
         plan.append((slot * window, max(few for few, _ in coming), max(many for _, many in coming)))
     return Scheduled(plan)

@@ -26,14 +26,14 @@ def servegen(folder: Path, model: str, start_hours: float) -> Callable[[float], 
     return rate
 
 
-def burst(seconds: float) -> float:
-    """Quiet, five times as much from one second to the next for a quarter of an hour, quiet again."""
-    return 5.0 if 1800 <= seconds < 2700 else 1.0
+def burst(share: float) -> float:
+    """Quiet, five times as much from one second to the next for a fifth of the stream, quiet again."""
+    return 5.0 if 0.4 <= share < 0.6 else 1.0
 
 
-def slow_day(seconds: float) -> float:
-    """A day pressed into the 75 minutes of the stream: from a third of the mean to almost twice and back."""
-    return 1.0 + 0.7 * math.sin(2 * math.pi * (seconds / 4500.0 - 0.25))
+def slow_day(share: float) -> float:
+    """A day pressed into the stream: from a third of the mean to almost twice and back."""
+    return 1.0 + 0.7 * math.sin(2 * math.pi * (share - 0.25))
 
 
 def lengths(folder: Path) -> list[tuple[int, int]]:
@@ -42,28 +42,24 @@ def lengths(folder: Path) -> list[tuple[int, int]]:
     return [(prompt, output) for prompt, output in pairs if prompt > 0 and output > 0]
 
 
-SHAPES: dict[str, tuple[float, float]] = {  # hours, mean requests/s
-    "m-large": (1.25, 14.0),
-    "m-small": (1.25, 14.0),
-    "burst": (1.25, 14.0),
-    "slow-day": (1.25, 14.0),
-}
+SHAPES = ("m-large", "m-small", "burst", "slow-day")
+MEAN_RPS = 14.0
 
 
-def rate_of(name: str, folder: Path) -> Callable[[float], float]:
+def rate_of(name: str, folder: Path, seconds: float) -> Callable[[float], float]:
     if name == "m-large":
         return servegen(folder, "m-large", 232.5)  # triples within twenty minutes
     if name == "m-small":
         return servegen(folder, "m-small", 30.0)
-    return burst if name == "burst" else slow_day
+    drawn = burst if name == "burst" else slow_day
+    return lambda second: drawn(second / seconds)
 
 
-def write_trace(path: Path, name: str, folder: Path, seed: int = 0) -> int:
+def write_trace(path: Path, name: str, folder: Path, hours: float, seed: int = 0) -> int:
     """Write the stream as the replay reads it; returns the number of requests."""
-    source = random.Random(seed)
-    hours, mean = SHAPES[name]
-    rate, seconds = rate_of(name, folder), int(hours * 3600)
-    scale = mean / (sum(rate(second) for second in range(seconds)) / seconds)
+    source, seconds = random.Random(seed), int(hours * 3600)
+    rate = rate_of(name, folder, seconds)
+    scale = MEAN_RPS / (sum(rate(second) for second in range(seconds)) / seconds)
     pairs, block, count = lengths(folder), 0, 0
     with path.open("w") as file:
         for second in range(seconds):

@@ -15,7 +15,7 @@ from .step_model import predict
 
 @dataclass(frozen=True)
 class PrefillLoad:
-    """Prompts to compute: requests/s, tokens each, and how their times spread."""
+    """Prompts to compute: requests/s, tokens each, and the squared coefficient of variation of their lengths."""
 
     rate: float
     tokens: float
@@ -34,7 +34,10 @@ class DecodeLoad:
 
 
 def prefill_service(fitted: Sequence[float], load: PrefillLoad) -> Service:
-    return Service(load.correction * predict(fitted, (1.0, load.tokens)), load.cv2)
+    """Only what grows with the length spreads with it: the fixed part of a step is the same for every prompt."""
+    mean = predict(fitted, (1.0, load.tokens))
+    varying = 1.0 - fitted[0] / mean if mean > 0 else 1.0
+    return Service(load.correction * mean, load.cv2 * varying * varying)
 
 
 def replicas_for_prefill(

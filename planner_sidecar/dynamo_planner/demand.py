@@ -20,11 +20,14 @@ _STARTUPS = 8
 
 @dataclass(frozen=True)
 class Demand:
-    """Requests per second to size for: `upper` holds at the horizon with the promised probability."""
+    """Requests per second to size for: `upper` holds at the horizon with the promised probability, `certain` is what
+    arrives now and is no chance.
+    """
 
     now: float
     upper: float
     horizon_seconds: float
+    certain: float = 0.0
 
 
 def learn(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Memory:
@@ -56,9 +59,9 @@ def demand(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Dem
     smoothed = memory.arrival_rate or 0.0
     seen = outlook(memory.forecast, forecast_rule(memory, policy))
     upper = smoothed if seen is None else seen.upper
-    if now is not None and interval > 0:
-        upper = max(upper, now - 2.0 * math.sqrt(now / interval))
-    return Demand(smoothed if now is None else now, upper, horizon_seconds(memory, policy))
+    certain = max(0.0, now - 2.0 * math.sqrt(now / interval)) if now is not None and interval > 0 else 0.0
+    upper = max(upper, certain)
+    return Demand(smoothed if now is None else now, upper, horizon_seconds(memory, policy), certain)
 
 
 def horizon_seconds(memory: Memory, policy: SizingPolicy) -> float:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from .actuator import NOTHING_MORE, Happening, Outcome, Supplement
 from .drain import choose_victim
-from .drained_stop import DrainedStop
 from .errors import ActuationError, ObservationError
 from .records import READY
 from .replica import Surroundings
+from .stop_in_hand import StopInHand
 
 _TAIL_BYTES = 200
 
@@ -28,8 +28,7 @@ class HookActuator:
         self._timeout_seconds = timeout_seconds
         self._around = around
         self._wanted = 0
-        self._stop: DrainedStop | None = None
-        self._stopping: asyncio.Task[list[Happening]] | None = None
+        self._stop = StopInHand(self, around)
         self._happenings: list[Happening] = []
 
     def states(self) -> Mapping[str, str]:
@@ -39,7 +38,7 @@ class HookActuator:
         return NOTHING_MORE
 
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
-        self._book_stop()
+        self._happenings += self._stop.book()
         try:
             if desired > current:
                 return await self._more(desired)
@@ -51,28 +50,20 @@ class HookActuator:
         return Outcome(False, "not_offered", ("a scale command knows counts only; restart by your own means",))
 
     def happenings(self) -> list[Happening]:
-        self._book_stop()
+        self._happenings += self._stop.book()
         taken, self._happenings = self._happenings, []
         return taken
 
     async def close(self) -> None:
         """What runs, runs on; a drain that has not come to its order is taken back."""
-        if self._stopping is None or self._stop is None:
-            return
-        self._stop.keep = True
-        await asyncio.wait({self._stopping}, timeout=self._around.limits.resume_seconds)
-        if not self._stopping.done():
-            self._stopping.cancel()
-            await asyncio.gather(self._stopping, return_exceptions=True)
-        self._book_stop()
+        self._happenings += await self._stop.close()
 
     def kill_now(self) -> None:
-        if self._stopping is not None:
-            self._stopping.cancel()
+        self._stop.cancel()
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
-        assert (self._stop is None) == (self._stopping is None), "a stop without its task"
+        self._stop.check()
 
     async def mark(self, urls: Sequence[str]) -> None:
         return None
@@ -88,18 +79,15 @@ class HookActuator:
         return frozenset(living), False
 
     async def _more(self, desired: int) -> Outcome:
-        if self._stop is not None and not self._stop.is_ordered:
-            self._stop.keep = True
-            return Outcome(True, "kept", (f"taking back the drain of {', '.join(self._stop.urls)}",))
-        return Outcome(True, "scaled", (await self._run(desired, ()),))
+        kept = self._stop.take_back()
+        return kept or Outcome(True, "scaled", (await self._run(desired, ()),))
 
     async def _fewer(self, current: int, desired: int) -> Outcome:
-        if self._stop is not None:
+        if self._stop.is_running:
             return Outcome(False, "draining", ("an earlier drain is still under way",))
         self._wanted = desired
         urls = await self._victims(current - desired)
-        self._stop = DrainedStop(urls, self, self._around)
-        self._stopping = asyncio.get_running_loop().create_task(self._stop.run())
+        self._stop.begin(urls)
         return Outcome(True, "draining", (f"draining {', '.join(urls) or 'nothing'}, then running the command",))
 
     async def _victims(self, count: int) -> tuple[str, ...]:
@@ -154,17 +142,3 @@ class HookActuator:
         except ObservationError as error:
             return error.reason not in ("unreachable",)
         return True
-
-    def _book_stop(self) -> None:
-        if self._stopping is None or not self._stopping.done():
-            return
-        stop, task = self._stop, self._stopping
-        self._stop = self._stopping = None
-        if task.cancelled():
-            return
-        error = task.exception()
-        if error is not None:
-            urls = stop.urls if stop is not None else ()
-            self._happenings += [Happening(url, "failed", "stop_failed", repr(error)) for url in urls]
-        else:
-            self._happenings += task.result()

@@ -7,12 +7,10 @@ else writes is adopted, and nothing is ordered twice because it has not come yet
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .actuator import Happening, Outcome, Supplement
-from .drained_stop import DrainedStop
 from .errors import ActuationError, KubeError, ObservationError
 from .kube_client import KubeClient
 from .kube_lease import WriterLease
@@ -21,6 +19,7 @@ from .kube_target import KubeSettings, Pod, choose_pods, pod_of
 from .records import DOWN, DRAINING, READY, STARTING
 from .replica import Surroundings
 from .rolling import RollingRestart
+from .stop_in_hand import StopInHand
 from .wall_clock import WallClock
 
 _CONFLICTS = 3
@@ -45,8 +44,7 @@ class KubernetesActuator:
         self._ordered: int | None = None
         self._is_known = False
         self._registered: set[str] = set()
-        self._stop: DrainedStop | None = None
-        self._stopping: asyncio.Task[list[Happening]] | None = None
+        self._stop = StopInHand(self, around)
         self._happenings: list[Happening] = []
         self._goal = 0
         self._rolling = RollingRestart()
@@ -58,7 +56,7 @@ class KubernetesActuator:
 
     async def refresh(self) -> Supplement:
         """Renew the lease, read the scale and the pods, put the proxy's list right. Raises ObservationError."""
-        self._book_stop()
+        self._happenings += self._stop.book()
         try:
             held = await self._lease.keep(self._around.clock, self._wall.stamp())
             scale = await self._client.get_scale(self._settings.target)
@@ -85,7 +83,7 @@ class KubernetesActuator:
             return Outcome(False, "not_the_writer", (f"{self._lease.holder or 'nobody'} holds the lease",))
         if self._rolling.is_running:
             return Outcome(False, "restarting", ("a rolling restart is under way; order again when it has ended",))
-        self._book_stop()
+        self._happenings += self._stop.book()
         try:
             if desired > current:
                 return await self._more(desired)
@@ -97,7 +95,7 @@ class KubernetesActuator:
         """Each pod is drained and deleted; its controller makes a new one, which must be ready before the next goes."""
         if not self._is_known or not self._lease.holds(self._around.clock()):
             return Outcome(False, "not_the_writer", ("the cluster cannot be read, or another planner holds the lease",))
-        if self._rolling.is_running or self._stop is not None:
+        if self._rolling.is_running or self._stop.is_running:
             return Outcome(False, "restarting", ("a drain or a restart is under way already",))
         pods = [pod for pod in self._pods.values() if pod.is_ready and not pod.is_leaving]
         if len(pods) < 2:
@@ -108,7 +106,7 @@ class KubernetesActuator:
         return Outcome(True, "restarting", (f"replacing {len(pods)} pods, one at a time",))
 
     def happenings(self) -> list[Happening]:
-        self._book_stop()
+        self._happenings += self._stop.book()
         self._happenings += self._rolling.take()
         taken, self._happenings = self._happenings, []
         return taken
@@ -116,25 +114,17 @@ class KubernetesActuator:
     async def close(self) -> None:
         """Pods stay: they are the cluster's. A drain that has not come to its order is taken back."""
         await self._rolling.end()
-        if self._stopping is not None:
-            assert self._stop is not None
-            self._stop.keep = True
-            await asyncio.wait({self._stopping}, timeout=self._around.limits.resume_seconds)
-            if not self._stopping.done():
-                self._stopping.cancel()
-                await asyncio.gather(self._stopping, return_exceptions=True)
-            self._book_stop()
+        self._happenings += await self._stop.close()
         await self._lease.give_up(self._wall.stamp())
 
     def kill_now(self) -> None:
         self._rolling.cancel()
-        if self._stopping is not None:
-            self._stopping.cancel()
+        self._stop.cancel()
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
         self._lease.check()
-        assert (self._stop is None) == (self._stopping is None), "a stop without its task"
+        self._stop.check()
         assert all(pod.name == name for name, pod in self._pods.items()), "a pod is booked under another name"
 
     # -- what DrainedStop asks of the cluster ------------------------------------------------------------------
@@ -163,9 +153,9 @@ class KubernetesActuator:
 
     # -- up and down ---------------------------------------------------------------------------------------------
     async def _more(self, desired: int) -> Outcome:
-        if self._stop is not None and not self._stop.is_ordered:
-            self._stop.keep = True
-            return Outcome(True, "kept", (f"taking back the drain of {', '.join(self._stop.urls)}",))
+        kept = self._stop.take_back()
+        if kept is not None:
+            return kept
         before = self._ordered or 0
         if desired <= before:
             return Outcome(True, "ordered_already", (f"{before} are ordered and have not all come yet",))
@@ -173,7 +163,7 @@ class KubernetesActuator:
         return Outcome(True, "scaled", (f"{self._settings.target}: {before} -> {desired}",))
 
     async def _fewer(self, desired: int) -> Outcome:
-        if self._stop is not None:
+        if self._stop.is_running:
             return Outcome(False, "draining", ("an earlier drain is still under way",))
         living = [pod for pod in self._pods.values() if not pod.is_leaving]
         count = min((self._ordered or 0), len(living)) - desired
@@ -184,8 +174,7 @@ class KubernetesActuator:
         victims = choose_pods(living, count, in_flight, self._settings.target.is_ordered)
         self._goal = desired
         serving = tuple(pod.url for pod in victims if pod.is_ready)
-        self._stop = DrainedStop(serving, self, self._around)
-        self._stopping = asyncio.get_running_loop().create_task(self._stop.run())
+        self._stop.begin(serving)
         names = ", ".join(pod.name for pod in victims)
         return Outcome(True, "draining", (f"draining {names}, then {self._settings.target} -> {desired}",))
 
@@ -246,7 +235,7 @@ class KubernetesActuator:
         return DOWN if late else STARTING
 
     def _leaving(self) -> set[str]:
-        return set(self._stop.urls if self._stop is not None else ()) | set(self.replacing)
+        return {*self._stop.urls, *self.replacing}
 
     def ready_pods(self) -> int:
         """As of the last look."""
@@ -294,17 +283,3 @@ class KubernetesActuator:
             return {engine.url: engine.in_flight for engine in (await self._around.proxy.engines()).engines}
         except ObservationError:
             return {}
-
-    def _book_stop(self) -> None:
-        if self._stopping is None or not self._stopping.done():
-            return
-        stop, task = self._stop, self._stopping
-        self._stop = self._stopping = None
-        if task.cancelled():
-            return
-        error = task.exception()
-        if error is not None:
-            urls = stop.urls if stop is not None else ()
-            self._happenings += [Happening(url, "failed", "stop_failed", repr(error)) for url in urls]
-        else:
-            self._happenings += task.result()

@@ -132,7 +132,7 @@ class SizingPolicy:
     is_pooled: bool = False
     """The router sends a request to where the queue is shortest, so that the pool waits like one queue."""
     prompt_cv2: float = 1.6
-    """Squared coefficient of variation of prefill times; 1.6 is that of production prompt lengths."""
+    """Squared coefficient of variation of prompt lengths; 1.6 is that of production."""
     has_daily_profile: bool = True
 
 

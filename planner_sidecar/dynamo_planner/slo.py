@@ -1,6 +1,6 @@
 """How many replicas the `sla` rule wants: TTFT from a queue at the forecast demand, ITL from the batch. Pure.
 
-Each need carries both directions: `up` at the target, `down` at the demand over `down_margin`. Both are corrected by
+Each need carries both directions: `up` at the target, `down` at the demand over a margin. Both are corrected by
 what was observed: a target that is missed in fact asks for more, whatever the model says.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from .capacity import DecodeLoad, PrefillLoad, batch_at, itl_at, prefill_service, replicas_for_decode
 from .capacity import replicas_for_prefill as prefill_replicas
-from .demand import demand
+from .demand import Demand, demand
 from .records import STARTING, Delta, FleetObservation, Memory, SizingPolicy
 from .sizing import Need
 from .step_model import coefficients
@@ -19,6 +19,7 @@ from .step_model import coefficients
 _BACKLOG_SECONDS = 30.0
 _MIN_VERDICT = 20.0  # samples below which lateness may be chance
 _CORRECTION = (0.5, 2.0)
+_KEEP_MARGIN = 0.9  # of a count that is kept: the demand's bound is a margin already, this one only damps
 
 
 def sla_needs(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> list[Need]:
@@ -92,14 +93,23 @@ def _ttft_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) ->
         return Need(observed, max(observed, ready), "ttft", f"prefill rate still unknown, TTFT {seen}")
     service = prefill_service(fitted, load)
     up = prefill_replicas(fitted, load, target, policy.attainment, policy.is_pooled)
-    if waiting > ready:  # the queue itself must be gone within half a minute
-        up = max(up, math.ceil((wanted.now + waiting / _BACKLOG_SECONDS) * service.mean_seconds - 1e-9))
+    backlog = _backlog_at_help(fleet, wanted, waiting, service.mean_seconds)
+    if backlog > ready:
+        up = max(up, math.ceil((wanted.now + backlog / _BACKLOG_SECONDS) * service.mean_seconds - 1e-9))
     up = max(up, observed)
-    spare = replace(load, rate=wanted.upper / policy.down_margin)
+    spare = replace(load, rate=wanted.upper / _KEEP_MARGIN)
     down = max(up, prefill_replicas(fitted, spare, target, policy.attainment, policy.is_pooled))
     ahead = f"{wanted.upper:.2f} requests/s within {wanted.horizon_seconds:.0f} s (now {wanted.now:.2f})"
     cost = f"take {service.mean_seconds * 1e3:.0f} ms each against a TTFT of {target * 1e3:.0f} ms"
     return Need(up, down, "ttft", f"{ahead} of {load.tokens:.0f} tokens {cost} for {policy.attainment:.0%}")
+
+
+def _backlog_at_help(fleet: FleetObservation, wanted: Demand, waiting: float, seconds_each: float) -> float:
+    """Requests that will wait when what is ordered now has come: more arrive until then than all that are there or on
+    their way can serve. It must be gone within `_BACKLOG_SECONDS`, or every later request is late as well.
+    """
+    served = fleet.current / seconds_each if seconds_each > 0 else math.inf
+    return waiting + max(0.0, wanted.certain - served) * wanted.horizon_seconds
 
 
 def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> Need:
@@ -107,7 +117,9 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     running = sum(engine.running or 0.0 for engine in fleet.engines if engine.usable)
     ready = max(1, sum(engine.usable for engine in fleet.engines))
     wanted, tokens = demand(memory, fleet, policy), memory.output_tokens
-    rate = wanted.upper * tokens if tokens is not None else 0.0
+    pending = _pending_decodes(fleet, running) if policy.role == "decode" else 0.0
+    upper = max(wanted.upper, wanted.now + pending / _BACKLOG_SECONDS) if pending > ready else wanted.upper
+    rate = upper * tokens if tokens is not None else 0.0
     if (total is None or not total.count or running == 0) and rate <= 1e-6:
         return Need(1, 1, "itl", "no decoding")
     observed = _observed_need(fleet, policy, total, target)
@@ -118,7 +130,7 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     # What runs now must fit too: output lengths may have grown since they were learnt.
     stuck = _replicas_for_batch(fitted, load, running, target)
     modelled = replicas_for_decode(fitted, load, target)
-    spare = replace(load, tokens_per_second=rate / policy.down_margin)
+    spare = replace(load, tokens_per_second=rate / _KEEP_MARGIN)
     keep = replicas_for_decode(fitted, spare, target)
     if modelled is None or keep is None:
         # No batch is small enough: more replicas would not help, fewer are not known to hurt less.
@@ -127,6 +139,13 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     why = f"{rate:.0f} tokens/s in batches of {batch:.1f} take {itl_at(fitted, load, batch) * 1e3:.1f} ms a token"
     need = Need(max(modelled, observed), max(keep, stuck, observed), "itl", f"{why} against {target * 1e3:.1f} ms")
     return replace(need, down=max(need.up, need.down))
+
+
+def _pending_decodes(fleet: FleetObservation, running: float) -> float:
+    """What queues at full decoders, and what waits for its prefill: it comes as soon as that pool has caught up."""
+    waiting = sum(engine.waiting or 0.0 for engine in fleet.engines if engine.usable)
+    known = fleet.proxy is not None and not fleet.proxy.stale_reason
+    return max(waiting, fleet.proxy.in_flight - running if known and fleet.proxy is not None else 0.0)
 
 
 def _replicas_for_batch(fitted: tuple[float, ...], load: DecodeLoad, running: float, target: float) -> int:

@@ -11,7 +11,9 @@ source=$home/kubernetes-1.20.2 run=$home/run
 bin=$source/_output/local/bin/linux/amd64
 
 build() {
+    # Cached: nothing is asked of anybody.
     [ -x "$bin/kube-controller-manager" ] && [ -x "$bin/kube-apiserver" ] && command -v etcd > /dev/null && return
+    apt-get update
     apt-get install -y --no-install-recommends etcd-server golang-1.19-go golang-github-modern-go-reflect2-dev rsync make dpkg-dev
     mkdir -p "$home/apt/lists/partial" "$home/apt/cache/archives/partial"
     cd "$home"

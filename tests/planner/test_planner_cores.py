@@ -9,7 +9,14 @@ from dataclasses import replace
 
 import pytest
 from dynamo_planner.budget import Wish, ceilings
-from dynamo_planner.capacity import DecodeLoad, PrefillLoad, batch_at, replicas_for_decode, replicas_for_prefill
+from dynamo_planner.capacity import (
+    DecodeLoad,
+    PrefillLoad,
+    batch_at,
+    prefill_service,
+    replicas_for_decode,
+    replicas_for_prefill,
+)
 from dynamo_planner.forecast import ForecastRule, ForecastState, check_forecast, fold, outlook
 from dynamo_planner.queueing import Service, erlang_c, late_share, servers_for, waiting_exceeds
 from dynamo_planner.step_model import StepModel, coefficients, learn_step, predict
@@ -112,6 +119,14 @@ def test_the_answer_is_on_time_and_minimal(rate: float, service: Service, target
     if count > 1:
         fewer = rate / (count - 1)
         assert fewer * service.mean_seconds > 0.92 or late_share(fewer, service, 1, target) > allowed - 1e-6
+
+
+def test_only_what_grows_with_the_length_spreads_with_it() -> None:
+    half = PrefillLoad(rate=1.0, tokens=1000, cv2=1.6)
+    assert prefill_service((0.02, 2e-5), half).cv2 == pytest.approx(1.6 / 4)
+    assert prefill_service((0.0, 2e-5), half).cv2 == pytest.approx(1.6)
+    assert prefill_service((0.02, 0.0), half).cv2 == 0.0
+    assert prefill_service((0.0, 0.0), half).mean_seconds == 0.0
 
 
 def test_full_use_is_not_capacity() -> None:

@@ -139,6 +139,28 @@ def test_sla_sizes_for_waiting_time_not_for_full_use() -> None:
     assert waiting_exceeds(30 / decision.desired, Service(0.04, 1.6), 1, 0.46) <= 0.05
 
 
+def test_a_burst_orders_what_also_clears_the_queue_that_grows_until_help_comes() -> None:
+    """60/s x 40 ms are 2.4 replicas' work and one is there: in 70 s some 2,100 requests will wait, and then 30 s long
+    70/s more must be served. Those on their way are counted, so that the next look orders nothing more.
+    """
+    proxy = ProxyObservation(interval_seconds=10, arrivals=600, prompt_tokens=600 * 1000)
+    first = once(fleet(engine(), proxy=proxy), SLA, taught())
+    assert (first.desired, first.reason) == (6, "ttft"), first.explanation
+    helped = [engine(waiting=300.0), *(engine(number, state="starting") for number in range(1, 6))]
+    assert once(fleet(*helped, proxy=proxy), SLA, first.memory).desired == 6
+
+
+def test_a_decode_pool_counts_what_waits_for_its_prefill() -> None:
+    policy = replace(SLA, role="decode", ttft_seconds=None)
+    memory = replace(taught(), output_tokens=200.0)
+    proxy = ProxyObservation(interval_seconds=10, arrivals=100, prompt_tokens=100 * 1000)
+    calm = once(fleet(engine(running=20), proxy=replace(proxy, in_flight=20)), policy, memory)
+    piled = once(fleet(engine(running=20), proxy=replace(proxy, in_flight=920)), policy, memory)
+    assert piled.need_up > calm.need_up, (piled.explanation, calm.explanation)
+    full = once(fleet(engine(running=20, waiting=900.0)), policy, replace(memory, arrival_rate=10.0))
+    assert full.need_up == piled.need_up, "what queues at the decoders themselves counts as well"
+
+
 def test_sla_doubles_at_most_for_a_missed_target_and_not_while_help_comes() -> None:
     slow = engine(ttft=Delta(50.0, 10), prompt_tokens=100, interval_seconds=10)
     assert once(fleet(slow), SLA).desired == 2

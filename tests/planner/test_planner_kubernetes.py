@@ -228,10 +228,8 @@ def test_what_a_killed_planner_left_draining_serves_again() -> None:
             proxy.in_flight = dict.fromkeys(proxy.states, 1)
             await dead.scale(2, 1)
             await dead.eventually(lambda: "draining" in proxy.states.values())
-            task = dead.actuator._stopping
-            assert task is not None
             dead.actuator.kill_now()  # as SIGKILL would: nothing is undone
-            await asyncio.gather(task, return_exceptions=True)
+            await dead.eventually(lambda: not dead.actuator.happenings() and "draining" not in dead.states())
             assert "draining" in proxy.states.values()
             heir = await hands(cluster, proxy, session, (api, admin))
             await heir.look()

@@ -10,6 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -214,45 +217,84 @@ def test_flags_win_over_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "min_replicas 3 is above max_replicas 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_planner_and_its_replicas(tmp_path: Path, number: signal.Signals) -> None:
-    log = tmp_path / "decisions.jsonl"
+def planner_process(*arguments: str) -> subprocess.Popen[str]:
+    """The real command, as a process of its own."""
     program = "from dynamo_entrypoints.planner_cli import main; main()"
-    arguments = [
-        "--no-advisory",
-        "--engine-command",
-        child_command(tmp_path, "grandchild"),
-        "--decision-log",
-        str(log),
-    ]
-    ports = ["--port", "0", "--engine-port-range", "18200-18250", "--interval-seconds", "0.2"]
-    quick = ["--terminate-seconds", "0.5", "--engine-log-dir", str(tmp_path)]
-    planner = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments, *ports, *quick],
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments, "--port", "0", "--interval-seconds", "0.2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
+
+
+def lived(arguments: list[str], true: Callable[[str], bool], number: signal.Signals) -> str:
+    """One planner's life: it gets `number` when what it said is as wanted. Returns all it said."""
+    planner, heard = planner_process(*arguments), ""
     assert planner.stdout is not None
-    heard = ""
     try:
         for line in planner.stdout:
             heard += line
-            if "ready http" in line:
+            if true(heard):
                 break
         planner.send_signal(number)
         heard += planner.stdout.read()
-        assert planner.wait(30) == 0, heard
+        assert planner.wait(30) == (-number if number == signal.SIGKILL else 0), heard
     finally:
         planner.kill()
         planner.wait()
         planner.stdout.close()
+    return heard
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_planner_and_its_replicas(tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "decisions.jsonl"
+    arguments = ["--no-advisory", "--engine-command", child_command(tmp_path, "grandchild"), "--decision-log", str(log)]
+    quick = ["--engine-port-range", "18200-18250", "--terminate-seconds", "0.5", "--engine-log-dir", str(tmp_path)]
+    heard = lived([*arguments, *quick], lambda said: "ready http" in said, number)
     found = re.search(r"process (\d+)", heard)
     assert found is not None, heard
     assert not group_alive(int(found[1])), heard
     assert "stopped http" in heard
     assert main(["--replay", str(log)]) == 0
+
+
+def test_killed_again_and_again_it_gives_nothing_up_and_then_goes_on(tmp_path: Path) -> None:
+    """SIGKILL in its first ticks, four times over an idle fleet of three; the fifth lives and comes down by one."""
+    orders, log = tmp_path / "orders", tmp_path / "decisions.jsonl"
+    command = f"sh -c 'echo {{replicas}} >> {orders}'"
+
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            urls = [
+                await stack.enter_async_context(served(FakeEngine(vllm_text(running=0, kv=0.1)).app()))
+                for _ in range(3)
+            ]
+            engines = [word for url in urls for word in ("--engine", url)]
+            same = ["--no-advisory", "--scale-command", command, *engines, "--decision-log", str(log)]
+            same += ["--memory-file", str(tmp_path / "memory"), "--stabilisation-seconds"]
+            for killed_at in (1, 2, 3, 5):
+                enough = partial(_has_ticked, killed_at)
+                await asyncio.to_thread(lived, [*same, "600"], enough, signal.SIGKILL)
+                assert not orders.exists(), "a planner that had watched for a few ticks gave a replica up"
+            heard = await asyncio.to_thread(
+                lived, [*same, "1"], lambda _: orders.exists() and bool(orders.read_text()), signal.SIGTERM
+            )
+            assert "goes on from" in heard
+            assert orders.read_text().split()[0] == "2"
+
+    asyncio.run(story())
+    assert main(["--replay", str(log)]) == 0
+
+
+def _is_written(file: Path) -> bool:
+    return file.exists() and bool(file.read_text())
+
+
+def _has_ticked(count: int, said: str) -> bool:
+    return said.count("3 -> 3") >= count
 
 
 def test_importing_the_package_is_light() -> None:
