@@ -45,10 +45,14 @@ class Place(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Blocks that one request moves. `outcome` says for each of `positions` why it failed, or None."""
+    """Blocks that one request moves. `outcome` says for each of `positions` why it failed, or None.
+
+    `given_up` may come first, with a reason: the blocks are a miss, though something may still touch their buffers.
+    """
 
     positions: Sequence[int]
     outcome: Future[Sequence[StoreError | None]]
+    given_up: Future[str] | None = None
 
 
 class LowerTier(Protocol):
