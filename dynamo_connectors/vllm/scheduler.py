@@ -7,16 +7,13 @@ Life of a move:     plan (take_moves, MoveJob) -> worker_reports (end_move)
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index_stats import IndexStats
-from dynamo_connectors.transport.messages import LEASE_BYTES
 from dynamo_connectors.verdicts import is_damage, may_have_been_sent
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
@@ -78,7 +75,7 @@ class SchedulerHalf:
         """`identity`: where peers may read this engine's blocks; `trust`: this engine may read theirs."""
         self._trust = trust
         if identity is not None:
-            self._exports = Exports(identity, self._manager, self._ledger, partial(os.urandom, LEASE_BYTES))
+            self._exports = Exports(identity, self._manager, self._ledger, self._counts)
 
     def new_request(self, request: Any) -> None:
         live = self._live(request)
@@ -235,7 +232,8 @@ class SchedulerHalf:
             live = Live(request, chains, hints, [0] * len(geometry.groups))
             if self._trust is not None:
                 live.offer, problem = offered(request.kv_transfer_params, self._trust)
-                self._counts["nixl_refused_messages", "unsigned_ticket"] += problem == UNSIGNED
+                if problem == UNSIGNED:
+                    self._counts["nixl_refused_messages", "unsigned_ticket"] += 1
                 if problem:
                     log.warning("dynamo: request %s: %s", request.request_id, problem)
                     self._counts["ignored_hints", ""] += 1
