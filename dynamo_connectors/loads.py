@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dynamo_kernels.fence import CopyLane
 
@@ -49,7 +49,8 @@ class LoadFromBelow:
         try:
             while (waiting or self._reads) and time.monotonic() < deadline:
                 del waiting[: self._start(waiting, deadline)]
-                signals = [*self._reads, *(read.given_up for read in self._reads.values() if read.given_up is not None)]
+                signals: list[Future[Any]] = [*self._reads]
+                signals += [read.given_up for read in self._reads.values() if read.given_up is not None]
                 done = wait(signals, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED).done
                 good += self._finish({outcome for outcome in self._reads if outcome in done}, failed)
                 self._give_up(failed)

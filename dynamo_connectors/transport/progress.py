@@ -19,13 +19,13 @@ _LOCK = threading.Lock()
 @contextmanager
 def resting_progress(bindings: Any) -> Iterator[None]:
     """Agents that are made within have a progress thread that sleeps between looks. `bindings`: NIXL's module."""
-    original = getattr(bindings, "nixlAgentConfig", None)
+    original: Any = getattr(bindings, "nixlAgentConfig", None)
     if not hasattr(original, "pthrDelay"):  # another NIXL: as it likes
         yield
         return
     setting = original.pthrDelay
 
-    class Config(original):  # type: ignore[misc,valid-type]
+    class Config(original):  # type: ignore[misc]
         @property
         def pthrDelay(self) -> Any:  # noqa: N802 - NIXL's name
             return setting.__get__(self)

@@ -1,13 +1,13 @@
 """The reader's half of the protocol: from "these blocks, please" to bytes that are proven, or to a miss. Pure.
 
 Life of a read:  connecting -> asking -> reading -> checking -> ended
-                 reading, and out of time: late -> ended
+                 reading, and out of time or its peer silent: late -> ended
 
 Calls and messages are events; what is to be done comes out as instructions (`take`). A block counts as loaded only
 after the owner has said, in answer to a question that was asked after the READ, that it still held what it granted.
 Memory that a READ may write to is quarantined until the READ has ended: a read that is late keeps its buffers, and its
 peer gets no new READs, until NIXL says DONE or that the peer is gone. When late reads hold more bytes than the budget,
-the data plane is restarted, which fences all of them at once.
+or one for a minute, the data plane is restarted, which fences all of them at once.
 """
 
 from __future__ import annotations
@@ -126,8 +126,7 @@ class Reader:
         """From now on it has this in common with its peers. Nothing is asked of those it has met; READs go on."""
         self._common = self._common._replace(namespace=namespace)
         for name, peer in self._peers.items():
-            if peer.state == "ready":
-                self._out.append(Disconnect(name))
+            self._out += [Disconnect(name)] if peer.state == "ready" else []
             peer.state = "absent"
         for read in list(self._reads.values()):
             if read.state in ("connecting", "asking"):
@@ -157,9 +156,7 @@ class Reader:
                 self._ask_verdict(read)
         in_use = (read.lease for read in self._reads.values() if read.state != "late")
         self._out += self._watches.tick(in_use, now)
-        if now >= self._forget_at:
-            self._forget_at = now + _LOOK_SECONDS
-            self._forget(now)
+        self._forget(now)
 
     def next_due(self, now: float) -> float:
         """When `tick` has something to do, half a second ahead at most."""
@@ -178,8 +175,7 @@ class Reader:
         if isinstance(reply, (Welcome, Refuse)):
             self._answered(peer, reply, now)
             return
-        known = self._peers.get(peer)
-        if known is not None and known.quiet_since is not None:
+        if (known := self._peers.get(peer)) is not None and known.quiet_since is not None:
             known.quiet_since = now
         if isinstance(reply, Pong):
             return
@@ -325,6 +321,9 @@ class Reader:
 
     def _forget(self, now: float) -> None:
         """Addresses come and go with a fleet's engines."""
+        if now < self._forget_at:
+            return
+        self._forget_at = now + _LOOK_SECONDS
         needed = {read.peer for read in self._reads.values()} | self._watches.peers()
         for name, peer in list(self._peers.items()):
             if name not in needed and now - peer.used_at >= _FORGET_SECONDS:
