@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -96,7 +97,8 @@ class PeerSockets:
             socket.setsockopt(zmq.IPV6, 1)
             socket.connect(peer)
         except zmq.ZMQError as error:  # no address, or no descriptor left: the protocol finds that nobody answers
-            log.warning("dynamo: no connection to peer %s (%s)", peer, error)
+            if error.errno == errno.EMFILE:
+                log.warning("dynamo: no connection to peer %s (%s); raise the limit of open files", peer, error)
             if socket is not None:
                 socket.close(linger=0)
             return None

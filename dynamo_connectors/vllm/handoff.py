@@ -136,8 +136,10 @@ class Exports:
     def end(self, job: Running) -> None:
         if job.exports:
             self._manager.release(job.exports)
-            self._leased.subtract(source.key for source in job.exports)
-            self._leased = +self._leased
+            for source in job.exports:
+                self._leased[source.key] -= 1
+                if not self._leased[source.key]:
+                    del self._leased[source.key]
 
     def check(self) -> None:
         assert all(storing for _, storing in self._waiting.values()), "a hand-off waits for nothing"

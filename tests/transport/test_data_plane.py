@@ -104,15 +104,19 @@ def test_a_handle_that_cannot_be_released_is_a_read_that_has_ended(plane: DataPl
     assert plane.transfers_under_way == 0
 
 
-def test_without_a_descriptor_for_a_socket_a_message_is_lost_and_nothing_else() -> None:
+def test_without_a_descriptor_for_a_socket_a_message_is_lost_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     sockets = PeerSockets(b"s")
     try:
         sockets._context.set(zmq.MAX_SOCKETS, 1)
+        caplog.set_level("WARNING")
         for port in (1, 2, 3):  # EMFILE from the second one on
             sockets.send(f"tcp://127.0.0.1:{port}", b"frame")
         sockets.drop("tcp://127.0.0.1:1")
         sockets.drop("tcp://127.0.0.1:1")
         assert sockets.receive(0.0) == []
+        assert "limit of open files" in caplog.text
     finally:
         sockets.close()
 
