@@ -69,9 +69,9 @@ class LoadFromBelow:
         for first in range(0, len(rows), MOST_ROWS):
             items, part = waiting[first : first + MOST_ROWS], rows[first : first + MOST_ROWS]
             places = [Place(item.key, item.slot, item.chunk, item.row) for item in items[: len(part)]]
-            for positions, outcome, given_up in self._tier.read(places, [self._staging.view(row) for row in part]):
-                mine, rows_of_it = [items[at] for at in positions], [part[at] for at in positions]
-                self._reads[outcome] = _Read(mine, rows_of_it, given_up)
+            for batch in self._tier.read(places, [self._staging.view(row) for row in part]):
+                mine, rows_of_it = [items[at] for at in batch.positions], [part[at] for at in batch.positions]
+                self._reads[batch.outcome] = _Read(mine, rows_of_it, batch.given_up)
         return len(rows)
 
     def _finish(self, done: set[Future[Sequence[StoreError | None]]], failed: dict[BlockKey, str]) -> int:

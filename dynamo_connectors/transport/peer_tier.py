@@ -123,7 +123,7 @@ class PeerTier:
             call = _Call(keys, addresses, outcome, time.monotonic())
             if not self._submit(partial(self._start, encoded, call)):
                 outcome.set_result(_closed(len(keys)))
-            batches.append(Batch(positions, outcome, call.given_up))
+            batches.append(Batch(positions, outcome, given_up=call.given_up))
         return batches
 
     def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:

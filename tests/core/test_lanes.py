@@ -139,7 +139,7 @@ class SilentTier:
         given_up.set_result("unreachable")
         outcome: Future[Sequence[StoreError | None]] = Future()
         outcome.set_running_or_notify_cancel()  # NIXL cannot cancel
-        self.batches.append(Batch(range(len(places)), outcome, given_up))
+        self.batches.append(Batch(range(len(places)), outcome, given_up=given_up))
         return self.batches[-1:]
 
     def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:

@@ -45,8 +45,8 @@ def places(slots: Sequence[int], name: str = "key") -> list[Place]:
 def outcomes(batches: Sequence[Batch], count: int) -> list[str | None]:
     """One per block, in the order of the request."""
     found: dict[int, str | None] = {}
-    for positions, outcome, _ in batches:
-        for position, error in zip(positions, outcome.result(30), strict=True):
+    for batch in batches:
+        for position, error in zip(batch.positions, batch.outcome.result(30), strict=True):
             assert position not in found
             found[position] = None if error is None else error.reason
     return [found[position] for position in range(count)]
