@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dynamo_kernels.fence import CopyLane
 
@@ -26,6 +26,7 @@ MOST_ROWS = 16
 class _Read(NamedTuple):
     items: list[LoadItem]
     rows: list[int]
+    given_up: Future[str] | None = None
 
 
 class LoadFromBelow:
@@ -48,8 +49,11 @@ class LoadFromBelow:
         try:
             while (waiting or self._reads) and time.monotonic() < deadline:
                 del waiting[: self._start(waiting, deadline)]
-                done = wait(self._reads, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED).done
-                good += self._finish(done, failed)
+                signals: list[Future[Any]] = [*self._reads]
+                signals += [read.given_up for read in self._reads.values() if read.given_up is not None]
+                done = wait(signals, max(0.0, deadline - time.monotonic()), FIRST_COMPLETED).done
+                good += self._finish({outcome for outcome in self._reads if outcome in done}, failed)
+                self._give_up(failed)
             late = [item for read in self._reads.values() for item in read.items]
             failed.update({item.key: "timeout" for item in [*late, *waiting]})
         finally:
@@ -66,8 +70,8 @@ class LoadFromBelow:
             items, part = waiting[first : first + MOST_ROWS], rows[first : first + MOST_ROWS]
             places = [Place(item.key, item.slot, item.chunk, item.row) for item in items[: len(part)]]
             for batch in self._tier.read(places, [self._staging.view(row) for row in part]):
-                read = _Read([items[at] for at in batch.positions], [part[at] for at in batch.positions])
-                self._reads[batch.outcome] = read
+                mine, rows_of_it = [items[at] for at in batch.positions], [part[at] for at in batch.positions]
+                self._reads[batch.outcome] = _Read(mine, rows_of_it, batch.given_up)
         return len(rows)
 
     def _finish(self, done: set[Future[Sequence[StoreError | None]]], failed: dict[BlockKey, str]) -> int:
@@ -89,11 +93,21 @@ class LoadFromBelow:
                 self._staging.give(read.rows)
         return len(rows)
 
+    def _give_up(self, failed: dict[BlockKey, str]) -> None:
+        """Reads that their tier expects nothing of any more."""
+        for outcome, read in list(self._reads.items()):
+            if read.given_up is not None and read.given_up.done():
+                failed.update(dict.fromkeys((item.key for item in read.items), read.given_up.result()))
+                self._abandon(outcome, self._reads.pop(outcome))
+
     def _leave_behind(self) -> None:
-        """Rows of reads that are late come back when those reads have ended, if ever."""
         for outcome, read in self._reads.items():
-            outcome.cancel()
-            outcome.add_done_callback(lambda _, rows=read.rows: self._staging.give(rows))  # type: ignore[misc]
+            self._abandon(outcome, read)
+
+    def _abandon(self, outcome: Future[Sequence[StoreError | None]], read: _Read) -> None:
+        """Rows of a read that is late come back when it has ended, if ever."""
+        outcome.cancel()
+        outcome.add_done_callback(lambda _, rows=read.rows: self._staging.give(rows))  # type: ignore[misc]
 
 
 def reasons(done: Future[Sequence[StoreError | None]], blocks: int) -> list[str | None]:

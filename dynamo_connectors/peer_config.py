@@ -48,8 +48,10 @@ class PeerConfig:
         return self.role in (DECODE, BOTH)
 
 
-def parse_peer_config(ours: Mapping[str, object], has_tiers: bool) -> PeerConfig:
-    """Raises `ConfigError` with one line for the first setting that is wrong, naming its flag."""
+def parse_peer_config(ours: Mapping[str, object], has_tiers: bool, keeps_all: bool) -> PeerConfig:
+    """`keeps_all`: host memory takes every block that is computed.
+
+    Raises `ConfigError` with one line for the first setting that is wrong, naming its flag."""
     given = [key for key in PEER_SETTINGS if key in ours]
     if not given:
         return PeerConfig()
@@ -61,6 +63,11 @@ def parse_peer_config(ours: Mapping[str, object], has_tiers: bool) -> PeerConfig
     if not has_tiers:
         raise ConfigError(
             "--kvbm-role needs the host_dram tier: blocks pass through it; add it to --kvbm-storage-tiers"
+        )
+    if role != DECODE and not keeps_all:
+        raise ConfigError(
+            f"--kvbm-role {role} hands over what host memory has taken, which is not all with --kvbm-dram-min-touches "
+            "above 1 or --kvbm-offload-ratio below 1; drop these"
         )
     host = str(ours.get("kvbm_peer_host", "127.0.0.1")).strip()
     if host in ("", "0.0.0.0", "::"):

@@ -52,11 +52,13 @@ class Batch(NamedTuple):
     """Blocks that one request moves. `outcome` says for each of `positions` why it failed, or None.
 
     `sent`, of a write, says once the outcome is there whether bytes of it may lie in the tier, however it ended.
+    `given_up` may come first, with a reason: the blocks are a miss, though something may still touch their buffers.
     """
 
     positions: Sequence[int]
     outcome: Future[Sequence[StoreError | None]]
     sent: Callable[[], bool] = _always
+    given_up: Future[str] | None = None
 
 
 class LowerTier(Protocol):

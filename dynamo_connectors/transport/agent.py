@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynamo_connectors.errors import ConfigError, StoreError
+from dynamo_connectors.transport.progress import resting_progress
 
 #: Either may be installed alone; both do the same in host memory.
 _BUILDS = ("nixl_cu13", "nixl_cu12")
@@ -61,7 +62,8 @@ class Agent:
         api, self._errors = importlib.import_module(f"{build}._api"), importlib.import_module(f"{build}._bindings")
         self._disconnected: type[Exception] = self._errors.nixlRemoteDisconnectError
         try:
-            self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
+            with resting_progress(self._errors):
+                self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
             for region in regions:
                 rows = np.array([[region.address, region.num_bytes, 0]], dtype=np.uint64)
                 self._agent.register_memory(rows, _DRAM, backends=["UCX"])

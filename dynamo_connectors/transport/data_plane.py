@@ -14,8 +14,9 @@ from dynamo_connectors.transport.messages import Welcome
 
 log = logging.getLogger(__name__)
 
-#: A fresh agent may need a moment for the sockets of the one before it.
-_RESTART_SECONDS = 10.0
+#: NIXL that does not start again is tried again after so long, and ever more seldom.
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
 
 
 class _Known(NamedTuple):
@@ -35,6 +36,8 @@ class DataPlane:
         self._peers: dict[str, _Known] = {}
         #: Read -> its handle and its peer's agent. None: NIXL has failed over it, and it never ends by itself.
         self._transfers: dict[int, tuple[Any, str]] = {}
+        self._pause = _FIRST_PAUSE_SECONDS
+        self._retry_at = 0.0
         self._start()
 
     @property
@@ -43,6 +46,8 @@ class DataPlane:
 
     def connect(self, peer: str, welcome: Welcome) -> str | None:
         """None, or why this peer cannot be read."""
+        if self._agent is None:
+            self._try_to_start()
         if self._agent is None:
             return "NIXL could not be started again"
         try:
@@ -92,20 +97,17 @@ class DataPlane:
                 self._transfers[read] = (None, agent)
                 continue
             del self._transfers[read]
-            self._agent.release(handle)
+            try:
+                self._agent.release(handle)
+            except Exception as error:  # noqa: BLE001 - it has ended all the same; what is lost is a handle
+                log.warning("dynamo: NIXL does not let go of a READ that is over (%s)", error)
         return ended
 
     def restart(self) -> None:
         """Every READ is over, and every peer a stranger."""
         self._stop()
-        deadline = time.monotonic() + _RESTART_SECONDS
-        while self._agent is None:
-            try:
-                self._start()
-            except ConfigError as error:
-                log.warning("dynamo: NIXL does not start again (%s)", error)
-                if time.monotonic() > deadline:
-                    return
+        self._pause, self._retry_at = _FIRST_PAUSE_SECONDS, 0.0
+        self._try_to_start()
 
     def close(self) -> None:
         self._stop()
@@ -116,6 +118,17 @@ class DataPlane:
 
     def _start(self) -> None:
         self._agent = Agent(f"{self._name}-{next(self._runs)}", self._regions)
+
+    def _try_to_start(self) -> None:
+        """Not in a loop: other peers' answers, and the engine's questions, wait meanwhile."""
+        if time.monotonic() < self._retry_at:
+            return
+        try:
+            self._start()
+        except ConfigError as error:
+            self._retry_at = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
+            log.warning("dynamo: NIXL does not start again (%s)", error)
 
     def _stop(self) -> None:
         self._transfers.clear()

@@ -16,7 +16,7 @@ from dynamo_connectors.errors import DynamoConnectorsError
 Body = TypeVar("Body")
 
 MAGIC = b"DYNP"
-VERSION = 2
+VERSION = 3
 #: Above it a frame is not even read: a question about `MOST_BLOCKS` blocks takes less.
 MOST_FRAME_BYTES = 2 << 20
 MOST_BLOCKS = 16_384
@@ -84,6 +84,12 @@ class Renew(_Message, frozen=True):
     lease: Lease
 
 
+class Ping(_Message, frozen=True):
+    """Reader: are you still there? Asked while a READ is under way, of which the owner sees nothing."""
+
+    reader: Name
+
+
 class End(_Message, frozen=True):
     """Reader: I want no more of this lease, and none of my READs of it is under way."""
 
@@ -131,8 +137,14 @@ class Verdict(_Message, frozen=True):
     reason: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
-Request: TypeAlias = Hello | Ask | Check | Renew | End
-Reply: TypeAlias = Welcome | Refuse | Grant | Verdict
+class Pong(_Message, frozen=True):
+    """Owner: I am."""
+
+    reader: Name
+
+
+Request: TypeAlias = Hello | Ask | Check | Renew | Ping | End
+Reply: TypeAlias = Welcome | Refuse | Grant | Verdict | Pong
 
 
 class Codec:

@@ -20,9 +20,10 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import (
     Ask,
     Check,
-    End,
     Grant,
     Hello,
+    Ping,
+    Pong,
     Refuse,
     Renew,
     Reply,
@@ -66,6 +67,8 @@ class _Lease:
     slots: Mapping[BlockKey, int] | None = None
     #: READ -> when its reader has given it up.
     grants: dict[tuple[bytes, int], float] = field(default_factory=dict)
+    #: A reader wants no more of it: it ends with the last READ that was granted.
+    is_done: bool = False
 
 
 class Owner:
@@ -111,7 +114,9 @@ class Owner:
     def expire(self, now: float) -> None:
         for name, lease in list(self._leases.items()):
             lease.grants = {read: until for read, until in lease.grants.items() if until > now}
-            if lease.expires_at <= now and not lease.grants:
+            if lease.is_done:
+                self._end_if_done(name)
+            elif lease.expires_at <= now and not lease.grants:
                 self._end(name, "expired")
 
     def take_ended(self) -> list[bytes]:
@@ -131,10 +136,13 @@ class Owner:
             return self._ask(message, now)
         if isinstance(message, Check):
             return self._check(message, now)
+        if isinstance(message, Ping):
+            return Pong(message.reader)
         if isinstance(message, Renew):
             self._renew(message.lease, now)
-        elif isinstance(message, End):
-            self._end(message.lease, "done")
+        elif message.lease in self._leases:
+            self._leases[message.lease].is_done = True
+            self._end_if_done(message.lease)
         return None
 
     def check(self) -> None:
@@ -168,8 +176,11 @@ class Owner:
             return Grant(ask.reader, ask.read, epoch, "restarted")
         if lease is None:
             return Grant(ask.reader, ask.read, epoch, "gone" if ask.lease in self._remembered else "unknown")
+        is_new = (ask.reader, ask.read) not in lease.grants
+        if lease.is_done and is_new:
+            return Grant(ask.reader, ask.read, epoch, "gone")
         self._renew(ask.lease, now)
-        if lease.slots is None or (len(lease.grants) >= _MOST_GRANTS and (ask.reader, ask.read) not in lease.grants):
+        if lease.slots is None or (len(lease.grants) >= _MOST_GRANTS and is_new):
             return Grant(ask.reader, ask.read, epoch, "pending")
         lease.grants[ask.reader, ask.read] = now + ask.seconds + _GRACE_SECONDS
         places = [self._place(lease.slots, BlockKey(key)) for key in ask.keys]
@@ -196,6 +207,7 @@ class Owner:
         if lease is not None:
             lease.grants.pop((check.reader, check.read), None)
             self._renew(check.lease, now)
+            self._end_if_done(check.lease)
         if reason:
             self.counts["nixl_fences_refused", reason] += 1
         return Verdict(check.reader, check.read, self._offer.epoch, not reason, reason)
@@ -214,6 +226,11 @@ class Owner:
         lease = self._leases.get(name)
         if lease is not None:
             lease.expires_at = max(lease.expires_at, now + self._lease_seconds)
+
+    def _end_if_done(self, name: bytes) -> None:
+        lease = self._leases[name]
+        if lease.is_done and not lease.grants:
+            self._end(name, "done")
 
     def _end(self, name: bytes, reason: str) -> None:
         lease = self._leases.pop(name, None)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
@@ -26,7 +26,18 @@ from dynamo_connectors.transport.agent import Region
 from dynamo_connectors.transport.data_plane import DataPlane
 from dynamo_connectors.transport.messages import Codec, MessageError
 from dynamo_connectors.transport.reader import Reader
-from dynamo_connectors.transport.reader_state import Common, Connect, Disconnect, Finish, Post, Restart, Send
+from dynamo_connectors.transport.reader_state import (
+    Common,
+    Connect,
+    Disconnect,
+    Finish,
+    Forget,
+    GiveUp,
+    Instruction,
+    Post,
+    Restart,
+    Send,
+)
 from dynamo_connectors.transport.sockets import PeerSockets
 from dynamo_connectors.transport.tickets import Ticket
 
@@ -34,6 +45,8 @@ log = logging.getLogger(__name__)
 
 #: How long the thread sleeps between looks at READs under way.
 _POLL_SECONDS = 0.0002
+#: And when nobody waits for any of them.
+_LATE_POLL_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class _Call:
     addresses: list[int]
     outcome: Future[Sequence[StoreError | None]]
     started: float
+    given_up: Future[str] = field(default_factory=Future)
 
 
 def _closed(blocks: int) -> list[StoreError | None]:
@@ -76,7 +90,7 @@ class PeerTier:
         self._reader = Reader(Common(name, settings.namespace, settings.row_bytes, settings.quarantine_bytes, first))
         self._plane = DataPlane(f"dynamo-reader-{name.hex()}", self._regions, settings.row_bytes)
         try:
-            self._sockets = PeerSockets()
+            self._sockets = PeerSockets(settings.secret)
         except BaseException:
             self._plane.close()
             raise
@@ -106,9 +120,10 @@ class PeerTier:
             outcome.set_running_or_notify_cancel()
             keys = [places[at].key for at in positions]
             addresses = [np.frombuffer(into[at], dtype=np.uint8).ctypes.data for at in positions]
-            if not self._submit(partial(self._start, encoded, _Call(keys, addresses, outcome, time.monotonic()))):
+            call = _Call(keys, addresses, outcome, time.monotonic())
+            if not self._submit(partial(self._start, encoded, call)):
                 outcome.set_result(_closed(len(keys)))
-            batches.append(Batch(positions, outcome))
+            batches.append(Batch(positions, outcome, given_up=call.given_up))
         return batches
 
     def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:
@@ -180,8 +195,9 @@ class PeerTier:
 
     def _step(self) -> None:
         now = time.monotonic()
-        busy = self._plane.transfers_under_way
-        wait = _POLL_SECONDS if busy else self._reader.next_due(now) - now
+        wait = _POLL_SECONDS if self._reader.is_reading else self._reader.next_due(now) - now
+        if self._plane.transfers_under_way:
+            wait = min(wait, _LATE_POLL_SECONDS)
         frames = self._sockets.receive(max(0.0, wait))
         now = time.monotonic()
         self._drain_tasks()
@@ -229,21 +245,29 @@ class PeerTier:
     def _obey(self) -> None:
         while instructions := self._reader.take():
             for step in instructions:
-                if isinstance(step, Send):
-                    self._sockets.send(step.peer, self._codec.encode(step.message))
-                elif isinstance(step, Connect):
-                    error = self._plane.connect(step.peer, step.welcome)
-                    self._reader.connected(step.peer, step.welcome.epoch, error, time.monotonic())
-                elif isinstance(step, Disconnect):
-                    self._plane.disconnect(step.peer)
-                elif isinstance(step, Post):
-                    self._post(step)
-                elif isinstance(step, Finish):
-                    self._finish(step.read, step.reasons)
-                elif isinstance(step, Restart):
-                    log.warning("dynamo: READs of peers that hang hold too much memory; the NIXL agent is made anew")
-                    self._plane.restart()
-                    self._reader.restarted(time.monotonic())
+                self._do(step)
+
+    def _do(self, step: Instruction) -> None:
+        if isinstance(step, Send):
+            self._sockets.send(step.peer, self._codec.encode(step.message))
+        elif isinstance(step, Connect):
+            error = self._plane.connect(step.peer, step.welcome)
+            self._reader.connected(step.peer, step.welcome.epoch, error, time.monotonic())
+        elif isinstance(step, Disconnect):
+            self._plane.disconnect(step.peer)
+        elif isinstance(step, Post):
+            self._post(step)
+        elif isinstance(step, Finish):
+            self._finish(step.read, step.reasons)
+        elif isinstance(step, GiveUp):
+            self._calls[step.read].given_up.set_result("unreachable")
+        elif isinstance(step, Forget):
+            self._plane.disconnect(step.peer)
+            self._sockets.drop(step.peer)
+        elif isinstance(step, Restart):
+            log.warning("dynamo: READs of peers that hang hold memory for too long; the NIXL agent is made anew")
+            self._plane.restart()
+            self._reader.restarted(time.monotonic())
 
     def _post(self, step: Post) -> None:
         addresses = self._calls[step.read].addresses

@@ -1,13 +1,13 @@
 """The reader's half of the protocol: from "these blocks, please" to bytes that are proven, or to a miss. Pure.
 
 Life of a read:  connecting -> asking -> reading -> checking -> ended
-                 reading, and out of time: late -> ended
+                 reading, and out of time or its peer silent: late -> ended
 
 Calls and messages are events; what is to be done comes out as instructions (`take`). A block counts as loaded only
 after the owner has said, in answer to a question that was asked after the READ, that it still held what it granted.
 Memory that a READ may write to is quarantined until the READ has ended: a read that is late keeps its buffers, and its
 peer gets no new READs, until NIXL says DONE or that the peer is gone. When late reads hold more bytes than the budget,
-the data plane is restarted, which fences all of them at once.
+or one for a minute, the data plane is restarted, which fences all of them at once.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import (
     Ask,
     Check,
-    End,
     Grant,
     Hello,
+    Ping,
+    Pong,
     Refuse,
-    Renew,
     Reply,
     Request,
     Verdict,
     Welcome,
 )
 from dynamo_connectors.transport.reader_state import (
-    LAST_RESEND_SECONDS,
     Common,
     Connect,
     Disconnect,
     Finish,
+    Forget,
+    GiveUp,
     Instruction,
     KnownPeer,
     Peer,
@@ -43,18 +44,20 @@ from dynamo_connectors.transport.reader_state import (
     Restart,
     Send,
     Timer,
-    Watch,
 )
+from dynamo_connectors.transport.watches import Watches
 
 #: An owner that has never heard of a lease may hear of it any moment; after so long it has lost it.
 _UNKNOWN_SECONDS = 1.0
-#: A peer that does not answer for so long is not waited for: others would be, until their deadline.
-_CONNECT_SECONDS = 5.0
+#: Who has not looked for so long cannot tell whether others were silent.
+_ABSENCE_SECONDS = 1.0
 #: A peer that refused is asked again after so long, one that was silent after so little.
 _REFUSED_SECONDS = 10.0
 _SILENT_SECONDS = 3.0
-_RENEW_SECONDS = 5.0
-_END_REPEATS = 3
+#: A READ that is late for so long never ends by itself.
+_HUNG_SECONDS = 60.0
+_FORGET_SECONDS = 600.0
+_LOOK_SECONDS = 10.0
 
 
 class Reader:
@@ -64,10 +67,12 @@ class Reader:
         self._common = common
         self._peers: dict[Peer, KnownPeer] = {}
         self._reads: dict[int, Read] = {}
-        self._watches: dict[bytes, Watch] = {}
+        self._watches = Watches()
         self._out: list[Instruction] = []
         self._nonce = common.first
         self._restarting = False
+        self._looked_at = float("-inf")
+        self._forget_at = float("-inf")
         #: What happened since the last look, by (what, label).
         self.counts: Counter[tuple[str, str]] = Counter()
         #: Lines for the operator: a peer that refuses us, and why.
@@ -80,6 +85,11 @@ class Reader:
     @property
     def quarantined_bytes(self) -> int:
         return sum(len(read.rows) for read in self._reads.values() if read.state == "late") * self._common.row_bytes
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether a READ may end any moment that somebody waits for."""
+        return any(read.state == "reading" for read in self._reads.values())
 
     @property
     def reads_under_way(self) -> int:
@@ -103,55 +113,60 @@ class Reader:
 
     def watch(self, peer: Peer, lease: bytes, now: float) -> None:
         """Keeps a lease alive while its request waits for its turn, and meets its owner meanwhile."""
-        self._watches.setdefault(lease, Watch(peer, now))
+        self._watches.watch(peer, lease, now)
         self._greet(peer, now)
         self.tick(now)
 
     def unwatch(self, lease: bytes, now: float) -> None:
         """The owner may have its blocks back."""
-        watch = self._watches.get(lease)
-        if watch is not None and not watch.ends_left:
-            watch.ends_left, watch.renew_at = _END_REPEATS, now
-            self.tick(now)
+        self._watches.unwatch(lease, now)
+        self.tick(now)
 
     def isolate(self, namespace: bytes) -> None:
         """From now on it has this in common with its peers. Nothing is asked of those it has met; READs go on."""
         self._common = self._common._replace(namespace=namespace)
         for name, peer in self._peers.items():
-            if peer.state == "ready":
-                self._out.append(Disconnect(name))
+            self._out += [Disconnect(name)] if peer.state == "ready" else []
             peer.state = "absent"
         for read in list(self._reads.values()):
             if read.state in ("connecting", "asking"):
                 self._finish(read, "refused")
 
     def tick(self, now: float) -> None:
-        """What is due by now. Call it at least at `next_due`."""
+        """What is due by now. Call it at least at `next_due`, after what has come was received."""
+        was_away, self._looked_at = now - self._looked_at > _ABSENCE_SECONDS, now
+        asked = {read.peer for read in self._reads.values() if read.state in ("asking", "checking", "reading")}
         for name, peer in self._peers.items():
-            if peer.state == "greeting" and now - peer.asked_at >= _CONNECT_SECONDS:
-                self._silent(name, now)
-            elif peer.state == "greeting" and peer.timer.is_due(now):
+            if peer.state == "greeting" and peer.timer.is_due(now):
                 self._send(name, Hello(peer.nonce, self._common.namespace, self._common.row_bytes))
+            verdict = peer.listen(now, name in asked or peer.state == "greeting", was_away)
+            if verdict == "silent":
+                self._silent(name, now)
+            elif verdict == "ping":
+                self._send(name, Ping(self._common.name))
         for read in list(self._reads.values()):
-            if read.state != "late" and now >= read.deadline:
-                self._out_of_time(read)
+            if read.state == "late":
+                if now - read.late_since >= _HUNG_SECONDS:
+                    self._restart()
+            elif now >= read.deadline:
+                self._out_of_time(read, now)
             elif read.state == "asking" and read.timer.is_due(now):
                 self._ask(read, now)
             elif read.state == "checking" and read.timer.is_due(now):
                 self._ask_verdict(read)
-        for lease, watch in list(self._watches.items()):
-            self._tick_watch(lease, watch, now)
+        in_use = (read.lease for read in self._reads.values() if read.state != "late")
+        self._out += self._watches.tick(in_use, now)
+        self._forget(now)
 
     def next_due(self, now: float) -> float:
-        """When `tick` has something to do, a second ahead at most."""
-        due = [now + 1.0]
+        """When `tick` has something to do, half a second ahead at most."""
+        due = [now + _ABSENCE_SECONDS / 2, self._watches.next_due()]
         due += [peer.timer.due for peer in self._peers.values() if peer.state == "greeting"]
         for read in self._reads.values():
             if read.state != "late":
                 due.append(read.deadline)
             if read.state in ("asking", "checking"):
                 due.append(read.timer.due)
-        due += [watch.renew_at for watch in self._watches.values()]
         return min(due)
 
     # -- the peers' side ---------------------------------------------------------------------------------------------
@@ -159,6 +174,10 @@ class Reader:
     def receive(self, peer: Peer, reply: Reply, now: float) -> None:
         if isinstance(reply, (Welcome, Refuse)):
             self._answered(peer, reply, now)
+            return
+        if (known := self._peers.get(peer)) is not None and known.quiet_since is not None:
+            known.quiet_since = now
+        if isinstance(reply, Pong):
             return
         if reply.reader != self._common.name:
             self.counts["nixl_refused_messages", "other_reader"] += 1
@@ -226,6 +245,7 @@ class Reader:
             posted = read.state in ("reading", "checking", "late")
             assert posted == bool(read.slots), f"a read is {read.state} with {len(read.slots)} slots"
             assert len(read.slots) == len(read.generations) == len(read.rows), "slots, generations and rows differ"
+        self._watches.check()
         over = self.quarantined_bytes > self._common.quarantine_bytes
         assert not over or self._restarting, "late reads hold more than the budget and nothing is done about it"
 
@@ -234,13 +254,14 @@ class Reader:
     def _greet(self, name: Peer, now: float) -> str | None:
         """Sees to it that a connection is on its way; the reason when there is none to be had now."""
         peer = self._peers.setdefault(name, KnownPeer())
+        peer.used_at = now
         if peer.state == "refused":
             if now < peer.retry_at:
                 return peer.reason
             peer.state = "absent"
         if peer.state == "absent":
             self._nonce += 1
-            peer.state, peer.nonce, peer.timer, peer.asked_at = "greeting", self._nonce, Timer(now), now
+            peer.state, peer.nonce, peer.timer, peer.quiet_since = "greeting", self._nonce, Timer(now), now
             peer.timer.is_due(now)
             self._send(name, Hello(peer.nonce, self._common.namespace, self._common.row_bytes))
         return None
@@ -275,6 +296,39 @@ class Reader:
             peer.state = "absent"
             self._out.append(Disconnect(name))
         self._finish(read, reason)
+
+    def _silent(self, name: Peer, now: float) -> None:
+        """It is asked again soon, but requests do not wait for it meanwhile."""
+        peer = self._peers[name]
+        was_ready = peer.state == "ready"
+        if was_ready:
+            self._out.append(Disconnect(name))
+        peer.state, peer.reason, peer.retry_at = "refused", "unreachable", now + _SILENT_SECONDS
+        peer.quiet_since = None
+        self.counts["nixl_silent_peers", ""] += 1
+        self.complaints.append(
+            f"peer {name} answers no more; its blocks are computed here until it does"
+            if was_ready
+            else f"peer {name} does not answer: nobody listens there, it has another --kvbm-peer-secret-file, or "
+            "another version of dynamo-connectors"
+        )
+        for read in [read for read in self._reads.values() if read.peer == name and read.state != "late"]:
+            if read.state == "reading":
+                self._out.append(GiveUp(read.number))
+                self._out_of_time(read, now)
+            else:
+                self._finish(read, "unreachable")
+
+    def _forget(self, now: float) -> None:
+        """Addresses come and go with a fleet's engines."""
+        if now < self._forget_at:
+            return
+        self._forget_at = now + _LOOK_SECONDS
+        needed = {read.peer for read in self._reads.values()} | self._watches.peers()
+        for name, peer in list(self._peers.items()):
+            if name not in needed and now - peer.used_at >= _FORGET_SECONDS:
+                del self._peers[name]
+                self._out.append(Forget(name))
 
     def _waiting_for(self, name: Peer) -> list[Read]:
         return [read for read in self._reads.values() if read.peer == name and read.state == "connecting"]
@@ -321,48 +375,26 @@ class Reader:
         read.state = "reading"
         self._out.append(Post(read.number, read.peer, read.rows, read.slots))
 
-    def _out_of_time(self, read: Read) -> None:
+    def _out_of_time(self, read: Read, now: float) -> None:
         if read.state != "reading":
             self._finish(read, "timeout")
             return
-        read.state = "late"
+        read.state, read.late_since = "late", now
         self.counts["nixl_late_reads", ""] += 1
-        if self.quarantined_bytes > self._common.quarantine_bytes and not self._restarting:
+        if self.quarantined_bytes > self._common.quarantine_bytes:
+            self._restart()
+
+    def _restart(self) -> None:
+        if not self._restarting:
             self._restarting = True
             self.counts["nixl_restarts", ""] += 1
             self._out.append(Restart())
-
-    def _silent(self, name: Peer, now: float) -> None:
-        """Nobody answered in all that time. It is asked again soon, but requests do not wait for it meanwhile."""
-        peer = self._peers[name]
-        peer.state, peer.reason, peer.retry_at = "refused", "unreachable", now + _SILENT_SECONDS
-        self.complaints.append(
-            f"peer {name} does not answer: nobody listens there, it has another --kvbm-peer-secret-file, or another "
-            "version of dynamo-connectors"
-        )
-        for read in self._waiting_for(name):
-            self._finish(read, "unreachable")
 
     def _finish(self, read: Read, reason: str | None) -> None:
         del self._reads[read.number]
         if reason is not None:
             read.reasons = [reason if known is None else known for known in read.reasons]
         self._out.append(Finish(read.number, tuple(read.reasons)))
-
-    # -- leases ------------------------------------------------------------------------------------------------------
-
-    def _tick_watch(self, lease: bytes, watch: Watch, now: float) -> None:
-        if now < watch.renew_at:
-            return
-        if not watch.ends_left:
-            watch.renew_at = now + _RENEW_SECONDS
-            self._send(watch.peer, Renew(lease))
-            return
-        # Not answered, so said a few times; what is lost all the same expires.
-        watch.renew_at, watch.ends_left = now + LAST_RESEND_SECONDS, watch.ends_left - 1
-        self._send(watch.peer, End(lease))
-        if not watch.ends_left:
-            del self._watches[lease]
 
     def _send(self, peer: Peer, message: Request) -> None:
         self._out.append(Send(peer, message))

@@ -11,6 +11,9 @@ from dynamo_connectors.transport.messages import Request, Welcome
 #: A message is sent again when its answer takes longer.
 FIRST_RESEND_SECONDS = 0.02
 LAST_RESEND_SECONDS = 0.5
+#: A peer of which nothing is heard for so long is not waited for, whatever it was doing.
+_SILENCE_SECONDS = 2.0
+_PING_SECONDS = 0.5
 
 Peer: TypeAlias = str
 
@@ -47,11 +50,23 @@ class Finish(NamedTuple):
     reasons: tuple[str | None, ...]
 
 
+class GiveUp(NamedTuple):
+    """Nobody shall wait for this READ any more. It still has its buffers; its `Finish` comes when it has ended."""
+
+    read: int
+
+
+class Forget(NamedTuple):
+    """Nobody has asked for this peer for long: hang up."""
+
+    peer: Peer
+
+
 class Restart(NamedTuple):
     """Destroy the data plane and make a new one; answer with `restarted`."""
 
 
-Instruction: TypeAlias = Send | Connect | Disconnect | Post | Finish | Restart
+Instruction: TypeAlias = Send | Connect | Disconnect | Post | Finish | GiveUp | Forget | Restart
 
 
 class Common(NamedTuple):
@@ -95,6 +110,7 @@ class Read:
     rows: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
     generations: tuple[int, ...] = ()
+    late_since: float = 0.0
 
 
 @dataclass
@@ -108,11 +124,20 @@ class KnownPeer:
     reason: str = ""
     #: Refused: when it is asked again.
     retry_at: float = 0.0
-    asked_at: float = 0.0
+    used_at: float = 0.0
+    #: Something is to come from it, and nothing has since then.
+    quiet_since: float | None = None
+    ping_at: float = 0.0
 
-
-@dataclass
-class Watch:
-    peer: Peer
-    renew_at: float
-    ends_left: int = 0
+    def listen(self, now: float, is_asked: bool, was_away: bool) -> str:
+        """`silent` when it owes us a word and says none, `ping` when it shall be asked for one."""
+        if not is_asked:
+            self.quiet_since = None
+        elif self.quiet_since is None or was_away:
+            self.quiet_since = now
+        elif now - self.quiet_since >= _SILENCE_SECONDS:
+            return "silent"
+        elif self.state == "ready" and now - self.quiet_since >= _PING_SECONDS and now >= self.ping_at:
+            self.ping_at = now + _PING_SECONDS
+            return "ping"
+        return ""

@@ -17,8 +17,9 @@ import zmq
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.tiers.dram import DramStore
+from dynamo_connectors.transport import channel
 from dynamo_connectors.transport.agent import Agent, Region
-from dynamo_connectors.transport.messages import MOST_FRAME_BYTES, Codec, MessageError
+from dynamo_connectors.transport.messages import Codec, MessageError
 from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Offer, Owner
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class PeerServer:
         self._lock = threading.Lock()
         self._stopping = False
         self._refused: Counter[tuple[str, str]] = Counter()
+        self._told: frozenset[str] = frozenset()
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._socket = self._bind(settings)
@@ -113,8 +115,7 @@ class PeerServer:
 
     def _bind(self, settings: ServerSettings) -> zmq.Socket[Any]:
         socket: zmq.Socket[Any] = self._context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.MAXMSGSIZE, MOST_FRAME_BYTES)
-        socket.setsockopt(zmq.LINGER, 0)
+        self._monitor = channel.serve(socket, settings.secret)
         try:
             # By address: ZeroMQ takes a name here for that of a network card.
             address = str(getaddrinfo(settings.host, settings.port, type=SOCK_STREAM)[0][4][0])
@@ -131,20 +132,31 @@ class PeerServer:
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
         expiry = 0.0
         while not self._stopping:
-            heard = bool(poller.poll(int(_TICK_SECONDS * 1000)))
+            ready = dict(poller.poll(int(_TICK_SECONDS * 1000)))
             now = time.monotonic()
-            if now >= expiry:
-                expiry = now + _TICK_SECONDS
-                with self._lock:
-                    self._owner.expire(now)
-            if not heard:
-                continue
             try:
-                self._answer(now)
+                if now >= expiry:
+                    expiry = now + _TICK_SECONDS
+                    with self._lock:
+                        self._owner.expire(now)
+                if self._monitor in ready:
+                    for reason in channel.refusals(self._monitor):
+                        self._refuse(reason, "a connection without the fleet's secret")
+                if self._socket in ready:
+                    self._answer(now)
             except Exception:
-                log.exception("dynamo: a peer's message could not be answered")
+                log.exception("dynamo: peers could not be served for a moment")
+
+    def _refuse(self, reason: str, what: object) -> None:
+        with self._lock:
+            # The label alone: counts are taken away, and a stranger shall not fill the log.
+            first, self._told = reason not in self._told, self._told | {reason}
+            self._refused["nixl_refused_messages", reason] += 1
+        if first:
+            log.warning("dynamo: a message to the peer port was refused (%s)", what)
 
     def _answer(self, now: float) -> None:
         parts = self._socket.recv_multipart()
@@ -153,11 +165,7 @@ class PeerServer:
                 raise MessageError("garbled", f"{len(parts)} parts")
             request = self._codec.request(parts[1])
         except MessageError as error:
-            with self._lock:
-                first = not self._refused["nixl_refused_messages", error.reason]
-                self._refused["nixl_refused_messages", error.reason] += 1
-            if first:
-                log.warning("dynamo: a message to the peer port was refused (%s)", error)
+            self._refuse(error.reason, error)
             return
         with self._lock:
             reply = self._owner.receive(request, now)

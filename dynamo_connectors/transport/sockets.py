@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import threading
 import time
@@ -9,7 +11,9 @@ from typing import Any
 
 import zmq
 
-from dynamo_connectors.transport.messages import MOST_FRAME_BYTES
+from dynamo_connectors.transport import channel
+
+log = logging.getLogger(__name__)
 
 #: Frames that wait for a peer that does not listen; what comes beyond is dropped, and said again by the protocol.
 _MOST_WAITING = 256
@@ -20,7 +24,8 @@ _MOST_PEERS = 256
 class PeerSockets:
     """Peers go by their address, `tcp://host:port`."""
 
-    def __init__(self) -> None:
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
         self._context: zmq.Context[Any] = zmq.Context()
         self._sockets: dict[str, zmq.Socket[Any]] = {}
         self._poller = zmq.Poller()
@@ -66,6 +71,13 @@ class PeerSockets:
                 continue
         return frames
 
+    def drop(self, peer: str) -> None:
+        """Hangs up."""
+        socket = self._sockets.pop(peer, None)
+        if socket is not None:
+            self._poller.unregister(socket)
+            socket.close(linger=0)
+
     def close(self) -> None:
         with self._lock:
             if not self._is_open:
@@ -76,18 +88,19 @@ class PeerSockets:
 
     def _connect(self, peer: str) -> zmq.Socket[Any] | None:
         if len(self._sockets) >= _MOST_PEERS:
-            oldest = next(iter(self._sockets))
-            self._poller.unregister(self._sockets[oldest])
-            self._sockets.pop(oldest).close(linger=0)
-        socket: zmq.Socket[Any] = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MOST_FRAME_BYTES)
-        socket.setsockopt(zmq.SNDHWM, _MOST_WAITING)
-        socket.setsockopt(zmq.IPV6, 1)
+            self.drop(next(iter(self._sockets)))
+        socket: zmq.Socket[Any] | None = None
         try:
+            socket = self._context.socket(zmq.DEALER)
+            channel.connect(socket, self._secret)
+            socket.setsockopt(zmq.SNDHWM, _MOST_WAITING)
+            socket.setsockopt(zmq.IPV6, 1)
             socket.connect(peer)
-        except zmq.ZMQError:  # no address at all: the protocol finds that nobody answers
-            socket.close(linger=0)
+        except zmq.ZMQError as error:  # no address, or no descriptor left: the protocol finds that nobody answers
+            if error.errno == errno.EMFILE:
+                log.warning("dynamo: no connection to peer %s (%s); raise the limit of open files", peer, error)
+            if socket is not None:
+                socket.close(linger=0)
             return None
         self._sockets[peer] = socket
         self._poller.register(socket, zmq.POLLIN)

@@ -8,7 +8,9 @@ that comes with another prompt gives nothing.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dynamo_connectors.block_manager import BlockManager, Source
@@ -16,6 +18,7 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, PEER
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.peer_config import is_this_host
+from dynamo_connectors.transport.messages import LEASE_BYTES
 from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 
@@ -26,6 +29,8 @@ SIGNATURE = "dynamo_signature"
 UNSIGNED = "its ticket is not signed with this fleet's --kvbm-peer-secret-file; it is computed here"
 #: More would not be a prompt.
 _MOST_TOKENS = 1 << 24
+#: Leases may keep so much of host memory; of what is beyond it the peer gets less, and computes the rest.
+_MOST_SHARE = 0.5
 
 
 class Identity(NamedTuple):
@@ -89,18 +94,20 @@ class Exports:
     """The prefill side. A hand-off waits until its blocks have arrived in host memory, and is then a job."""
 
     def __init__(
-        self, identity: Identity, manager: BlockManager, ledger: JobLedger, new_lease: Callable[[], bytes]
+        self, identity: Identity, manager: BlockManager, ledger: JobLedger, counts: Counter[tuple[str, str]]
     ) -> None:
         self._identity = identity
         self._manager = manager
         self._ledger = ledger
-        self._new_lease = new_lease
+        self._counts = counts
         #: Lease -> the chain to export, and those of its blocks that may still be on their way.
         self._waiting: dict[bytes, tuple[Sequence[BlockKey], set[BlockKey]]] = {}
+        #: Block -> in how many leases it is.
+        self._leased: Counter[BlockKey] = Counter()
 
     def begin(self, chain: Sequence[BlockKey], storing: set[BlockKey], block_tokens: int) -> dict[str, Any]:
         """The answer for the proxy. `storing`: blocks of the chain that are being copied to host memory."""
-        lease = self._new_lease()
+        lease = os.urandom(LEASE_BYTES)
         self._ledger.announce(lease)
         self._waiting[lease] = chain, storing
         self._export_what_is_ready(lease)
@@ -129,23 +136,37 @@ class Exports:
     def end(self, job: Running) -> None:
         if job.exports:
             self._manager.release(job.exports)
+            for source in job.exports:
+                self._leased[source.key] -= 1
+                if not self._leased[source.key]:
+                    del self._leased[source.key]
 
     def check(self) -> None:
         assert all(storing for _, storing in self._waiting.values()), "a hand-off waits for nothing"
+        assert len(self._leased) <= self._most_leased, "leases hold more than their share of host memory"
 
     def _export_what_is_ready(self, lease: bytes) -> None:
         chain, storing = self._waiting[lease]
         if storing:
             return
         del self._waiting[lease]
-        sources: list[Source] = []
-        while len(sources) < len(chain):
-            found = self._manager.lease(chain, len(sources), 1)
-            if not found or found[0].tier != HOST_DRAM:  # evicted meanwhile; peers read host memory only
-                self._manager.release(found)
+        sources = self._manager.lease(chain)
+        cut = next((at for at, source in enumerate(sources) if source.tier != HOST_DRAM), len(sources))
+        room = self._most_leased - len(self._leased)
+        for at, source in enumerate(sources[:cut]):
+            room -= source.key not in self._leased
+            if room < 0:
+                self._counts["nixl_unexported_blocks", ""] += cut - at
+                cut = at
                 break
-            sources += found
-        self._ledger.export(lease, tuple(sources))
+        # Peers read host memory only, and what is leased cannot be evicted for this engine's own prompts.
+        self._manager.release(sources[cut:])
+        self._leased.update(source.key for source in sources[:cut])
+        self._ledger.export(lease, tuple(sources[:cut]))
+
+    @property
+    def _most_leased(self) -> int:
+        return max(1, int(self._manager.tiers[0].index.capacity_blocks * _MOST_SHARE))
 
 
 class Reach:

@@ -36,6 +36,12 @@ _COUNTERS = {
     "nixl_leases_ended": ("dynamo_nixl_leases_ended", "reason", "Leases of this engine's blocks that ended."),
     "nixl_refused_peers": ("dynamo_nixl_refused_peers", "reason", "Handshakes that were refused."),
     "nixl_refused_messages": ("dynamo_nixl_refused_messages", "reason", "Messages that were hostile, old or garbled."),
+    "nixl_silent_peers": ("dynamo_nixl_silent_peers", None, "Times that a peer answered no more."),
+    "nixl_unexported_blocks": (
+        "dynamo_nixl_unexported_blocks",
+        None,
+        "Blocks not handed over because leases hold their share of host memory.",
+    ),
     "nixl_restarts": ("dynamo_nixl_restarts", None, "Times the NIXL agent was made anew to fence late READs."),
     "ignored_hints": ("dynamo_kvbm_ignored_hints", None, "Hints in kv_transfer_params that made no sense."),
 }

@@ -7,16 +7,13 @@ Life of a move:     plan (take_moves, MoveJob) -> worker_reports (end_move)
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from dynamo_connectors.block_manager import BlockManager
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE
 from dynamo_connectors.tiers.index_stats import IndexStats
-from dynamo_connectors.transport.messages import LEASE_BYTES
 from dynamo_connectors.verdicts import is_damage
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
@@ -79,7 +76,7 @@ class SchedulerHalf:
         self._trust = trust
         if identity is not None:
             self._onboarding.runs_ahead = False  # a peer waits for what a short request leaves behind
-            self._exports = Exports(identity, self._manager, self._ledger, partial(os.urandom, LEASE_BYTES))
+            self._exports = Exports(identity, self._manager, self._ledger, self._counts)
 
     def new_request(self, request: Any) -> None:
         live = self._live(request)

@@ -6,14 +6,21 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError, wait
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, wait
 
 import pytest
 import torch
 from dynamo_kernels import BlockView
 
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.config import PEER
+from dynamo_connectors.errors import StoreError
+from dynamo_connectors.jobs import LoadItem
 from dynamo_connectors.lanes import Lane
+from dynamo_connectors.loads import LoadFromBelow
 from dynamo_connectors.staging import StagingRows
+from dynamo_connectors.tiers.base import Batch, Buffer, Place
 from dynamo_connectors.tiers.dram import DramStore
 
 NO_THREADS = """
@@ -117,6 +124,42 @@ def test_a_host_without_threads_is_one_line() -> None:
 
 def test_a_task_that_hangs_for_ever_does_not_keep_the_process() -> None:
     assert child(HANGS_AT_EXIT) == ["ended"]
+
+
+class SilentTier:
+    """One read is given up at once, and ends later."""
+
+    deadline_seconds = 60.0
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Batch]:
+        given_up: Future[str] = Future()
+        given_up.set_result("unreachable")
+        outcome: Future[Sequence[StoreError | None]] = Future()
+        outcome.set_running_or_notify_cancel()  # NIXL cannot cancel
+        self.batches.append(Batch(range(len(places)), outcome, given_up=given_up))
+        return self.batches[-1:]
+
+    def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:
+        raise NotImplementedError
+
+    def close(self, deadline: float) -> bool:
+        return True
+
+
+def test_a_load_does_not_wait_for_a_read_that_its_tier_has_given_up() -> None:
+    staging = StagingRows(DramStore(4, 8), BlockView.of_pages([torch.zeros((8, 8), dtype=torch.uint8)], [8]))
+    tier, failed = SilentTier(), dict[BlockKey, str]()
+    items = [LoadItem(BlockKey(b"key%d" % at), PEER, at, at) for at in range(3)]
+    assert LoadFromBelow(tier, staging).run(items, 3600.0, failed) == 0
+    assert set(failed.values()) == {"unreachable"}
+    assert len(failed) == 3
+    assert not staging.all_are_back, "something may still write to its rows"
+    tier.batches[0].outcome.set_result([None] * 3)
+    assert staging.all_are_back
+    staging.store.close()
 
 
 def test_staging_rows_are_never_handed_out_twice() -> None:

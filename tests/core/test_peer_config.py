@@ -22,6 +22,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({ROLE: "both", HOST: "10.0.0.1"}, "--kvbm-peer-host", "--kvbm-peer-secret-file"),
     ({ROLE: "both", HOST: "0.0.0.0", SECRET: "x"}, "--kvbm-peer-host", "other engines reach"),
     ({ROLE: "both", HOST: "prefill-1"}, "--kvbm-peer-host", "--kvbm-peer-secret-file"),
+    ({ROLE: "prefill", "kvbm_dram_min_touches": 2}, "--kvbm-role", "drop these"),
+    ({ROLE: "both", "kvbm_offload_ratio": 0.5}, "--kvbm-role", "drop these"),
     ({ROLE: "both", PORT: 0}, "--kvbm-peer-port", "whole number from 1 to 65535"),
     ({ROLE: "both", PORT: 70000}, "--kvbm-peer-port", "whole number from 1 to 65535"),
     ({ROLE: "both", PORT: 1.5}, "--kvbm-peer-port", "whole number from 1 to 65535"),
@@ -50,6 +52,7 @@ def test_every_setting_at_once() -> None:
     both = parse_config({ROLE: "both"}).peer
     assert (both.reads, both.serves) == (True, True)
     assert not parse_config({}).peer.role
+    assert parse_config({ROLE: "decode", "kvbm_dram_min_touches": 2, "kvbm_offload_ratio": 0.5}).peer.reads
 
 
 def test_the_secret_is_read_and_must_be_one(tmp_path: Path) -> None:

@@ -71,6 +71,16 @@ class OwnerSide:
     def counts(self) -> dict[str, int]:
         return {"|".join(key): number for key, number in self.server.take_counts().items()}
 
+    def fail_once(self) -> None:
+        """What it does from time to time fails, for a reason that nobody thought of."""
+        expire, owner = self.server._owner.expire, self.server._owner
+
+        def fail(now: float) -> None:
+            owner.expire = expire  # type: ignore[method-assign]
+            raise OSError("nobody thought of it")
+
+        owner.expire = fail  # type: ignore[method-assign]
+
     def close(self) -> bool:
         return self.server.close()
 
@@ -88,6 +98,7 @@ class ReaderSide:
         )
         self.tier = PeerTier(settings, [Region(self.dram.rows.ctypes.data, self.dram.rows.nbytes)])
         self.reads: list[tuple[list[str], list[int], Future[Sequence[StoreError | None]]]] = []
+        self.signals: list[Future[str] | None] = []
 
     def read(self, port: int, lease: str, keys: list[str], rows: list[int]) -> int:
         ticket = BlockKey(Ticket("127.0.0.1", port, bytes.fromhex(lease)).encode())
@@ -96,6 +107,7 @@ class ReaderSide:
             self.dram.rows[row] = 0
         (batch,) = self.tier.read(places, [memoryview(self.dram.rows[row]) for row in rows])
         self.reads.append((keys, rows, batch.outcome))
+        self.signals.append(batch.given_up)
         return len(self.reads) - 1
 
     def wait(self, read: int, seconds: float = 60.0) -> list[str] | None:
@@ -111,6 +123,10 @@ class ReaderSide:
             right = np.array_equal(self.dram.rows[row], row_of(key.encode(), self.dram.row_bytes))
             said.append(error.reason if error is not None else "right" if right else "WRONG")
         return said
+
+    def given_up(self, read: int) -> bool:
+        signal = self.signals[read]
+        return signal is not None and signal.done()
 
     def scribble(self, rows: list[int]) -> None:
         """These rows belong to somebody else now."""

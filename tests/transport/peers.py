@@ -13,6 +13,7 @@ from typing import Any
 
 import zmq
 
+from dynamo_connectors.transport import channel
 from dynamo_connectors.transport.messages import Codec, Reply, Request
 from tests.house.repository import ROOT, import_path
 
@@ -77,8 +78,10 @@ class Between:
         self.seen: list[str] = []
         self._owner = f"tcp://127.0.0.1:{owner_port}"
         self._codec = Codec(secret)
+        self._secret = secret
         self._context: zmq.Context[Any] = zmq.Context()
         self._front = self._context.socket(zmq.ROUTER)
+        self._monitor = channel.serve(self._front, secret)
         self._front.bind(f"tcp://127.0.0.1:{port}")
         self._backs: dict[bytes, zmq.Socket[Any]] = {}
         self._stopping = False
@@ -108,6 +111,7 @@ class Between:
     def _to_owner(self, client: bytes, frame: bytes) -> None:
         if client not in self._backs:
             back = self._backs[client] = self._context.socket(zmq.DEALER)
+            channel.connect(back, self._secret)
             back.connect(self._owner)
         for _ in range(self._times(self._codec.request(frame))):
             self._backs[client].send(frame)

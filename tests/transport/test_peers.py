@@ -145,6 +145,7 @@ def fleet(reader: PeerProcess, keeper: Keeper) -> Iterator[Fleet]:
 def test_blocks_arrive_over_a_network_that_loses_doubles_and_delays(fleet: Fleet) -> None:
     fleet.export()
     fleet.read_until_right()
+    fleet.owner.call("fail_once")  # a thread that dies would serve nobody
     chance = random.Random(5)
     fleet.between.hook = lambda message: chance.choice((0, 1, 1, 2))
     for _ in range(12):
@@ -230,6 +231,7 @@ def test_late_bytes_find_their_memory_quarantined(fleet: Fleet) -> None:
     fleet.at(Grant, owner.stop)
     number = fleet.start_read()
     wait_until(lambda: fleet.reader.call("quarantined") == len(KEYS) * ROW_BYTES, "the READ is late")
+    wait_until(lambda: bool(fleet.reader.call("given_up", read=number)), "nobody has to wait for it")
     assert fleet.reader.call("wait", read=number, seconds=0.1) is None, "its rows are nobody else's yet"
     assert fleet.read() == {"unavailable"}
     owner.go_on()

@@ -62,8 +62,9 @@ def test_the_answer_speaks_the_engines_own_protocol() -> None:
 
 
 def test_blocks_are_exported_when_they_have_arrived_and_pinned_until_the_lease_ends() -> None:
-    half = prefill_half(dram=3, workers=2)
+    half = prefill_half(dram=6, workers=2)
     _, params, plan = prefilled(half)
+    assert len(offer_all(half, request("fills the rest", 3), [21, 22, 23]).stores[0].items) == 3
     lease = bytes.fromhex(params["dynamo_lease"])
     assert plan.announced == [lease]
     assert not plan.exports, "their bytes are not there yet"
@@ -76,6 +77,24 @@ def test_blocks_are_exported_when_they_have_arrived_and_pinned_until_the_lease_e
     assert not offer_all(half, request("evicts too", 3), [1, 2, 3]).stores, "one worker's reader is not done"
     ended(half, export)
     assert offer_all(half, request("evicts at last", 3), [1, 2, 3]).stores
+
+
+def test_leases_keep_half_of_host_memory_at_most() -> None:
+    half = prefill_half(dram=4)
+    _, params, plan = prefilled(half)
+    end(half, plan)
+    export = half.plan(is_idle=True)
+    assert [key for key, _ in export.exports[0].slots] == request("a", 3).block_hashes[:2]
+    assert params["remote_num_tokens"] == 3 * BLOCK, "the reader finds that the last one is gone"
+    assert half.take_counts()["nixl_unexported_blocks", ""] == 1
+    again = half.hand_off(request("a", 3, do_remote_decode=True), 3 * BLOCK)
+    assert again is not None
+    second = half.plan(is_idle=True)
+    assert len(second.exports[0].slots) == 2, "a block in two leases is kept once"
+    ended(half, export)
+    ended(half, second)
+    half.check()
+    assert len(offer_all(half, request("evicts", 4), [1, 2, 3, 4]).stores[0].items) == 4
 
 
 def test_blocks_that_did_not_arrive_shorten_the_export() -> None:

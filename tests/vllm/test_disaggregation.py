@@ -1,0 +1,173 @@
+"""A real prefill and a real decode vLLM, under the engine's own protocol: answers equal those of one engine alone.
+
+The last test kills the prefill engine. What happens when it comes back is shown on its transport (`test_peers.py`) and
+by `python -m benchmarks handoff_faults`: another boot takes longer than all of this.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.vllm.client import Answer, VllmClient, prompt, wait_until
+from tests.vllm.pair import BLOCKS, Pair
+from tools.vllm_server import MODEL_NAME
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+
+PROMPTS = 5
+
+
+class Handed(NamedTuple):
+    """A prompt, its answer from one engine alone, and the ticket that the prefill engine gave for it."""
+
+    tokens: list[int]
+    alone: Answer
+    ticket: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: Path, logs: Path) -> Iterator[Pair]:
+    pair = Pair(tiny_model, logs, ["--kvbm-peer-deadline-ms", "4000"], "tcp")
+    try:
+        yield pair.start()
+    finally:
+        pair.close()
+
+
+@pytest.fixture(scope="module")
+def old(pair: Pair) -> Handed:
+    """Given out before all other tests; its lease runs while they do."""
+    return hand_out(pair, 900)
+
+
+def hand_out(pair: Pair, seed: int) -> Handed:
+    tokens = prompt(seed)
+    return Handed(tokens, pair.prefill.complete(tokens), pair.ticket(tokens))
+
+
+def answer(pair: Pair, handed: Handed, **changes: Any) -> Answer:
+    return pair.decode.complete(handed.tokens, kv_transfer_params={**handed.ticket, **changes})
+
+
+def hand_over(pair: Pair, seed: int) -> None:
+    """Eventually, however slow the machine, prompts come from the peer, and always with the same answer."""
+    seeds = iter(range(seed, seed + 100))
+
+    def comes_from_peer() -> bool:
+        before, handed = pair.from_peer(), hand_out(pair, next(seeds))
+        assert answer(pair, handed) == handed.alone
+        return pair.from_peer() == before + BLOCKS
+
+    wait_until(comes_from_peer, "a prompt comes from the peer", 120.0)
+
+
+@contextmanager
+def stopped(pair: Pair) -> Iterator[None]:
+    """Every process of the prefill engine stands still."""
+    pair.signal_prefill(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        pair.signal_prefill(signal.SIGCONT)
+
+
+def failures(pair: Pair) -> float:
+    return pair.decode.metric("dynamo_kvbm_load_failures_total")
+
+
+def test_answers_equal_those_of_one_engine_alone(pair: Pair, old: Handed) -> None:
+    hand_over(pair, 0)
+    handed = [hand_out(pair, seed) for seed in range(100, 100 + PROMPTS)]
+    before = pair.from_peer()
+    assert [answer(pair, each) for each in handed] == [each.alone for each in handed]
+    assert pair.from_peer() > before
+    assert pair.decode.metric("dynamo_nixl_read_bytes_total") >= BLOCKS * 65536
+
+
+def test_an_engine_that_stands_still_costs_no_answer_and_nobody_else(pair: Pair, old: Handed) -> None:
+    handed, before = hand_out(pair, 200), failures(pair)
+    others = [(tokens, pair.prefill.complete(tokens)) for tokens in map(prompt, (201, 202))]
+    with stopped(pair), ThreadPoolExecutor(1) as pool:
+        stuck = pool.submit(answer, pair, handed)
+        for tokens, alone in others:
+            # A batch rounds differently from a single request, on stock vLLM too; another prompt's KV is far off.
+            said = pair.decode.complete(tokens)
+            assert said.tokens == alone.tokens or abs(said.logprobs[0] - alone.logprobs[0]) < 0.2
+        said = stuck.result()
+        assert said.tokens == handed.alone.tokens or abs(said.logprobs[0] - handed.alone.logprobs[0]) < 0.2
+    assert failures(pair) > before
+    hand_over(pair, 210)
+
+
+def test_a_client_that_leaves_under_a_load_leaves_nothing_behind(pair: Pair, old: Handed) -> None:
+    handed = hand_out(pair, 300)
+    body = {"model": MODEL_NAME, "prompt": handed.tokens, "max_tokens": 200, "stream": True, "ignore_eos": True}
+    text = json.dumps({**body, "kv_transfer_params": handed.ticket}).encode()
+    with stopped(pair):
+        urllib.request.urlopen(
+            urllib.request.Request(pair.decode.url + "/v1/completions", text, {"content-type": "application/json"}),
+            timeout=120,
+        ).close()
+        wait_until(lambda: pair.decode.metric("vllm:num_requests_running") == 0, "the request is gone", 60.0)
+    wait_until(lambda: pair.decode.metric("vllm:kv_cache_usage_perc") == 0.0, "its HBM blocks are free", 60.0)
+    hand_over(pair, 310)
+
+
+@pytest.mark.parametrize("changes", [{"dynamo_signature": "00" * 32}, {"remote_host": "192.0.2.1"}])
+def test_a_ticket_that_the_fleet_did_not_sign_is_computed(pair: Pair, old: Handed, changes: dict[str, Any]) -> None:
+    handed = hand_out(pair, 400 + len(next(iter(changes.values()))))
+    refused = pair.decode.metric("dynamo_nixl_refused_messages_total", reason="unsigned_ticket")
+    before = pair.from_peer()
+    assert answer(pair, handed, **changes) == handed.alone
+    assert pair.from_peer() == before
+    assert pair.decode.metric("dynamo_nixl_refused_messages_total", reason="unsigned_ticket") == refused + 1
+
+
+def test_blocks_re_used_after_the_lease_are_computed_anew(pair: Pair, old: Handed) -> None:
+    """What stock vLLM answers with another prompt's KV: the ticket is used after its blocks hold other prompts."""
+    seeds = iter(range(500, 10_000))
+
+    def is_over() -> bool:
+        _step(pair.prefill, next(seeds))
+        return pair.prefill.metric("dynamo_nixl_open_leases") == 0
+
+    wait_until(is_over, "every lease has ended", 180.0)
+    assert pair.prefill.metric("dynamo_nixl_leases_ended_total", reason="expired") >= 1
+    for _ in range(14):  # more than HBM and host memory hold
+        pair.prefill.complete(prompt(next(seeds)), max_tokens=1)
+    before, gone = pair.from_peer(), failures(pair)
+    assert answer(pair, old) == old.alone
+    assert failures(pair) >= gone + BLOCKS
+    assert pair.from_peer() == before
+
+
+def test_an_engine_that_is_killed_after_its_answer_costs_no_answer(pair: Pair, old: Handed) -> None:
+    handed, before = hand_out(pair, 600), failures(pair)
+    pair.prefill_server.kill()
+    assert answer(pair, handed) == handed.alone
+    assert failures(pair) > before
+
+    def is_clean() -> bool:
+        _step(pair.decode, 601)
+        return (
+            pair.decode.metric("dynamo_nixl_quarantined_bytes") == pair.decode.metric("dynamo_kvbm_pinned_blocks") == 0
+        )
+
+    wait_until(is_clean, "nothing is quarantined or pinned", 60.0)
+    assert "Traceback" not in pair.decode_server.log.read_text()
+
+
+def _step(client: VllmClient, seed: int) -> None:
+    """Gauges are published by steps."""
+    client.complete(prompt(seed, chunks=1), max_tokens=1)
