@@ -111,6 +111,7 @@ def test_a_client_that_does_not_read_holds_its_engine_back_through_tls(tmp_path:
             client = await tls_client(proxy.port, front)
             client.send(post("/v1/chat/completions", chat(stream=True)))
             await client.head()
+            client.writer.transport.pause_reading()  # asyncio would read on into memory
             await wait_until(lambda: any(c.flow.writing_paused for c in proxy.front_end.clients), "back-pressure")
             proxy.check()
             client.writer.transport.abort()
