@@ -44,13 +44,18 @@ def _arm(engine: Any) -> None:
 
     rows = load_rows(Path(os.environ[ROWS_VARIABLE]))
     faults = Path(os.environ[FAULTS_VARIABLE])
-    store, load = engine._store, engine._load
+    store, load, run_ahead = engine._store, engine._load, engine.run_ahead
 
     def compare(what: str, key: bytes, row: bytes | memoryview) -> None:
         line = difference(rows, bytes(key), np.frombuffer(row, dtype=np.float32))
         with faults.open("a") as file:
             verdict = f"{what}, {line}" if line is not None else what + (RIGHT if bytes(key) in rows else UNKNOWN)
             file.write(verdict + "\n")
+
+    def compare_loaded(self: Any, items: Sequence[Any]) -> None:
+        for item in items:
+            parts = [part[item.block].numpy().tobytes() for part in self._copy._hbm.parts]
+            compare(f"loaded from {item.tier}", item.key, b"".join(parts))
 
     def watched_store(self: Any, job: Any, fence: Any) -> Any:
         outcome = store(self, job, fence)
@@ -60,13 +65,17 @@ def _arm(engine: Any) -> None:
 
     def watched_load(self: Any, job: Any, *rest: Any) -> Any:
         outcome = load(self, job, *rest)
-        for item in job.items:
-            if item.key not in outcome.failed:
-                parts = [part[item.block].numpy().tobytes() for part in self._copy._hbm.parts]
-                compare(f"loaded from {item.tier}", item.key, b"".join(parts))
+        compare_loaded(self, [item for item in job.items if item.key not in outcome.failed])
         return outcome
 
-    engine._store, engine._load = watched_store, watched_load
+    def watched_run_ahead(self: Any, job: Any) -> bool:
+        # On the CPU the bytes are there when it returns.
+        runs = bool(run_ahead(self, job))
+        if runs:
+            compare_loaded(self, job.items)
+        return runs
+
+    engine._store, engine._load, engine.run_ahead = watched_store, watched_load, watched_run_ahead
 
 
 if "DYNAMO_SOAK_ROWS" in os.environ:

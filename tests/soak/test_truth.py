@@ -80,6 +80,8 @@ engine.submit(StoreJob(1, (StoreItem(b"right", 1, 0), StoreItem(b"wrong", 2, 1),
 assert engine.poll(20)
 engine.submit(LoadJob(2, "r", (LoadItem(b"right", "host_dram", 0, 3),)), fence)
 assert engine.poll(20)
+assert engine.run_ahead(LoadJob(3, "r", (LoadItem(b"wrong", "host_dram", 1, 3),)))
+assert engine.poll(20)
 engine.close()
 """
 
@@ -96,4 +98,5 @@ def test_an_engine_under_watch_tells_each_copy(tmp_path: Path) -> None:
         f"stored, block {b'wrong'.hex()[:16]}: 512 of 512 floats differ, the first at 0",
         "stored: unknown",
         "loaded from host_dram: right",
+        f"loaded from host_dram, block {b'wrong'.hex()[:16]}: 512 of 512 floats differ, the first at 0",
     ]
