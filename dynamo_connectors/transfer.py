@@ -102,6 +102,9 @@ class TransferEngine:
         self._unreported = 0
         self._closed = False
         self._objects = stores.object_store
+        #: Behind the last load that ran ahead, and when the last of them that was awaited had arrived.
+        self._ahead: ComputeFence | None = None
+        self._arrived_at = 0.0
         # A lane per kind keeps its jobs in order, and lets loads overtake stores.
         self._store_lane = Lane("kvbm-store", 1)
         self._load_lane = Lane("kvbm-load", 1)
@@ -145,7 +148,7 @@ class TransferEngine:
         except Exception:
             log.exception("dynamo: load %d could not run ahead", job.job_id)
             return False
-        arrived = ComputeFence(self._device)
+        self._ahead = arrived = ComputeFence(self._device)
         with self._lock:
             self._unreported += 1
         ended = self._load_lane.submit(partial(self._await_arrival, job, arrived, started))
@@ -174,7 +177,10 @@ class TransferEngine:
         ended = [lane.stop(deadline) for lane in (self._store_lane, self._load_lane)]
         for below in self._below.values():
             ended += [below.tier.close(deadline), below.lane.stop(deadline)]
-        if not all(ended):
+        # A lane that stops lets go of loads whose copies go on; the memory that they read must stay until those end.
+        while self._ahead is not None and not self._ahead.is_done() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if not all(ended) or not (self._ahead is None or self._ahead.is_done()):
             log.error("dynamo: stopped while transfers were still running; their memory stays until this process ends")
             return
         del self._copy
@@ -251,6 +257,8 @@ class TransferEngine:
 
     def _await_arrival(self, job: LoadJob, arrived: ComputeFence, started: float) -> _Outcome:
         arrived.wait()
+        # Copies in one stream come one after the other; each is told with its own time.
+        started, self._arrived_at = max(started, self._arrived_at), time.monotonic()
         outcome = _Outcome()
         outcome.note_move(HOST_DRAM, len(job.items), self._dram.row_bytes, started)
         return outcome

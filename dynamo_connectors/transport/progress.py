@@ -19,22 +19,22 @@ _LOCK = threading.Lock()
 @contextmanager
 def resting_progress(bindings: Any) -> Iterator[None]:
     """Agents that are made within have a progress thread that sleeps between looks. `bindings`: NIXL's module."""
-    original: Any = getattr(bindings, "nixlAgentConfig", None)
-    if not hasattr(original, "pthrDelay"):  # another NIXL: as it likes
-        yield
-        return
-    setting = original.pthrDelay
-
-    class Config(original):  # type: ignore[misc]
-        @property
-        def pthrDelay(self) -> Any:  # noqa: N802 - NIXL's name
-            return setting.__get__(self)
-
-        @pthrDelay.setter
-        def pthrDelay(self, wanted: int) -> None:  # noqa: N802
-            setting.__set__(self, max(wanted, _DELAY_US))
-
     with _LOCK:
+        original: Any = getattr(bindings, "nixlAgentConfig", None)
+        if not hasattr(original, "pthrDelay"):  # another NIXL: as it likes
+            yield
+            return
+        setting = original.pthrDelay
+
+        class Config(original):  # type: ignore[misc]
+            @property
+            def pthrDelay(self) -> Any:  # noqa: N802 - NIXL's name
+                return setting.__get__(self)
+
+            @pthrDelay.setter
+            def pthrDelay(self, wanted: int) -> None:  # noqa: N802
+                setting.__set__(self, max(wanted, _DELAY_US))
+
         bindings.nixlAgentConfig = Config
         try:
             yield

@@ -204,7 +204,7 @@ class Reader:
         if error is not None:
             self._refused(peer, "bad_metadata", error, now + _REFUSED_SECONDS)
             return
-        known.state = "ready"
+        known.state, known.quiet_since = "ready", None
         for read in self._waiting_for(peer):
             self._start_asking(read, now)
 
@@ -278,7 +278,7 @@ class Reader:
         elif reply.row_bytes != self._common.row_bytes:
             self._refused(name, "other_block_size", f"its blocks have {reply.row_bytes} bytes", now + _REFUSED_SECONDS)
         else:
-            peer.state, peer.epoch, peer.rows = "loading", reply.epoch, reply.rows
+            peer.state, peer.epoch, peer.rows, peer.quiet_since = "loading", reply.epoch, reply.rows, None
             self._out.append(Connect(name, reply))
 
     def _refused(self, name: Peer, reason: str, detail: str, retry_at: float) -> None:

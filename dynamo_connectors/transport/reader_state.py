@@ -131,7 +131,7 @@ class KnownPeer:
 
     def listen(self, now: float, is_asked: bool, was_away: bool) -> str:
         """`silent` when it owes us a word and says none, `ping` when it shall be asked for one."""
-        if not is_asked:
+        if not is_asked or self.state not in ("greeting", "ready"):
             self.quiet_since = None
         elif self.quiet_since is None or was_away:
             self.quiet_since = now

@@ -80,7 +80,12 @@ class Onboarding:
             # Which block is whose nobody can tell then, so none of them is loaded and the engine computes them.
             log.error("dynamo: request %s got %d blocks for %d to load", live.request_id, len(blocks), len(sources))
             self._manager.release([source for source in sources if source.tier != PEER])
-            missing = [block for block in (*blocks, *missing) if block != NULL_BLOCK_ID]
+            named = [*blocks, *missing]
+            missing = [block for block in named if block != NULL_BLOCK_ID]
+            # With one group vLLM computes from the first block that is named as lost.
+            names_the_first = missing[:1] == named[:1] or len(self._geometry.groups) > 1
+            assert missing, "a load into the null block alone"
+            assert names_the_first, "a load into the null block"
             sources, blocks, why_missing = [], [], "internal_error"
         self._ledger.load(live.request_id, sources, blocks, missing, self.runs_ahead and _outlives_its_load(live))
         self.loading[live.request_id] = live

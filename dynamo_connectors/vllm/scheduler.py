@@ -135,6 +135,8 @@ class SchedulerHalf:
             live = self._requests.get(request_id)
             if live is not None:
                 prefill += max(0, min(tokens, live.request.num_prompt_tokens - computed.get(request_id, 0)))
+        if scheduled.keys() & self._onboarding.loading.keys():
+            prefill = 0  # it ran ahead of its load: the step takes as long as that, which says nothing of computing
         self._steps.planned(self._clock(), prefill, sum(scheduled.values()))
 
     def step_ended(self) -> None:

@@ -29,6 +29,9 @@ class ComputeFence:
         if self._event is not None:
             self._event.synchronize()
 
+    def is_done(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
     def hold(self, stream: Any) -> None:
         """Whatever `stream` is given from now on starts after that work; the calling thread goes on."""
         if self._event is not None:

@@ -207,6 +207,23 @@ def test_what_may_fail_or_must_be_waited_for_does_not_run_ahead(rig: Rig, monkey
     assert not rig.load(names, HOST_DRAM, [0, 1], [10, 11]).failed
 
 
+def test_memory_stays_while_a_load_that_ran_ahead_still_reads_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = keys(1)
+    rig.store(names, [0], [0])
+    assert rig.engine.run_ahead(load_job(2, names, HOST_DRAM, [0], [10]))
+    assert not rig.reports(1)[2].failed
+    monkeypatch.setattr("dynamo_connectors.transfer._CLOSE_SECONDS", 0.05)
+    assert rig.engine._ahead is not None
+    with monkeypatch.context() as hung:
+        hung.setattr(rig.engine._ahead, "is_done", lambda: False)
+        rig.engine.close()
+    assert "still running" in caplog.text
+    assert bytes(rig.dram.rows[0]), "given back under a copy"
+    rig.dram.close()
+
+
 def test_a_slot_being_refilled_cannot_be_read_as_the_old_block(rig: Rig) -> None:
     (name,) = keys(1)
     rig.store([name], [0], [0])

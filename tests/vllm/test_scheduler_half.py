@@ -78,6 +78,18 @@ def test_who_may_run_ahead_of_its_load() -> None:
     end(half, plan)
 
 
+def test_a_step_that_waits_for_a_load_says_nothing_of_computing() -> None:
+    half, _ = make()
+    keep(half, "a", [1, 2])
+    what = request("b", 42, prefix="a")
+    plan = load(half, what, [8, 9])
+    for ended_at, loads in ((1, True), (2, False)):
+        half.step_planned({"b": 2 * BLOCK}, {"b": 40 * BLOCK})
+        assert (half._steps.ended(half._clock() + ended_at) is None) is loads
+        if loads:
+            end(half, plan)
+
+
 def test_a_request_that_was_preempted_while_its_load_runs_waits_for_it() -> None:
     half, _ = make()
     keep(half, "a", [1, 2])
