@@ -178,52 +178,6 @@ def test_a_slot_that_holds_another_block_fails_that_block_only(rig: Rig) -> None
     assert dict(report.failed) == {names[2]: "wrong_key"}
 
 
-def test_a_load_that_runs_ahead_is_in_the_engines_own_order(rig: Rig) -> None:
-    names = keys(3)
-    rig.store(names, [0, 1, 2], [4, 5, 6])
-    wanted = rig.hbm[:, :3].clone()
-    assert rig.engine.run_ahead(load_job(2, names, HOST_DRAM, [4, 5, 6], [10, 11, 12]))
-    assert torch.equal(rig.hbm[:, 10:13], wanted), "on the CPU that order is the order of calls"
-    report = rig.reports(1)[2]
-    assert not report.failed
-    assert [(moved.tier, moved.num_bytes) for moved in report.moved] == [(HOST_DRAM, 3 * rig.dram.row_bytes)]
-
-
-def test_what_may_fail_or_must_be_waited_for_does_not_run_ahead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = keys(2)
-    rig.store(names, [0, 1], [0, 1])
-    rig.offload(names, [0, 1], [0, 1])
-    before = rig.hbm.clone()
-    assert not rig.engine.run_ahead(load_job(5, names, NVME_SSD, [0, 1], [10, 11]))
-    assert not rig.engine.run_ahead(load_job(6, names[::-1], HOST_DRAM, [0, 1], [10, 11]))
-
-    def broken(*_: object) -> None:
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setattr(rig.engine._copy, "start_up", broken)
-    assert not rig.engine.run_ahead(load_job(7, names, HOST_DRAM, [0, 1], [10, 11]))
-    assert torch.equal(rig.hbm, before)
-    assert not rig.engine.poll(0.05), "what did not start has no report"
-    assert not rig.load(names, HOST_DRAM, [0, 1], [10, 11]).failed
-
-
-def test_memory_stays_while_a_load_that_ran_ahead_still_reads_it(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    names = keys(1)
-    rig.store(names, [0], [0])
-    assert rig.engine.run_ahead(load_job(2, names, HOST_DRAM, [0], [10]))
-    assert not rig.reports(1)[2].failed
-    monkeypatch.setattr("dynamo_connectors.transfer._CLOSE_SECONDS", 0.05)
-    assert rig.engine._ahead is not None
-    with monkeypatch.context() as hung:
-        hung.setattr(rig.engine._ahead, "is_done", lambda: False)
-        rig.engine.close()
-    assert "still running" in caplog.text
-    assert bytes(rig.dram.rows[0]), "given back under a copy"
-    rig.dram.close()
-
-
 def test_a_slot_being_refilled_cannot_be_read_as_the_old_block(rig: Rig) -> None:
     (name,) = keys(1)
     rig.store([name], [0], [0])
