@@ -103,7 +103,7 @@ class TransferEngine:
         self._closed = False
         self._objects = stores.object_store
         #: Behind the last load that ran ahead, and when the last of them that was awaited had arrived.
-        self._ahead: ComputeFence | None = None
+        self._ahead = ComputeFence(self._device)
         self._arrived_at = 0.0
         # A lane per kind keeps its jobs in order, and lets loads overtake stores.
         self._store_lane = Lane("kvbm-store", 1)
@@ -178,9 +178,9 @@ class TransferEngine:
         for below in self._below.values():
             ended += [below.tier.close(deadline), below.lane.stop(deadline)]
         # A lane that stops lets go of loads whose copies go on; the memory that they read must stay until those end.
-        while self._ahead is not None and not self._ahead.is_done() and time.monotonic() < deadline:
+        while not self._ahead.is_done() and time.monotonic() < deadline:
             time.sleep(0.001)
-        if not all(ended) or not (self._ahead is None or self._ahead.is_done()):
+        if not all(ended) or not self._ahead.is_done():
             log.error("dynamo: stopped while transfers were still running; their memory stays until this process ends")
             return
         del self._copy
