@@ -16,8 +16,10 @@ log = logging.getLogger(__name__)
 
 #: Requests at a time in each direction.
 QUEUE_DEPTH = 8
-#: Slots side by side are joined up to this size; larger requests gain nothing.
-_RUN_BYTES = 1 << 20
+#: Slots side by side are joined up to this size. A disk gains nothing from larger reads, whose request waits for the
+#: last of them; larger writes take less of the interpreter from the engine.
+_READ_BYTES = 1 << 20
+_WRITE_BYTES = 8 << 20
 #: The system takes 1024 pieces in one request, a slot has at most two.
 _MAX_RUN_SLOTS = 256
 
@@ -30,7 +32,10 @@ class NvmeTier:
 
     def __init__(self, store: NvmeStore) -> None:
         self.store = store
-        self._run_slots = max(1, min(_MAX_RUN_SLOTS, _RUN_BYTES // slot_bytes(store.row_bytes)))
+        one = slot_bytes(store.row_bytes)
+        self._read_slots, self._write_slots = (
+            max(1, min(_MAX_RUN_SLOTS, most // one)) for most in (_READ_BYTES, _WRITE_BYTES)
+        )
         self._readers = Lane("kvbm-disk-read", QUEUE_DEPTH)
         try:
             self._writers = Lane("kvbm-disk-write", QUEUE_DEPTH)
@@ -41,13 +46,13 @@ class NvmeTier:
     def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Batch]:
         return [
             Batch(run, self._readers.submit(lambda run=run: self._read(places, into, run)))  # type: ignore[misc]
-            for run in self._runs(places)
+            for run in _runs(places, self._read_slots)
         ]
 
     def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:
         return [
             Batch(run, self._writers.submit(lambda run=run: self._write(places, rows, run)))  # type: ignore[misc]
-            for run in self._runs(places)
+            for run in _runs(places, self._write_slots)
         ]
 
     def close(self, deadline: float) -> bool:
@@ -61,17 +66,6 @@ class NvmeTier:
         if not ended:
             log.error("dynamo: %s does not answer; it is left as it is", self.store.path)
         return ended
-
-    def _runs(self, places: Sequence[Place]) -> Iterator[list[int]]:
-        """Positions in `places`, grouped where their slots lie side by side."""
-        run: list[int] = []
-        for position in sorted(range(len(places)), key=lambda position: places[position].slot):
-            if run and (len(run) == self._run_slots or places[run[-1]].slot + 1 != places[position].slot):
-                yield run
-                run = []
-            run.append(position)
-        if run:
-            yield run
 
     def _read(self, places: Sequence[Place], into: Sequence[Buffer], run: list[int]) -> list[StoreError | None]:
         keys, rows = [places[position].key for position in run], [into[position] for position in run]
@@ -90,3 +84,15 @@ class NvmeTier:
         except StoreError as error:
             return [error.with_traceback(None)] * len(run)
         return [None] * len(run)
+
+
+def _runs(places: Sequence[Place], most: int) -> Iterator[list[int]]:
+    """Positions in `places`, grouped where their slots lie side by side, at most `most` of them."""
+    run: list[int] = []
+    for position in sorted(range(len(places)), key=lambda position: places[position].slot):
+        if run and (len(run) == most or places[run[-1]].slot + 1 != places[position].slot):
+            yield run
+            run = []
+        run.append(position)
+    if run:
+        yield run

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain, count, groupby
+from operator import attrgetter
 
 from dynamo_connectors.block_manager import Erasure, Move, Source, Target
 from dynamo_connectors.blocks import BlockKey, records
 from dynamo_connectors.cascade import jobs_of
-from dynamo_connectors.config import HOST_DRAM
+from dynamo_connectors.config import HOST_DRAM, NVME_SSD
 from dynamo_connectors.jobs import (
     EraseJob,
     ExportJob,
@@ -23,6 +24,9 @@ from dynamo_connectors.jobs import (
 )
 from dynamo_connectors.verdicts import add_failures
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
+
+#: Blocks that travel to or from the disk as one job: each job costs the engine's thread about as much as a block does.
+_BATCH_BLOCKS = 16
 
 
 @dataclass
@@ -84,7 +88,7 @@ class JobLedger:
         self._loads.append(LoadJob(job_id, request_id, items, lost, may_run_ahead and not lost))
 
     def move(self, moves: Sequence[Move]) -> None:
-        for parts in jobs_of(moves):
+        for parts in _batches(moves):
             items = tuple(
                 MoveItem(part.key, part.source_slot, part.target_slot, part.chunk, part.row) for part in parts
             )
@@ -169,3 +173,13 @@ class JobLedger:
         job_id = next(self._ids)
         self._jobs[job_id] = job
         return job_id
+
+
+def _batches(moves: Sequence[Move]) -> Iterator[list[Move]]:
+    """What belongs into one job, and on the way to or from the disk, where any slot may fail alone, several of those."""
+    for (source, target), group in groupby(moves, key=attrgetter("source_tier", "target_tier")):
+        together = list(group)
+        if NVME_SSD in (source, target):
+            yield from (together[first : first + _BATCH_BLOCKS] for first in range(0, len(together), _BATCH_BLOCKS))
+        else:
+            yield from jobs_of(together)

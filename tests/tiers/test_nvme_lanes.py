@@ -96,23 +96,40 @@ def test_small_blocks_side_by_side_are_one_large_request(
     memory.close()
 
 
-def test_large_blocks_are_requests_of_their_own_as_many_at_a_time_as_the_disk_wants(
+def test_requests_are_as_many_at_a_time_as_the_disk_wants(
     make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = 1 << 20
-    tier = make_tier(row)
-    for call, move in (("pwritev", tier.write), ("preadv", tier.read)):
-        together, real = threading.Barrier(QUEUE_DEPTH), getattr(os, call)
+    tier = make_tier(1 << 20)
+    buffers = [noise(n, 1 << 20) for n in range(2 * QUEUE_DEPTH)]
+    apart, together = list(range(0, 4 * QUEUE_DEPTH, 2)), list(range(2 * QUEUE_DEPTH))
+    assert set(outcomes(tier.write(places(together), buffers), len(buffers))) == {None}
+    for call, move, slots in (("preadv", tier.read, together), ("pwritev", tier.write, apart)):
+        barrier, real = threading.Barrier(QUEUE_DEPTH), getattr(os, call)
 
-        def meet(*arguments: object, real: Callable[..., int] = real, together: threading.Barrier = together) -> int:
-            together.wait(30)  # breaks, and so fails, unless that many are under way at once
+        def meet(*arguments: object, real: Callable[..., int] = real, barrier: threading.Barrier = barrier) -> int:
+            barrier.wait(30)  # breaks, and so fails, unless that many are under way at once
             return real(*arguments)
 
         monkeypatch.setattr(os, call, meet)
-        buffers = [noise(n, row) for n in range(2 * QUEUE_DEPTH)]
-        slots = list(range(2 * QUEUE_DEPTH))
         assert set(outcomes(move(places(slots), buffers), len(slots))) == {None}
     assert QUEUE_DEPTH >= 8
+
+
+def test_large_blocks_side_by_side_are_written_together(make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier, requests, real = make_tier(1 << 20), [], os.pwritev
+
+    def counted(fd: int, parts: list[memoryview], at: int) -> int:
+        requests.append(at)
+        return real(fd, parts, at)
+
+    monkeypatch.setattr(os, "pwritev", counted)
+    buffers = [noise(n, 1 << 20) for n in range(14)]
+    assert set(outcomes(tier.write(places(range(14)), buffers), 14)) == {None}
+    assert len(requests) == 2
+    monkeypatch.undo()
+    back = [memoryview(bytearray(1 << 20)) for _ in buffers]
+    assert set(outcomes(tier.read(places(range(14)), back), 14)) == {None}
+    assert back == buffers
 
 
 def test_a_file_cut_inside_a_joined_request_costs_the_blocks_behind_the_cut(make_tier: MakeTier) -> None:

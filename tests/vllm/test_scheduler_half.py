@@ -214,6 +214,21 @@ def test_blocks_sink_to_disk_and_are_loaded_from_there() -> None:
     end(half, plan)
 
 
+def test_blocks_go_to_the_disk_in_batches_of_which_each_block_can_fail_alone() -> None:
+    half, _ = make(dram=80, disk=80)
+    what = request("a", 20)
+    end(half, offer_all(half, what, list(range(1, 21))))
+    sinking = half.plan(is_idle=True)
+    assert [len(move.items) for move in sinking.moves] == [16, 4]
+    lost = what.block_hashes[3]
+    end(half, sinking, {sinking.moves[0].job_id: {lost: "write_failed"}})
+    settle(half)
+    counts = half.take_counts()
+    assert (counts["offloaded_blocks", "nvme_ssd"], counts["move_failures", "write_failed"]) == (19, 1)
+    assert half.tier_stats()["nvme_ssd"].ready_blocks == 19
+    half.check()
+
+
 def test_a_chunk_that_is_complete_after_its_request_goes_on_to_the_object_store() -> None:
     half, _ = make(dram=16, objects=4)
     what = request("a", 5)
