@@ -20,7 +20,7 @@ import torch
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.calibration import calibrate, calibrate_fully, chooser_for, table
 from dynamo_kernels.choices import Choice, Direction, Path
-from dynamo_kernels.fence import ComputeFence, CopyLane
+from dynamo_kernels.fence import ComputeFence, CopyLane, SideStream
 
 from benchmarks.gpu_copy_compressed import compressed
 from benchmarks.gpu_copy_rivals import RIVALS, Copy, Field, one_big_memcpy
@@ -227,6 +227,7 @@ def ordering(report: Report, rounds: int = 20) -> None:
 
     store, load, ids = prepare(pages, rows), prepare(rows, pages), list(range(blocks))
     device = hbm.device
+    side = SideStream(device)
     cases = (("both waits", 1, 1), ("no fence", 0, 1), ("load not awaited", 1, 0), ("load ahead of its end", 1, 2))
     for name, fenced, finished in cases:
         stale_stores = stale_loads = 0
@@ -244,12 +245,11 @@ def ordering(report: Report, rounds: int = 20) -> None:
                 busy @ busy
                 load.enqueue(ids, ids)
             else:
-                lane = torch.cuda.Stream(priority=-1)
-                lane.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(lane):
+                with side.after(ComputeFence(device)):  # beside a step that computes something else
                     load.enqueue(ids, ids)
+                busy @ busy
                 if finished:
-                    torch.cuda.current_stream().wait_stream(lane)
+                    side.join()
             seen = hbm.clone()  # stands for the attention that reads the loaded blocks
             torch.cuda.synchronize()
             stale_loads += not bool((seen == number + 100).all())

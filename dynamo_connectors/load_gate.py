@@ -147,6 +147,14 @@ class LoadGate:
         """What computing so many tokens more adds to a prefill."""
         return tokens * self._prefill.slope if self._prefill.has_samples else math.inf
 
+    def expected_load_seconds(self, tier: str, num_bytes: int) -> float | None:
+        """What loading so many bytes takes; None when nothing was ever loaded from there."""
+        return self._loading(tier, num_bytes)
+
+    def expected_step_seconds(self, tokens: int) -> float:
+        """What a step takes at least that computes so many prompt tokens; 0 when not known."""
+        return self._prefill.seconds(tokens) or 0.0 if self._prefill.is_known else 0.0
+
     def check(self) -> None:
         """Asserts every invariant."""
         for line in (self._prefill, *self._loads.values()):

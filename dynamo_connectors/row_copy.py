@@ -48,9 +48,12 @@ class RowCopy:
         else:
             self._loading.load(slots, blocks)
 
-    def start_up(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        """As `up`, for the current stream only: what that is given from now on sees the bytes."""
-        if self._loading is None:
-            start_copy(self._rows, slots, self._hbm, blocks)
-        else:
-            self._loading.load(slots, blocks, waits=False)
+    def start_up(self, slots: Sequence[int], blocks: Sequence[int]) -> bool:
+        """As `up`, for the current stream only: what that is given from now on sees the bytes.
+
+        False, and nothing is started, where that would wait for another copy.
+        """
+        if self._loading is not None:
+            return self._loading.start_load(slots, blocks)
+        start_copy(self._rows, slots, self._hbm, blocks)
+        return True

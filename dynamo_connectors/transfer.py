@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.compression import Codec
-from dynamo_kernels.fence import ComputeFence, CopyLane
+from dynamo_kernels.fence import ComputeFence, CopyLane, SideStream
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, PEER
@@ -102,6 +103,7 @@ class TransferEngine:
         self._unreported = 0
         self._closed = False
         self._objects = stores.object_store
+        self._side = SideStream(hbm.device)
         #: Behind the last load that ran ahead, and when the last of them that was awaited had arrived.
         self._ahead = ComputeFence(self._device)
         self._arrived_at = 0.0
@@ -134,26 +136,35 @@ class TransferEngine:
             ended = self._erase(job)
         ended.add_done_callback(partial(self._report, job))
 
-    def run_ahead(self, job: LoadJob) -> bool:
+    def run_ahead(self, job: LoadJob, beside: ComputeFence | None = None) -> bool:
         """Starts a load from host memory in the order of the current stream, the engine's own: what that is given from
-        now on sees the bytes. The report comes when they are there.
+        now on sees the bytes. With `beside` it starts after that fence, and the stream waits for it at `join`.
 
-        False, and nothing is started, where that cannot be promised: then the job is to be submitted.
+        The report comes when the bytes are there. False, and nothing is started, where that cannot be promised: then
+        the job is to be submitted.
         """
         if not all(item.tier == HOST_DRAM and self._dram.holds(item.slot, item.key) for item in job.items):
             return False
-        started = time.monotonic()
+        begun = ComputeFence(self._device) if beside is None else beside
+        slots, blocks = [item.slot for item in job.items], [item.block for item in job.items]
+        called = time.monotonic()
         try:
-            self._copy.start_up([item.slot for item in job.items], [item.block for item in job.items])
+            with nullcontext() if beside is None else self._side.after(beside):
+                if not self._copy.start_up(slots, blocks):
+                    return False
         except Exception:
             log.exception("dynamo: load %d could not run ahead", job.job_id)
             return False
-        self._ahead = arrived = ComputeFence(self._device)
+        self._ahead = arrived = ComputeFence(self._device) if beside is None else self._side.fence()
         with self._lock:
             self._unreported += 1
-        ended = self._load_lane.submit(partial(self._await_arrival, job, arrived, started))
+        ended = self._load_lane.submit(partial(self._await_arrival, job, (begun, arrived), called))
         ended.add_done_callback(partial(self._report, job))
         return True
+
+    def join(self) -> None:
+        """What the current stream is given from now on sees the loads that ran beside it."""
+        self._side.join()
 
     def poll(self, wait_seconds: float = 0.0) -> list[JobReport]:
         """Finished jobs. Waits at most `wait_seconds` for the first one."""
@@ -255,10 +266,15 @@ class TransferEngine:
             self._copy.up([item.slot for item in good], [item.block for item in good])
         outcome.note_move(HOST_DRAM, len(good), self._dram.row_bytes, started)
 
-    def _await_arrival(self, job: LoadJob, arrived: ComputeFence, started: float) -> _Outcome:
+    def _await_arrival(self, job: LoadJob, fences: tuple[ComputeFence, ComputeFence], called: float) -> _Outcome:
+        begun, arrived = fences
+        # Each is told with its own time: without the compute before it, and without the copies that came before it.
+        if not begun.is_done():
+            begun.wait()
+            called = time.monotonic()
+        started = max(called, self._arrived_at)
         arrived.wait()
-        # Copies in one stream come one after the other; each is told with its own time.
-        started, self._arrived_at = max(started, self._arrived_at), time.monotonic()
+        self._arrived_at = time.monotonic()
         outcome = _Outcome()
         outcome.note_move(HOST_DRAM, len(job.items), self._dram.row_bytes, started)
         return outcome

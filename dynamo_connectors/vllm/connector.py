@@ -133,6 +133,12 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
             log.error("dynamo: %s", error)
             raise
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Before the step computes, whenever `start_load_kv` is called: the V2 runner calls that after it."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin(self._plan())
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
             self._unsaved = self._plan()

@@ -116,7 +116,11 @@ class JobLedger:
     def unwatch(self, ticket: bytes) -> None:
         self._unwatch.append(ticket)
 
-    def take_plan(self, forget: bool, is_idle: bool) -> StepPlan:
+    def blocks_ahead(self) -> int:
+        """Blocks of the next plan's loads that may run ahead."""
+        return sum(len(load.items) for load in self._loads if load.may_run_ahead)
+
+    def take_plan(self, forget: bool, is_idle: bool, hides_loads: bool) -> StepPlan:
         plan = StepPlan(
             loads=self._loads,
             stores=self._stores,
@@ -128,6 +132,7 @@ class JobLedger:
             unwatch=self._unwatch,
             forget=forget,
             is_idle=is_idle,
+            hides_loads=hides_loads,
         )
         self._loads, self._stores, self._moves, self._erasures = [], [], [], []
         self._exports, self._announced, self._watch, self._unwatch = [], [], [], []
@@ -176,7 +181,7 @@ class JobLedger:
 
 
 def _batches(moves: Sequence[Move]) -> Iterator[list[Move]]:
-    """What belongs into one job, and on the way to or from the disk, where any slot may fail alone, several of those."""
+    """What belongs into one job; to and from the disk, where any slot may fail alone, several of those."""
     for (source, target), group in groupby(moves, key=attrgetter("source_tier", "target_tier")):
         together = list(group)
         if NVME_SSD in (source, target):

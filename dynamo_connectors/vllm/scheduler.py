@@ -61,6 +61,8 @@ class SchedulerHalf:
         #: Until when requests wait for it, from the first one on.
         self._finds_due: float | None = None
         self._steps = StepClock()
+        #: Prompt tokens of the step that is being planned.
+        self._step_prefill = 0
         self._adapters = Adapters()
         #: Workers still have to hear of a reset; what they found from before it must not come back.
         self._forget_next = False
@@ -137,6 +139,7 @@ class SchedulerHalf:
                 prefill += max(0, min(tokens, live.request.num_prompt_tokens - computed.get(request_id, 0)))
         if scheduled.keys() & self._onboarding.loading.keys():
             prefill = 0  # it ran ahead of its load: the step takes as long as that, which says nothing of computing
+        self._step_prefill = prefill
         self._steps.planned(self._clock(), prefill, sum(scheduled.values()))
 
     def step_ended(self) -> None:
@@ -152,7 +155,7 @@ class SchedulerHalf:
             self._ledger.move(self._manager.take_moves())
         self._ledger.erase(self._manager.take_erasures())
         forget, self._forget_next = self._forget_next, False
-        return self._ledger.take_plan(forget, is_idle)
+        return self._ledger.take_plan(forget, is_idle, not is_idle and self._hides_loads())
 
     def worker_reports(self, reports: WorkerReports) -> None:
         self._recover(reports.finds)
@@ -222,6 +225,15 @@ class SchedulerHalf:
         if self._exports is not None:
             self._exports.check()
         assert self.held_blocks == self._ledger.held_blocks(), "HBM holds and running stores disagree"
+
+    def _hides_loads(self) -> bool:
+        """Whether the step that is being planned will hardly end before those of its loads that may run ahead."""
+        blocks = self._ledger.blocks_ahead()
+        if not blocks or self._gate is None:
+            return False
+        loading = self._gate.expected_load_seconds(HOST_DRAM, blocks * self._limits.block_bytes)
+        step = max(self._steps.least_seconds, self._gate.expected_step_seconds(self._step_prefill))
+        return loading is not None and loading <= step
 
     def _live(self, request: Any) -> Live:
         live = self._requests.get(request.request_id)

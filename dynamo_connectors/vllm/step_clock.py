@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 #: Smaller steps say more about decoding and launch overhead than about prefill.
 _FEWEST_PREFILL_TOKENS = 64
+_RECENT = 8
 
 
 class _Step(NamedTuple):
@@ -26,6 +27,13 @@ class StepClock:
     def __init__(self) -> None:
         self._steps: deque[_Step] = deque()
         self._last_end = float("-inf")
+        #: What the last few steps took that computed anything.
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+
+    @property
+    def least_seconds(self) -> float:
+        """What a step takes at least, going by the last few; 0 before there are so many."""
+        return min(self._recent) if len(self._recent) == _RECENT else 0.0
 
     def planned(self, now: float, prefill_tokens: int, num_tokens: int) -> None:
         self._steps.append(_Step(now, prefill_tokens, num_tokens))
@@ -38,6 +46,8 @@ class StepClock:
         # A step that was planned while the one before it ran started when that one ended.
         seconds = now - max(step.planned_at, self._last_end)
         self._last_end = now
+        if step.num_tokens:
+            self._recent.append(seconds)
         if step.prefill_tokens < _FEWEST_PREFILL_TOKENS or 2 * step.prefill_tokens < step.num_tokens or seconds <= 0:
             return None
         return Prefill(step.num_tokens, seconds)

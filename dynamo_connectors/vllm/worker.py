@@ -44,6 +44,8 @@ class WorkerHalf:
         self._peers = peers
         self._transfers = TransferEngine(hbm, stores)
         self._loads: dict[int, LoadJob] = {}
+        #: Behind what was computed before this step, if it loads.
+        self._begun: ComputeFence | None = None
         #: Loads whose requests may be computed on already; the rows that they read are still theirs.
         self._ahead: set[int] = set()
         #: job -> what it does, for the metrics.
@@ -55,20 +57,24 @@ class WorkerHalf:
         #: (what, tier) -> bytes and seconds of each transfer since the last `take_transfers`.
         self._transferred: defaultdict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
 
+    def begin(self, plan: StepPlan) -> None:
+        """Called before anything of the step is computed: its loads need not wait for more than what came before."""
+        self._begun = ComputeFence(self._device) if plan.loads else None
+
     def start_loads(self, plan: StepPlan) -> None:
         if self._peers is not None:
             self._peers.start(plan)
         if plan.forget:
             self._lasting.forget()
+        begun = self._begun or ComputeFence(self._device)
         for load in plan.loads:
-            # Only where nothing else is computed: the engine's stream waits for the load.
-            if plan.is_idle and load.may_run_ahead and self._transfers.run_ahead(load):
-                self._running[load.job_id] = "onboard"
+            self._running[load.job_id] = "onboard"
+            if self._runs_ahead(plan, load, begun):
                 self._ahead.add(load.job_id)
                 self._loaded_requests.add(load.request_id)
-                continue
-            self._loads[load.job_id] = load
-            self._start(load, "onboard")
+            else:
+                self._loads[load.job_id] = load
+                self._transfers.submit(load, begun)
 
     def start_offloads(self, plan: StepPlan) -> None:
         """Called after the step's compute was enqueued, which may still be filling the blocks to store."""
@@ -82,7 +88,8 @@ class WorkerHalf:
             self._collect(_IDLE_WAIT_SECONDS)
 
     def take_loaded_requests(self) -> set[str]:
-        """Requests whose load ended, well or badly, since the last call."""
+        """Requests whose load ended, well or badly, since the last call, or will have before they are computed."""
+        self._transfers.join()
         self._collect(0.0)
         loaded, self._loaded_requests = self._loaded_requests, set()
         return loaded
@@ -130,7 +137,13 @@ class WorkerHalf:
         assert self._loads.keys() | self._ahead <= self._running.keys(), "a load is known that is not running"
         assert self._num_groups > 1 or not self._failed_requests, "a request failed where a block would do"
 
-    def _start(self, job: StoreJob | LoadJob | MoveJob | EraseJob, what: str) -> None:
+    def _runs_ahead(self, plan: StepPlan, load: LoadJob, begun: ComputeFence) -> bool:
+        """Whether the engine's stream waits for the load, before this step's end, instead of the request."""
+        if not load.may_run_ahead or not (plan.is_idle or plan.hides_loads):
+            return False
+        return self._transfers.run_ahead(load, beside=None if plan.is_idle else begun)
+
+    def _start(self, job: StoreJob | MoveJob | EraseJob, what: str) -> None:
         self._running[job.job_id] = what
         self._transfers.submit(job, ComputeFence(self._device))
 

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from dynamo_kernels.block_view import BlockView
     from dynamo_kernels.calibration import calibrate
     from dynamo_kernels.copy import copy_blocks, decisions
-    from dynamo_kernels.fence import ComputeFence, CopyLane
+    from dynamo_kernels.fence import ComputeFence, CopyLane, SideStream
 
-__all__ = ["BlockView", "ComputeFence", "CopyLane", "calibrate", "copy_blocks", "decisions"]
+__all__ = ["BlockView", "ComputeFence", "CopyLane", "SideStream", "calibrate", "copy_blocks", "decisions"]
 
 _HOME = {
     "BlockView": "block_view",
     "ComputeFence": "fence",
     "CopyLane": "fence",
+    "SideStream": "fence",
     "calibrate": "calibration",
     "copy_blocks": "copy",
     "decisions": "copy",

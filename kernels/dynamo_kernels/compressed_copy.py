@@ -87,35 +87,52 @@ class CompressedCopy:
         from_ids, to_ids = checked_ids(self._pages.num_blocks, page_ids, self._rows.num_blocks, row_ids)
         self._through_hbm(from_ids, to_ids, loads=False)
 
-    def load(self, row_ids: Sequence[int], page_ids: Sequence[int], waits: bool = True) -> None:
-        """Expands rows into pages. The pages are in place when it returns.
-
-        With `waits` off only for what the current stream is given from now on, and the host has to wait for it.
-        """
+    def load(self, row_ids: Sequence[int], page_ids: Sequence[int]) -> None:
+        """Expands rows into pages. The pages are in place when it returns."""
         if self._pages.device.type == "cpu":
             expand_blocks(self._codec, self._rows, row_ids, self._pages, page_ids)
             return
         from_ids, to_ids = checked_ids(self._rows.num_blocks, row_ids, self._pages.num_blocks, page_ids)
-        self._through_hbm(to_ids, from_ids, loads=True, waits=waits)
+        self._through_hbm(to_ids, from_ids, loads=True)
 
-    def _through_hbm(self, page_ids: Addresses, row_ids: Addresses, loads: bool, waits: bool = True) -> None:
+    def start_load(self, row_ids: Sequence[int], page_ids: Sequence[int]) -> bool:
+        """As `load`, for what the current stream is given from now on; the host has to wait for it.
+
+        False, and nothing is started, while another call has the buffers.
+        """
+        if self._pages.device.type == "cpu":
+            self.load(row_ids, page_ids)
+            return True
+        from_ids, to_ids = checked_ids(self._rows.num_blocks, row_ids, self._pages.num_blocks, page_ids)
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._enqueue_all(to_ids, from_ids, loads=True, waits=False)
+        finally:
+            self._lock.release()
+        return True
+
+    def _through_hbm(self, page_ids: Addresses, row_ids: Addresses, loads: bool) -> None:
+        with self._lock:
+            self._enqueue_all(page_ids, row_ids, loads, waits=True)
+
+    def _enqueue_all(self, page_ids: Addresses, row_ids: Addresses, loads: bool, waits: bool) -> None:
         if not len(page_ids):
             return
-        with self._lock:
-            current = torch.cuda.current_stream(self._pages.device)
-            lane = torch.cuda.Stream(self._pages.device, priority=-1)
-            try:
-                self._enqueue(page_ids, row_ids, loads, lane, current)
-            except BaseException:
-                waits = True
-                raise
-            finally:
-                # Also what was under way when the rest could not start: the caller uses its rows and pages again.
-                if waits:
-                    try:
-                        lane.synchronize()
-                    finally:
-                        current.synchronize()
+        current = torch.cuda.current_stream(self._pages.device)
+        lane = torch.cuda.Stream(self._pages.device, priority=-1)
+        try:
+            self._enqueue(page_ids, row_ids, loads, lane, current)
+        except BaseException:
+            waits = True
+            raise
+        finally:
+            # Also what was under way when the rest could not start: the caller uses its rows and pages again.
+            if waits:
+                try:
+                    lane.synchronize()
+                finally:
+                    current.synchronize()
 
     def _enqueue(self, page_ids: Addresses, row_ids: Addresses, loads: bool, lane: Any, current: Any) -> None:
         device, rows, row_bytes = self._pages.device, self._rows.parts[0], self._codec.row_bytes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -70,3 +71,38 @@ class CopyLane:
         finally:
             if self._context is not None:
                 self._context.__exit__(kind, error, trace)
+
+
+class SideStream:
+    """Copies beside the engine's own stream, which waits for them at `join` and not before; the host never does."""
+
+    def __init__(self, device: torch.device, stream: Any = None) -> None:
+        self._device = device
+        self._stream = stream
+        if stream is None and device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)
+        self._is_joined = True
+
+    @contextmanager
+    def after(self, fence: ComputeFence) -> Iterator[None]:
+        """What is enqueued inside the `with` block starts once the work before `fence` is done."""
+        if self._stream is None:
+            yield
+            return
+        fence.hold(self._stream)
+        self._is_joined = False
+        if isinstance(self._stream, torch.cuda.Stream):
+            with torch.cuda.stream(self._stream):
+                yield
+        else:
+            yield
+
+    def fence(self) -> ComputeFence:
+        """Everything enqueued here so far."""
+        return ComputeFence(self._device, self._stream)
+
+    def join(self, compute: Any = None) -> None:
+        """What `compute` (the current stream when left out) is given from now on sees what was enqueued here."""
+        if not self._is_joined:
+            self.fence().hold(torch.cuda.current_stream(self._device) if compute is None else compute)
+            self._is_joined = True

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dynamo_kernels.block_view import BlockView
+from dynamo_kernels.fence import ComputeFence
 
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD
 from dynamo_connectors.tiers.dram import DramStore
@@ -54,6 +55,25 @@ def test_what_may_fail_or_must_be_waited_for_does_not_run_ahead(rig: Rig, monkey
     assert torch.equal(rig.hbm, before)
     assert not rig.engine.poll(0.05), "what did not start has no report"
     assert not rig.load(names, HOST_DRAM, [0, 1], [10, 11]).failed
+
+
+def test_a_copy_that_would_wait_for_another_one_does_not_run_ahead(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = keys(1)
+    rig.store(names, [0], [0])
+    monkeypatch.setattr(rig.engine._copy, "start_up", lambda *_: False)
+    assert not rig.engine.run_ahead(load_job(2, names, HOST_DRAM, [0], [10]))
+    assert not rig.load(names, HOST_DRAM, [0], [10]).failed
+
+
+def test_a_load_beside_the_step_is_there_when_it_was_joined(rig: Rig) -> None:
+    names = keys(2)
+    rig.store(names, [0, 1], [0, 1])
+    wanted = rig.hbm[:, :2].clone()
+    begun = ComputeFence(torch.device("cpu"))
+    assert rig.engine.run_ahead(load_job(2, names, HOST_DRAM, [0, 1], [10, 11]), begun)
+    rig.engine.join()
+    assert torch.equal(rig.hbm[:, 10:12], wanted)
+    assert not rig.reports(1)[2].failed
 
 
 def test_memory_stays_while_a_load_that_ran_ahead_still_reads_it(

@@ -117,7 +117,7 @@ def staged() -> int:
         expand_blocks(codec, rows[0], ids[1], views[0], ids[0])
         expanding = CompressedCopy(codec, views[1], rows[0])
         for waits in (False, True):  # the second finds both buffers in use by the first
-            expanding._through_hbm(*ids, loads=True, waits=waits)
+            expanding._enqueue_all(*ids, loads=True, waits=waits)
         same = [torch.equal(*memory), *(torch.equal(one, other) for one, other in zip(*backs, strict=True))]
         if not all(same):
             print("wrong:", blocks, same)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamo_kernels import BlockView, ComputeFence, CopyLane
+from dynamo_kernels import BlockView, ComputeFence, CopyLane, SideStream
 from dynamo_kernels.choices import Choice, Direction, Path
 from dynamo_kernels.plan import CopyPlan
 
@@ -143,6 +143,27 @@ def test_what_the_current_stream_gets_next_follows_a_copy_that_nobody_waited_for
     # Staged, the kernels that write blocks wait for the engines too, which have waited for compute.
     needed = {"attention"} if choice.path is Path.STAGED else {"last read of freed blocks", "attention"}
     assert needed <= {name for race in races for name in race}
+
+
+def test_a_copy_beside_the_step_is_ordered_after_the_one_before_and_before_the_next_one() -> None:
+    def beside(tape: Tape) -> list[tuple[str, str]]:
+        compute, copies = tape.stream(), tape.stream()
+        side = SideStream(CPU, copies)
+        compute.work("step before", reads=["b"])
+        begun = ComputeFence(CPU, compute)
+        with side.after(begun):
+            copies.work("load", writes=["b"])
+        compute.work("this step", reads=["c"])
+        side.join(compute)
+        compute.work("next step", reads=["b"])
+        side.join(compute)
+        return tape.races()
+
+    whole = Tape()
+    assert beside(whole) == []
+    assert whole.waits == 2, "nothing is waited for twice"
+    missed = [race for number in range(whole.waits) for race in beside(Tape(ignore_wait=number))]
+    assert missed == [("step before", "load"), ("load", "next step")]
 
 
 def test_every_wait_of_the_staging_ring_is_needed() -> None:

@@ -96,9 +96,7 @@ def test_small_blocks_side_by_side_are_one_large_request(
     memory.close()
 
 
-def test_requests_are_as_many_at_a_time_as_the_disk_wants(
-    make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_are_as_many_at_a_time_as_the_disk_wants(make_tier: MakeTier, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = make_tier(1 << 20)
     buffers = [noise(n, 1 << 20) for n in range(2 * QUEUE_DEPTH)]
     apart, together = list(range(0, 4 * QUEUE_DEPTH, 2)), list(range(2 * QUEUE_DEPTH))

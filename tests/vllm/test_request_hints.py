@@ -76,6 +76,15 @@ class FixedGate:
         self.loads: list[tuple[str, int, float]] = []
         self.prefills: list[tuple[int, float]] = []
         self.asked: list[tuple[list[str], int, int]] = []
+        self.load_seconds: float | None = None
+        self.step_seconds = 0.0
+
+    def expected_load_seconds(self, tier: str, num_bytes: int) -> float | None:
+        assert tier == "host_dram"
+        return self.load_seconds and self.load_seconds * num_bytes / 1000
+
+    def expected_step_seconds(self, tokens: int) -> float:
+        return self.step_seconds
 
     def observe_load(self, tier: str, num_bytes: int, seconds: float) -> None:
         self.loads.append((tier, num_bytes, seconds))
@@ -95,6 +104,23 @@ def test_the_gate_is_asked_and_what_it_refuses_is_counted() -> None:
     assert half.matched_tokens(request("b", 4, "a"), 0) == 2 * BLOCK
     assert gate.asked == [(["host_dram"] * 4, 1000, BLOCK)]
     assert half.take_counts()["refused_blocks", ""] == 2
+
+
+def test_a_step_hides_loads_that_are_expected_to_end_before_it() -> None:
+    gate = FixedGate()
+    half, _ = make(gate=gate)
+    keep(half, "a", [1, 2])
+    for name, load_seconds, step_seconds, hidden in (
+        ("unknown", None, 1.0, False),
+        ("short", 0.4, 1.0, True),
+        ("long", 0.6, 1.0, False),
+    ):
+        gate.load_seconds, gate.step_seconds = load_seconds, step_seconds
+        plan = load(half, request(name, 2, "a"), [8, 9])
+        assert plan.hides_loads is hidden, name
+        end(half, plan)
+    gate.load_seconds = 0.1
+    assert not load(half, request("pins", 2, "a", kvbm_pin_ttl_seconds=9), [8, 9]).hides_loads, "it may not run ahead"
 
 
 def test_the_gate_learns_from_loads_and_steps() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dynamo_connectors.vllm.step_clock import Prefill, StepClock
 
 
@@ -28,3 +30,20 @@ def test_decoding_and_tiny_steps_say_nothing() -> None:
     assert clock.ended(0.2) is None
     assert clock.ended(0.2) is None
     assert clock.ended(9.0) is None
+
+
+def test_a_step_takes_at_least_what_the_quickest_of_the_last_few_took() -> None:
+    clock, now = StepClock(), 0.0
+    for number, seconds in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)):
+        clock.planned(now, 0, 4)
+        clock.ended(now := now + seconds)
+        assert clock.least_seconds == 0.0, f"{number + 1} steps say nothing yet"
+    clock.planned(now, 0, 0)
+    clock.ended(now := now + 0.01)
+    assert clock.least_seconds == 0.0, "a step that computes nothing says nothing"
+    clock.planned(now, 0, 4)
+    clock.ended(now := now + 0.8)
+    assert clock.least_seconds == pytest.approx(0.1)
+    clock.planned(now, 0, 4)
+    clock.ended(now + 0.8)
+    assert clock.least_seconds == pytest.approx(0.2)

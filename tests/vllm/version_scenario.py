@@ -25,6 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import RequestStatus
 
+from dynamo_connectors.jobs import LoadJob
 from dynamo_connectors.transfer import TransferEngine
 from dynamo_connectors.vllm.compat import hashes_end_with_process
 from dynamo_connectors.vllm.connector import DynamoConnector
@@ -173,7 +174,7 @@ def lost_blocks_are_recomputed(engine: SimulatedEngine) -> None:
             yield report
 
     TransferEngine.poll = poll  # type: ignore[method-assign]
-    TransferEngine.run_ahead = lambda *_: False  # type: ignore[method-assign]
+    TransferEngine.run_ahead = lambda *_, **__: False  # type: ignore[method-assign]
     try:
         engine.submit("damaged", text, 8)
         engine.run()
@@ -210,6 +211,39 @@ def runs_ahead_of_its_load(engine: SimulatedEngine) -> None:
     engine.run()
     assert not half._onboarding.loading
     assert engine.answers["ahead"] == engine.answers["behind"]
+
+
+def runs_ahead_beside_others(engine: SimulatedEngine) -> None:
+    """While others are computed, each copy as late as the order allows: when the engine's stream waits for it."""
+    half = ours(engine.scheduler.connector)._scheduler
+    run_ahead, join = TransferEngine.run_ahead, TransferEngine.join
+    waiting: list[tuple[TransferEngine, LoadJob]] = []
+    joins = 0
+
+    def later(self: TransferEngine, job: LoadJob, beside: Any = None) -> bool:
+        if beside is None:
+            return run_ahead(self, job)
+        waiting.append((self, job))
+        return True
+
+    def joined(self: TransferEngine) -> None:
+        nonlocal joins
+        for place, (owner, job) in reversed(list(enumerate(waiting))):
+            if owner is self:
+                assert run_ahead(self, job)
+                del waiting[place]
+                joins += 1
+        join(self)
+
+    half._hides_loads = lambda: True
+    TransferEngine.run_ahead, TransferEngine.join = later, joined  # type: ignore[assignment, method-assign]
+    try:
+        random_traffic(engine)
+    finally:
+        TransferEngine.run_ahead, TransferEngine.join = run_ahead, join  # type: ignore[method-assign]
+        del half._hides_loads
+    assert joins > 5, "hardly any load ran beside others"
+    assert not waiting
 
 
 def does_not_run_ahead_of_what_is_not_there(engine: SimulatedEngine) -> None:
@@ -305,6 +339,7 @@ PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
     does_not_run_ahead_of_what_is_not_there,
     forgets_on_reset,
     random_traffic,
+    runs_ahead_beside_others,
 )
 
 
