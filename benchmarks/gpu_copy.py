@@ -245,9 +245,8 @@ def ordering(report: Report, rounds: int = 20) -> None:
                 busy @ busy
                 load.enqueue(ids, ids)
             else:
-                with side.after(ComputeFence(device)):  # beside a step that computes something else
+                with side.after(ComputeFence(device)):
                     load.enqueue(ids, ids)
-                busy @ busy
                 if finished:
                     side.join()
             seen = hbm.clone()  # stands for the attention that reads the loaded blocks

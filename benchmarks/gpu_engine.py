@@ -143,6 +143,8 @@ async def timed_parts(fleet: Fleet, scale: Scale, schedule: Schedule) -> None:
     if "prefix" in schedule.parts:
         await schedule.run("prefix", prefix.run(timed, scale, record))
     if "load" in schedule.parts and compared:
+        for client in timed:
+            await schedule.run("settle", disk.written(client))  # what the part before left to write is not its load
         await schedule.run("load", throughput.run(compared, scale, record))
     if {"prefix", "load"} <= set(schedule.parts) and fleet.has(lines.DYNAMO_ARM):
         gated = disk.gate(fleet.clients[lines.DYNAMO_ARM], prefix.make_prompts(scale), record)

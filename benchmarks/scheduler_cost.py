@@ -145,6 +145,7 @@ class _Life:
 class _Request:
     lora_request = None
     kv_transfer_params = None
+    max_tokens = 16
 
     def __init__(self, request_id: str, hashes: list[bytes]) -> None:
         self.request_id, self.block_hashes = request_id, hashes
