@@ -19,7 +19,7 @@ from dynamo_connectors.tiers.slab_format import PAGE_BYTES
 from tests.vllm.client import Answer, VllmClient, prompt, wait_until
 from tools.server_process import ServerProcess
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 BLOCKS_PER_PROMPT = 28
 #: More prompts than host memory keeps: the first of them are on the disk alone.

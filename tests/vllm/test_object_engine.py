@@ -18,7 +18,8 @@ from tests.vllm.client import Answer, VllmClient, prompt, wait_until
 from tools.server_process import ServerProcess
 from tools.vllm_server import VllmOptions, vllm_server
 
-pytestmark = pytest.mark.engine
+#: Two engines start in the time that one is given elsewhere.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 #: A prompt of 36 blocks: the first 32 of them are an object.
 CHUNKS, OBJECT_BLOCKS = 9, 32
