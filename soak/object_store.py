@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import sys
 import threading
@@ -15,7 +16,8 @@ from tools.server_process import ServerProcess, free_port
 BUCKET = "soak"
 #: moto takes any; the client library asks for some.
 SECRETS = {"AWS_ACCESS_KEY_ID": "soak", "AWS_SECRET_ACCESS_KEY": "soak", "AWS_DEFAULT_REGION": "us-east-1"}
-MODES = ("fine", "refuse", "hang", "slow", "cut", "flip", "busy")
+MODES = ("fine", "refuse", "hang", "slow", "cut", "flip", "busy", "lose")
+_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
 
 def s3_server(log: Path) -> ServerProcess:
@@ -34,11 +36,13 @@ class BreakablePipe:
     """Listens on `url` and passes every connection on to `target_port`, as `mode` says at that moment.
 
     refuse: closes at once. hang: takes everything, says nothing. slow: answers 200 bytes a second. cut: closes in the
-    middle of an answer. flip: changes a byte of every answer's later part. busy: answers 503.
+    middle of an answer. flip: changes a byte of every answer's later part. busy: answers 503. lose: closes in the
+    middle of an upload.
     """
 
     def __init__(self, target_port: int) -> None:
         self.mode = "fine"
+        self.lost_uploads = 0
         self._target_port = target_port
         self._rng = random.Random(5)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -79,10 +83,25 @@ class BreakablePipe:
     def _copy(self, source: socket.socket, target: socket.socket) -> None:
         try:
             while data := source.recv(65536):
+                if self.mode == "lose" and data.startswith(b"PUT "):
+                    self._lose(data, source, target)
+                    return
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
         except OSError:
             return
+
+    def _lose(self, data: bytes, source: socket.socket, target: socket.socket) -> None:
+        """Passes the head of an upload on and half of its body, and is gone; of the answer nobody hears."""
+        length = _LENGTH.search(data)
+        left = data.find(b"\r\n\r\n") + 4 + (int(length[1]) // 2 if length else 0)
+        while left > 0 and data:
+            target.sendall(data[:left])
+            left -= len(data)
+            data = source.recv(65536) if left > 0 else b""
+        self.lost_uploads += 1
+        source.shutdown(socket.SHUT_RDWR)
+        target.shutdown(socket.SHUT_WR)
 
     def _answer(self, server: socket.socket, client: socket.socket) -> None:
         server.settimeout(120)

@@ -10,9 +10,17 @@ import pytest
 from dynamo_connectors.tiers.base import TierStore
 from dynamo_connectors.tiers.index import TierIndex
 from tests.tiers.factories import FACTORIES, KEPT_FILES
+from tests.tiers.s3_servers import CREDENTIALS
 from tests.tiers.tier import Tier
 
 MakeStore = Callable[[int, int], TierStore]
+
+
+@pytest.fixture
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an object store asks the environment for."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(params=FACTORIES)

@@ -17,7 +17,7 @@ from dynamo_connectors.tiers.nvme import NvmeStore
 from dynamo_connectors.tiers.nvme_lanes import NvmeTier
 from dynamo_connectors.tiers.object import ObjectStore
 from tests.tiers.object_stores import CHUNK_BLOCKS, NAMESPACE, SETTINGS, buffers, object_store
-from tests.tiers.s3_servers import CREDENTIALS, Moto, moto_server
+from tests.tiers.s3_servers import Moto, moto_server
 
 ROW = 3_001
 BLOCKS = 4 * CHUNK_BLOCKS
@@ -37,11 +37,7 @@ def service() -> Iterator[Moto]:
 
 
 @pytest.fixture(params=["nvme", "object"])
-def tier(
-    request: pytest.FixtureRequest, tmp_path: Path, service: Moto, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[LowerTier]:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
+def tier(request: pytest.FixtureRequest, tmp_path: Path, service: Moto, credentials: None) -> Iterator[LowerTier]:
     if request.param == "nvme":
         tier: LowerTier = NvmeTier(NvmeStore(tmp_path, BLOCKS, ROW, NAMESPACE))
         yield tier

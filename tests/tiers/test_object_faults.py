@@ -39,7 +39,7 @@ from tests.tiers.object_stores import (
     start_read,
     start_write,
 )
-from tests.tiers.s3_servers import CREDENTIALS, Behaviour, FaultServer, answer, hang, part, say, trickle
+from tests.tiers.s3_servers import Behaviour, FaultServer, answer, hang, part, say, trickle
 
 SOON = replace(SETTINGS, deadline_seconds=0.2)
 BODY = bytes(object_format.encode(NAMESPACE.digest, KEYS, ROWS, ROW))
@@ -48,9 +48,7 @@ OTHER = bytes(object_format.encode(NAMESPACE.digest, KEYS[::-1], ROWS, ROW))
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
+def environment(credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_upkeep, "_RETRY_SECONDS", 0.02)
 
 

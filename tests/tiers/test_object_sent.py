@@ -13,16 +13,14 @@ from dynamo_connectors.tiers import object as object_module
 from dynamo_connectors.tiers.base import Batch
 from dynamo_connectors.tiers.object import ObjectStore
 from tests.tiers.object_stores import CHUNK, KEYS, ROWS, SETTINGS, ended, object_store, places_of
-from tests.tiers.s3_servers import CREDENTIALS, Behaviour, FaultServer, answer, hang, moto_server, say
+from tests.tiers.s3_servers import Behaviour, FaultServer, answer, hang, moto_server, say
 
 NOT_THERE = say(answer("404 Not Found"))
 UNAVAILABLE, FORBIDDEN = say(answer("503 Slow Down")), say(answer("403 Forbidden"))
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
+def environment(credentials: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_module, "_UPLOAD_SECONDS", 60.0)
 
 

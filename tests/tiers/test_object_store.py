@@ -47,9 +47,7 @@ def service() -> Iterator[Moto]:
 
 
 @pytest.fixture
-def moto(service: Moto, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moto]:
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
+def moto(service: Moto, credentials: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Moto]:
     monkeypatch.setattr(object_upkeep, "_RETRY_SECONDS", 0.02)
     yield service
     service.delete_all()

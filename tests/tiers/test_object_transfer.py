@@ -22,7 +22,7 @@ from dynamo_connectors.tiers.index import TierIndex
 from dynamo_connectors.tiers.object import ObjectSettings, ObjectStore
 from dynamo_connectors.transfer import Job, Stores, TransferEngine
 from tests.tiers.object_stores import CHUNK_BLOCKS, NAMESPACE, SETTINGS, list_all
-from tests.tiers.s3_servers import CREDENTIALS, FaultServer, Moto, answer, hang, moto_server, say
+from tests.tiers.s3_servers import FaultServer, Moto, answer, hang, moto_server, say
 
 LAYERS, BLOCKS, PAGE_BYTES = 3, 64, 96
 ROW_BYTES = LAYERS * PAGE_BYTES
@@ -105,10 +105,8 @@ Start = Callable[..., Engine]
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(credentials: None) -> None:
     torch.manual_seed(3)
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

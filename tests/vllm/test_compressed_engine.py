@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_connectors.tiers.nvme import slot_bytes, slot_offset
-from dynamo_connectors.tiers.slot_header import HEADER_BYTES
+from dynamo_connectors.tiers.nvme import slot_bytes
 from tests.vllm.client import Answer, VllmClient, prompt
+from tests.vllm.slab_damage import damage_every_payload
 from tools.server_process import ServerProcess
 from tools.vllm_server import VllmOptions, vllm_server
 
@@ -85,20 +85,10 @@ def test_blocks_come_back_from_both_tiers_near_what_they_were_and_every_time_the
     same = sum(one.tokens[0] == other.tokens[0] for one, other in zip(cold, from_dram, strict=True))
     assert same >= 2, "the answers have little to do with the computed ones"
     assert from_dram != cold, "nothing was compressed"
-    damage_every_payload(served[1])
+    damage_every_payload(served[1], ROW_BYTES)
     damaged = client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum")
     assert fill(client, 1004, 2) == cold[4:6]
     assert client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum") > damaged
-
-
-def damage_every_payload(slab: Path) -> None:
-    first, step = slot_offset(0, ROW_BYTES) + HEADER_BYTES + 777, slot_bytes(ROW_BYTES)
-    with slab.open("r+b") as file:
-        for offset in range(first, slab.stat().st_size, step):
-            file.seek(offset)
-            byte = file.read(1)[0]
-            file.seek(offset)
-            file.write(bytes([byte ^ 0x40]))
 
 
 def _read(client: VllmClient) -> float:

@@ -11,9 +11,8 @@ import msgspec
 import pytest
 import zmq
 
-from dynamo_connectors.tiers.nvme import slot_bytes, slot_offset
-from dynamo_connectors.tiers.slot_header import HEADER_BYTES
 from tests.vllm.client import Answer, VllmClient, prompt, wait_until
+from tests.vllm.slab_damage import damage_every_payload
 from tools.server_process import ServerProcess
 from tools.vllm_server import BLOCK_TOKENS, MODEL_NAME
 
@@ -67,14 +66,7 @@ def test_damaged_bytes_on_disk_are_recomputed_and_counted(client: VllmClient, nv
     cold = fill(client, 3000, 20)
     wait_idle(client)
     (slab,) = nvme_directory.glob("*.slab")
-    with slab.open("r+b") as file:
-        # One flipped byte in the payload of every slot.
-        first, step = slot_offset(0, ROW_BYTES) + HEADER_BYTES + 777, slot_bytes(ROW_BYTES)
-        for offset in range(first, slab.stat().st_size, step):
-            file.seek(offset)
-            byte = file.read(1)[0]
-            file.seek(offset)
-            file.write(bytes([byte ^ 0x40]))
+    damage_every_payload(slab, ROW_BYTES)
     damaged_before = client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum")
     assert fill(client, 3000, 4) == cold[:4]
     assert client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum") > damaged_before

@@ -1,4 +1,4 @@
-"""A real vLLM whose disk fails, is full, is closed to it or is cut, whose threads end and whose clock jumps.
+"""A real vLLM whose disk fails, hangs, is full, is closed to it or is cut, whose threads end and whose clock jumps.
 
 Each time: the answers of before, a counted reason, nothing held back. After `test_engine`, whose engine it is.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,14 @@ from dynamo_connectors.tiers.slab_format import PAGE_BYTES
 from tests.vllm.client import Answer, VllmClient, prompt, wait_until
 from tools.server_process import ServerProcess
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 BLOCKS_PER_PROMPT = 28
 #: More prompts than host memory keeps: the first of them are on the disk alone.
-PROMPTS, FIRST_SEED = 14, 9000
+PROMPTS, FIRST_SEED = 15, 9000
 #: Every second call fails, so that the disk is not taken for dead.
 SOMETIMES, ALWAYS = 2, 1
+HANGS = "hang 1"
 Order = Callable[[str, str], AbstractContextManager[None]]
 
 
@@ -40,6 +43,7 @@ def order(fault_folder: Path) -> Order:
             yield
         finally:
             (fault_folder / call).unlink()
+            (fault_folder / f"{call}.hung").unlink(missing_ok=True)
 
     return ordered
 
@@ -125,10 +129,36 @@ def test_a_clock_that_jumps_changes_nothing(
         wait_idle(client)
 
 
+def test_a_disk_that_hangs_keeps_those_who_want_it_until_their_deadline_and_nobody_else(
+    client: VllmClient, cold: list[Answer], order: Order, fault_folder: Path
+) -> None:
+    hits = partial(client.metric, "dynamo_kvbm_hit_blocks_total")
+    client.empty_hbm()
+    from_dram, late = hits(tier="host_dram"), failures(client, "load", "timeout")
+    with ThreadPoolExecutor(1) as pool, order("preadv", HANGS), order("pwritev", HANGS):
+        waiting = pool.submit(client.complete, prompt(FIRST_SEED + 4))
+        wait_until(lambda: (fault_folder / "preadv.hung").exists(), "the disk hangs", 120)
+        # One that is computed, and whose blocks the disk does not take, and one that host memory holds.
+        client.complete(prompt(8700, chunks=1), max_tokens=1)
+        assert client.complete(prompt(FIRST_SEED + PROMPTS - 1)) == cold[-1]
+        assert hits(tier="host_dram") - from_dram == BLOCKS_PER_PROMPT
+        assert not waiting.done(), "nobody noticed that the disk hangs"
+        assert waiting.result(300) == cold[4]
+        step_until(client, lambda: failures(client, "load", "timeout") - late == BLOCKS_PER_PROMPT, "it is counted")
+        wait_until(lambda: (fault_folder / "pwritev.hung").exists(), "a write hangs", 120)
+        wait_until(lambda: client.metric("vllm:kv_cache_usage_perc") == 0.0, "no HBM block is in use", 120)
+    # What the disk says now is too late for everybody.
+    wait_idle(client)
+    from_disk = hits(tier="nvme_ssd")
+    assert client.complete(prompt(FIRST_SEED + 5)) == cold[5]
+    assert hits(tier="nvme_ssd") - from_disk == BLOCKS_PER_PROMPT
+    wait_idle(client)
+
+
 def test_a_slab_cut_under_its_engine_is_a_miss(client: VllmClient, cold: list[Answer], nvme_directory: Path) -> None:
     (slab,) = nvme_directory.glob("*.slab")
     os.truncate(slab, PAGE_BYTES)
-    assert client.complete(prompt(FIRST_SEED + 4)) == cold[4]
+    assert client.complete(prompt(FIRST_SEED + 6)) == cold[6]
     step_until(client, lambda: failures(client, "load", "short_read") > 0, "it is counted")
     wait_idle(client)
 
@@ -138,13 +168,13 @@ def test_a_dead_disk_is_left_alone_and_the_engine_goes_on(
 ) -> None:
     dead = f"{errno.EIO} {ALWAYS}"
     with order("preadv", dead), order("pwritev", dead):
-        again = [client.complete(prompt(FIRST_SEED + number)) for number in range(5, 8)]
-        assert again == cold[5:8]
+        again = [client.complete(prompt(FIRST_SEED + number)) for number in range(7, 10)]
+        assert again == cold[7:10]
         step_until(client, lambda: failures(client, "move", "tier_off") > 0, "the tier is off")
         wait_idle(client)
         client.empty_hbm()
         hits = client.metric("dynamo_kvbm_hit_blocks_total", tier="host_dram")
-        assert client.complete(prompt(FIRST_SEED + 7)) == cold[7]
+        assert client.complete(prompt(FIRST_SEED + 9)) == cold[9]
         assert client.metric("dynamo_kvbm_hit_blocks_total", tier="host_dram") - hits == BLOCKS_PER_PROMPT
         wait_idle(client)
     assert "nvme_ssd tier off" in engine.log.read_text()

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_connectors.tiers.nvme import slot_bytes, slot_offset
-from dynamo_connectors.tiers.slot_header import HEADER_BYTES
 from tests.vllm.client import Answer, VllmClient, prompt, wait_until
+from tests.vllm.slab_damage import damage_every_payload
 from tools.vllm_server import MODEL_NAME, VllmOptions, vllm_server
 
 #: Two engines start in the time that one is given elsewhere.
@@ -74,7 +73,7 @@ def test_shards_of_two_workers_come_back_together_or_not_at_all(tiny_model: Path
         slabs = sorted(tmp_path.glob("*.slab"))
         assert len(slabs) == 2, "each worker keeps its own shard"
         client.empty_hbm()
-        damage_every_payload(slabs[1])
+        damage_every_payload(slabs[1], SHARD_BYTES)
         assert ask(client, range(1, 3)) == cold[1:3]
         assert client.metric("dynamo_kvbm_load_failures_total", reason="bad_checksum") >= BLOCKS_PER_PROMPT
         assert ask(client, range(1, 2)) == cold[1:2]
@@ -99,16 +98,6 @@ def test_data_parallel_engines_keep_apart(tiny_model: Path, logs: Path, tmp_path
             found = hits(client, "host_dram", engine=str(rank)) + hits(client, "nvme_ssd", engine=str(rank))
             assert 0 < found < 2 * BLOCKS_PER_PROMPT
         wait_until(lambda: nothing_is_held(client), "nothing is held")
-
-
-def damage_every_payload(slab: Path) -> None:
-    first, step = slot_offset(0, SHARD_BYTES) + HEADER_BYTES + 777, slot_bytes(SHARD_BYTES)
-    with slab.open("r+b") as file:
-        for offset in range(first, slab.stat().st_size, step):
-            file.seek(offset)
-            byte = file.read(1)[0]
-            file.seek(offset)
-            file.write(bytes([byte ^ 0x40]))
 
 
 def ask_rank(client: VllmClient, rank: int, seed: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """A test-only SGLang plugin, found through the dist-info folder beside it. Never part of the product.
 
-It gives the CPU engine what only CUDA brings: host pools without cudaHostRegister, and L1 <-> L2 copies in torch. And
-it takes away what DYNAMO_TEST_DRIFT names, to imitate an SGLang of another version.
+It gives the CPU engine what only CUDA brings: host pools without cudaHostRegister, and L1 <-> L2 copies in torch. With
+DYNAMO_TEST_ATTENTION also what MLA and sliding windows need (SGLang 0.5.23). And it takes away what DYNAMO_TEST_DRIFT
+names, to imitate an SGLang of another version.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 #: Since 0.5.23, and before.
 _MHA_POOLS = ("sglang.srt.mem_cache.pool_host.mha", "sglang.srt.mem_cache.memory_pool_host")
+_ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 
 def register() -> None:
@@ -32,9 +34,15 @@ def register() -> None:
         is_old = importlib.util.find_spec(_MHA_POOLS[0]) is None
         if is_old:
             importlib.import_module("older_engine").install()
-        pool = f"{_MHA_POOLS[is_old]}.MHATokenToKVPoolHost"
-        HookRegistry.register(f"{pool}.load_to_device_per_layer", _load, HookType.REPLACE)
-        HookRegistry.register(f"{pool}.backup_from_device_all_layer", _backup, HookType.REPLACE)
+        pools = [f"{_MHA_POOLS[is_old]}.MHATokenToKVPoolHost"]
+        if "DYNAMO_TEST_ATTENTION" in os.environ:
+            pools.append("sglang.srt.mem_cache.pool_host.mla.MLATokenToKVPoolHost")
+            _absorb_latent_kv()
+            for step in ("extend", "decode"):
+                HookRegistry.register(f"{_ATTENTION}._run_sdpa_forward_{step}", _read_windows, HookType.BEFORE)
+        for pool in pools:
+            HookRegistry.register(f"{pool}.load_to_device_per_layer", _load, HookType.REPLACE)
+            HookRegistry.register(f"{pool}.backup_from_device_all_layer", _backup, HookType.REPLACE)
 
 
 def _delete(owner: Any, path: str) -> None:
@@ -54,8 +62,26 @@ def _allocate(dims: Any, dtype: Any, *_: object, **__: object) -> torch.Tensor:
     return torch.empty(dims, dtype=dtype, device="cpu")
 
 
+def _absorb_latent_kv() -> None:
+    """MLA's other way to prefill writes the cache by a kernel of Triton's, which has no CPU."""
+    registry = importlib.import_module("sglang.srt.models.deepseek_common.attention_backend_handler")
+    method = registry.AttnForwardMethod.MLA
+    registry.AttentionBackendRegistry.register("torch_native", lambda *_: method)
+
+
+def _read_windows(backend: Any, *given: Any, **options: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The CPU attention writes the layers of a window to their own slots, and reads them from those of the others."""
+    if options.get("sliding_window_size") is None or not backend.use_sliding_window_kv_pool:
+        return (backend, *given), options
+    query, output, keys, values, table, rows, lengths, *rest = given
+    slots = backend.token_to_kv_pool.translate_loc_from_full_to_swa(table[rows, : int(lengths.max())])
+    return (backend, query, output, keys, values, slots, torch.arange(len(rows)), lengths, *rest), options
+
+
 def _buffers(pool: Any, device_pool: Any) -> list[tuple[Any, Any]]:
-    """(device layers, host buffer) for K, then for V."""
+    """(device layers, host buffer) for K, then for V; for MLA's latent KV there is one."""
+    if hasattr(pool, "device_kv_buffers"):
+        return [(pool.device_kv_buffers, pool.kv_buffer)]
     own = getattr(pool, "device_k_buffers", None)
     keys, values = (own, pool.device_v_buffers) if own is not None else (device_pool.k_buffer, device_pool.v_buffer)
     return [(keys, pool.k_buffer), (values, pool.v_buffer)]
