@@ -12,6 +12,7 @@ from dataclasses import replace
 from .capacity import DecodeLoad, PrefillLoad, batch_at, itl_at, prefill_service, replicas_for_decode
 from .capacity import replicas_for_prefill as prefill_replicas
 from .demand import Demand, demand
+from .queueing import MAX_UTILISATION
 from .records import STARTING, Delta, FleetObservation, Memory, SizingPolicy
 from .sizing import Need
 from .step_model import coefficients
@@ -96,12 +97,15 @@ def _ttft_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) ->
     backlog = _backlog_at_help(fleet, wanted, waiting, service.mean_seconds)
     if backlog > ready:
         up = max(up, math.ceil((wanted.now + backlog / _BACKLOG_SECONDS) * service.mean_seconds - 1e-9))
-    up = max(up, observed)
+    insured = math.ceil(wanted.insured * service.mean_seconds / MAX_UTILISATION - 1e-9)
+    reason = "burst" if insured > max(up, observed) else "ttft"
+    up = max(up, observed, insured)
     spare = replace(load, rate=wanted.upper / _KEEP_MARGIN)
     down = max(up, prefill_replicas(fitted, spare, target, policy.attainment, policy.is_pooled))
     ahead = f"{wanted.upper:.2f} requests/s within {wanted.horizon_seconds:.0f} s (now {wanted.now:.2f})"
     cost = f"take {service.mean_seconds * 1e3:.0f} ms each against a TTFT of {target * 1e3:.0f} ms"
-    return Need(up, down, "ttft", f"{ahead} of {load.tokens:.0f} tokens {cost} for {policy.attainment:.0%}")
+    room = f"; room for {wanted.insured:.2f} at once" if wanted.insured else ""
+    return Need(up, down, reason, f"{ahead} of {load.tokens:.0f} tokens {cost} for {policy.attainment:.0%}{room}")
 
 
 def _backlog_at_help(fleet: FleetObservation, wanted: Demand, waiting: float, seconds_each: float) -> float:
@@ -119,6 +123,7 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     wanted, tokens = demand(memory, fleet, policy), memory.output_tokens
     pending = _pending_decodes(fleet, running) if policy.role == "decode" else 0.0
     upper = max(wanted.upper, wanted.now + pending / _BACKLOG_SECONDS) if pending > ready else wanted.upper
+    upper = max(upper, wanted.insured)
     rate = upper * tokens if tokens is not None else 0.0
     if (total is None or not total.count or running == 0) and rate <= 1e-6:
         return Need(1, 1, "itl", "no decoding")

@@ -19,7 +19,7 @@ from dynamo_planner.records import (
     ProxyObservation,
     SizingPolicy,
 )
-from dynamo_planner.step_model import coefficients, learn_step
+from dynamo_planner.step_model import StepModel, coefficients, learn_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,6 +148,44 @@ def test_a_burst_orders_what_also_clears_the_queue_that_grows_until_help_comes()
     assert (first.desired, first.reason) == (6, "ttft"), first.explanation
     helped = [engine(waiting=300.0), *(engine(number, state="starting") for number in range(1, 6))]
     assert once(fleet(*helped, proxy=proxy), SLA, first.memory).desired == 6
+
+
+def seen_rate(memory: Memory, policy: SizingPolicy, second: float, rate: int) -> Decision:
+    proxy = ProxyObservation(interval_seconds=10, arrivals=10 * rate, prompt_tokens=10 * rate * 1000)
+    return once(fleet(engine(), now=1000.0 + second, proxy=proxy), policy, memory)
+
+
+def test_room_for_a_burst_is_a_multiple_of_the_usual_load_and_not_of_the_burst() -> None:
+    """10/s x 40 ms are 0.4 replicas' work: one is enough, and for five times as much, 2.0 at full use, three."""
+    policy, memory = replace(SLA, burst_factor=5.0), taught()
+    for tick in range(60):
+        calm = seen_rate(memory, policy, 10.0 * tick, 10)
+        memory = calm.memory
+    assert (calm.need_up, calm.reason) == (3, "burst"), calm.explanation
+    assert seen_rate(memory, SLA, 600.0, 10).need_up == 1
+    for tick in range(60, 90):
+        memory = seen_rate(memory, policy, 10.0 * tick, 50).memory
+    assert memory.usual_rate == pytest.approx(10.0 * math.exp(300 / 1800), rel=0.01)
+    assert seen_rate(memory, policy, 900.0, 0).memory.usual_rate == memory.usual_rate, "no traffic teaches nothing"
+
+
+def test_a_decode_pool_keeps_room_for_a_burst_too() -> None:
+    policy = replace(SLA, role="decode", ttft_seconds=None)
+    memory = replace(taught(), output_tokens=200.0, usual_rate=10.0, usual_seconds=600.0)
+    assert (
+        seen_rate(memory, policy, 0.0, 10).need_up
+        < seen_rate(memory, replace(policy, burst_factor=5.0), 0.0, 10).need_up
+    )
+
+
+def test_cold_engines_teach_nothing_about_step_times() -> None:
+    cold = engine(
+        age_seconds=5.0, ttft=Delta(90.0, 10, 0.0), prompt_tokens=1e4, itl=Delta(9.0, 100), interval_seconds=10
+    )
+    assert once(fleet(cold), SLA).memory.prefill == once(fleet(cold), SLA).memory.decode == StepModel()
+    learnt = once(fleet(replace(cold, age_seconds=31.0)), SLA).memory
+    assert learnt.prefill.points
+    assert learnt.decode.points
 
 
 def test_a_decode_pool_counts_what_waits_for_its_prefill() -> None:
