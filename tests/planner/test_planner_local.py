@@ -93,6 +93,31 @@ def test_a_request_held_open_over_a_scale_down_finishes(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_prefill_worker_whose_kv_is_still_read_is_not_stopped(tmp_path: Path) -> None:
+    """The proxy's count is zero as soon as the first token is out; the lease of the hand-off is longer."""
+
+    async def story() -> None:
+        proxy = FakeProxy()
+        async with (
+            served(proxy.app()) as admin,
+            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
+        ):
+            await stand.planner.order(2)
+            await stand.eventually(lambda: two_ready(stand))
+            victim, other = proxy.states
+            proxy.in_flight = {other: 1}
+            await get(stand.session, f"{victim}/lease")
+            await stand.planner.order(1)
+            await stand.eventually(lambda: proxy.states.get(victim) == "draining")
+            await asyncio.sleep(0.2)  # many polls, none of which may stop it
+            assert proxy.states[victim] == "draining"
+            await get(stand.session, f"{victim}/lease")
+            await stand.until(f"stopped {victim}")
+            proxy.in_flight = {}
+
+    asyncio.run(story())
+
+
 def test_without_a_proxy_the_engines_own_gauges_are_waited_for(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, **actuate(tmp_path)) as stand:
