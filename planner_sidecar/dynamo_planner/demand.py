@@ -46,8 +46,11 @@ def learn(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Memo
     if asked is None or asked > now or _is_asked(fleet, rate):
         asked = now
     usual, seconds = _usual_rate(memory, rate, interval)
+    waiting = pending(fleet, policy)
     return replace(
         memory,
+        pending=waiting,
+        pending_growth=_growth(memory.pending, waiting, interval),
         usual_rate=usual,
         usual_seconds=seconds,
         forecast=forecast,
@@ -69,6 +72,17 @@ def demand(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Dem
     upper = max(upper, certain)
     insured = policy.burst_factor * (memory.usual_rate or 0.0) if policy.burst_factor > 1.0 else 0.0
     return Demand(smoothed if now is None else now, upper, horizon_seconds(memory, policy), certain, insured)
+
+
+def pending(fleet: FleetObservation, policy: SizingPolicy) -> float:
+    """What queues at the pool's engines; for decoders also what waits for its prefill, for it comes as soon as that
+    pool has caught up.
+    """
+    engines, proxy = [engine for engine in fleet.engines if engine.usable], fleet.proxy
+    waiting = sum(engine.waiting or 0.0 for engine in engines)
+    if policy.role != "decode" or proxy is None or proxy.stale_reason:
+        return waiting
+    return max(waiting, proxy.in_flight - sum(engine.running or 0.0 for engine in engines))
 
 
 def horizon_seconds(memory: Memory, policy: SizingPolicy) -> float:
@@ -194,6 +208,13 @@ def _usual_rate(memory: Memory, rate: float | None, interval: float) -> tuple[fl
         return old + interval / (seconds + interval) * (rate - old), seconds + interval
     step = math.exp(min(interval / _USUAL_SECONDS, 1.0))
     return (min(rate, old * step) if rate > old else max(rate, old / step)), seconds + interval
+
+
+def _growth(old: float | None, new: float, interval: float) -> float:
+    """Per second, as far as it is no chance: beyond two deviations of a count."""
+    if old is None or interval <= 0:
+        return 0.0
+    return max(0.0, new - old - 2.0 * math.sqrt(max(new, 0.0))) / interval
 
 
 def _smoothed_rate(memory: Memory, rate: float | None, interval: float) -> float | None:

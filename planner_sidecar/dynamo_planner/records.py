@@ -169,6 +169,9 @@ class Memory:
     usual_rate: float | None = None
     """Requests per second that half of the time is passed, `usual_seconds` of it: what a burst is a multiple of."""
     usual_seconds: float = 0.0
+    pending: float | None = None
+    """Requests that wait for this pool, here or upstream; `pending_growth` of them more every second."""
+    pending_growth: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,19 @@ def test_a_decode_pool_counts_what_waits_for_its_prefill() -> None:
     assert full.need_up == piled.need_up, "what queues at the decoders themselves counts as well"
 
 
+def test_a_queue_that_grows_is_counted_as_long_as_it_will_be_when_help_has_come() -> None:
+    """100 wait after 10 s in which none waited before: 8/s more by any chance, for 70 s."""
+    policy = replace(SLA, role="decode", ttft_seconds=None)
+    memory = replace(taught(), output_tokens=200.0, pending=0.0)
+    proxy = ProxyObservation(interval_seconds=10, arrivals=100, prompt_tokens=100 * 1000, in_flight=120)
+    grown = once(fleet(engine(running=20), proxy=proxy), policy, memory)
+    assert grown.memory.pending_growth == pytest.approx(8.0)
+    stands = once(fleet(engine(running=20), proxy=proxy), policy, replace(memory, pending=100.0))
+    assert grown.need_up > stands.need_up, (grown.explanation, stands.explanation)
+    helped = once(fleet(engine(running=20), engine(1, state="starting"), proxy=proxy), policy, memory)
+    assert helped.need_up == stands.need_up, "nobody knows how long it grows while help is on its way"
+
+
 def test_sla_doubles_at_most_for_a_missed_target_and_not_while_help_comes() -> None:
     slow = engine(ttft=Delta(50.0, 10), prompt_tokens=100, interval_seconds=10)
     assert once(fleet(slow), SLA).desired == 2
