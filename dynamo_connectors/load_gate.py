@@ -45,6 +45,8 @@ class Line:
         self._expected_slope: float | None = None
         self.latency = 0.0
         self.slope = 0.0
+        #: Whether the samples tell a latency from a rate.
+        self.tells_apart = False
 
     @property
     def is_known(self) -> bool:
@@ -68,17 +70,13 @@ class Line:
     def has_samples(self) -> bool:
         return bool(self._samples)
 
-    @property
-    def tells_apart(self) -> bool:
-        """Whether the samples tell a latency from a rate."""
-        return len(self._slopes()) >= LEAST_SAMPLES
-
     def learn(self, size: float, seconds: float) -> None:
         self._samples.append((size, seconds))
         # With sizes all alike, everything is slope.
         self.slope = median(seconds / size for size, seconds in self._samples)
         slopes = self._slopes()
-        if len(slopes) >= LEAST_SAMPLES:
+        self.tells_apart = len(slopes) >= LEAST_SAMPLES
+        if self.tells_apart:
             self.slope = min(self.slope, max(0.0, median(slopes)))
         self.latency = max(0.0, median(seconds - self.slope * size for size, seconds in self._samples))
 

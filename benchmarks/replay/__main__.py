@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "planner_sidecar"))
 os.environ.setdefault("DYN_LOG", "error")
 
 from benchmarks.replay.judge import judged  # noqa: E402
-from benchmarks.replay.shapes import SHAPES, write_trace  # noqa: E402
+from benchmarks.replay.shapes import SHAPES, Stream, write_trace  # noqa: E402
 
 DEFAULT = (
     "planner,oracle,throughput,latency,load,sla-constant,sla-arima,sla-kalman,sla-prophet,"
@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--policies", default=DEFAULT, help="also static-P-D; the oracle needs the planner before it")
     parser.add_argument("--attainment", type=float, default=0.98)
     parser.add_argument("--hours", type=float, default=1.25, help="length of each stream")
+    parser.add_argument("--mean-rps", type=float, default=14.0, help="mean rate of each stream")
+    parser.add_argument("--burst-factor", type=float, default=1.0, help="of the planner: see its README")
     parser.add_argument("--limit-seconds", type=float, default=600.0, help="for one run")
     parser.add_argument("--log", type=Path, help="write the planner's decisions here")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,7 +66,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes.split(","):
             trace = Path(folder, f"{shape}.jsonl")
-            count = write_trace(trace, shape, options.traces, options.hours, options.seed)
+            stream = Stream(shape, options.hours, options.mean_rps, options.seed)
+            count = write_trace(trace, stream, options.traces)
             print(f"== {shape}: {count} requests in {options.hours:g} h, seed {options.seed}", flush=True)
             for group in groups:
                 for name, seen in zip(group, judged(trace, group, options), strict=True):

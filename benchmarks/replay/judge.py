@@ -12,9 +12,10 @@ from typing import Any
 
 from dynamo_planner.profile_file import Profile
 
-from benchmarks.replay.policies import KV_TOKENS, STARTUP_SECONDS, Planned, Scheduled, oracle
+from benchmarks.replay.policies import KV_TOKENS, STARTUP_SECONDS, Aim, Planned, Scheduled, oracle
 
 TTFT_MS, ITL_MS, START = 500.0, 50.0, (3, 3)
+CONTEXT_TOKENS = 16_384
 EASY = {"throughput": "throughput", "latency": "latency"}
 LOAD_THRESHOLDS = {  # half a batch of prompts, and KV use between what `throughput` and `latency` have built in
     "prefill_scale_up_queue_tokens": 4096,
@@ -80,6 +81,7 @@ class Judge:
             num_gpu_blocks=14_000,
             max_num_seqs=256,
             max_num_batched_tokens=8192,
+            max_model_len=CONTEXT_TOKENS,  # without it Dynamo's throughput and latency modes never scale prefill
             startup_time=STARTUP_SECONDS,
             enable_prefix_caching=False,
         )
@@ -151,16 +153,15 @@ class Judge:
             return self.run(adapter)
 
 
-def run_policy(judge: Judge, name: str, attainment: float, lent: dict[str, Planned]) -> dict[str, Any]:
+def run_policy(judge: Judge, name: str, aim: Aim, lent: dict[str, Planned]) -> dict[str, Any]:
     """One policy by its name; see --policies."""
-    targets = TTFT_MS / 1e3, ITL_MS / 1e3
     if name.startswith("planner"):  # or planner-P-D: never fewer than these
         _, prefill, decode = name.split("-") if "-" in name else ("", "1", "1")
         least = int(prefill), int(decode)
-        lent["planner"] = Planned(judge.planner_profile(), targets, attainment, least)
+        lent["planner"] = Planned(judge.planner_profile(), aim, least)
         return judge.run(lent["planner"])
     if name == "oracle":
-        plan = oracle(judge.trace, lent["planner"], *targets, attainment)
+        plan = oracle(judge.trace, lent["planner"], aim)
         return judge.run(plan)
     if name.startswith("static"):
         _, prefill, decode = name.split("-")
@@ -178,13 +179,13 @@ def run_policy(judge: Judge, name: str, attainment: float, lent: dict[str, Plann
     )
 
 
-def _run_in_child(pipe: Any, trace: Path, names: list[str], attainment: float) -> None:
+def _run_in_child(pipe: Any, trace: Path, names: list[str], aim: Aim) -> None:
     """One policy, or the planner and the oracle that borrows its step times; one report each."""
     lent: dict[str, Planned] = {}
     for name in names:
         began = time.monotonic()
         try:
-            seen = run_policy(Judge(trace, pipe.send), name, attainment, lent)
+            seen = run_policy(Judge(trace, pipe.send), name, aim, lent)
             kept = {key: seen[key] for key in KEPT} | {"seconds": round(time.monotonic() - began)}
             pipe.send(kept | ({"log": lent["planner"].log} if name.startswith("planner") else {}))
         except Exception as error:  # noqa: BLE001 - one mode that does not run must not end the others
@@ -193,9 +194,10 @@ def _run_in_child(pipe: Any, trace: Path, names: list[str], attainment: float) -
 
 def judged(trace: Path, names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run in a process of its own, which is ended when it takes too long."""
+    aim = Aim(TTFT_MS / 1e3, ITL_MS / 1e3, options.attainment, options.burst_factor)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_run_in_child, args=(theirs, trace, names, options.attainment), daemon=True)
+    child = context.Process(target=_run_in_child, args=(theirs, trace, names, aim), daemon=True)
     child.start()
     theirs.close()
     reports: list[dict[str, Any]] = []

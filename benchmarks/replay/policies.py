@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,29 @@ INTERVAL_SECONDS, STARTUP_SECONDS = 10.0, 90.0
 KV_TOKENS = 14_000 * 64
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What the planner and the oracle are asked for."""
+
+    ttft_seconds: float
+    itl_seconds: float
+    attainment: float
+    burst_factor: float = 1.0
+
+
 class Planned:
     """`decide` for both pools. What the sidecar reads from /metrics comes here from the replay's own counters; step
     times from the profile that Dynamo's SLA modes are given too, and from per-step records.
     """
 
-    def __init__(
-        self, profile: Profile, targets: tuple[float, float], attainment: float, least: tuple[int, int] = (1, 1)
-    ) -> None:
+    def __init__(self, profile: Profile, aim: Aim, least: tuple[int, int] = (1, 1)) -> None:
         common = SizingPolicy(
             target="sla",
             max_replicas=64,
-            ttft_seconds=targets[0],
-            itl_seconds=targets[1],
-            attainment=attainment,
+            ttft_seconds=aim.ttft_seconds,
+            itl_seconds=aim.itl_seconds,
+            attainment=aim.attainment,
+            burst_factor=aim.burst_factor,
             startup_seconds=STARTUP_SECONDS,
             interval_seconds=INTERVAL_SECONDS,
             stabilisation_seconds=STARTUP_SECONDS + INTERVAL_SECONDS,  # idle at most what a start too many would cost
@@ -142,7 +151,7 @@ class Scheduled:
         return targets
 
 
-def oracle(trace: Path, fitted: Planned, ttft_seconds: float, itl_seconds: float, attainment: float) -> Scheduled:
+def oracle(trace: Path, fitted: Planned, aim: Aim) -> Scheduled:
     """The least that the same capacity model needs for the rates that will really come, ordered a start-up ahead.
 
     The step times are those that an earlier run has learnt.
@@ -163,8 +172,8 @@ def oracle(trace: Path, fitted: Planned, ttft_seconds: float, itl_seconds: float
     for slot, (count, prompts, outputs) in sums.items():
         load = PrefillLoad(count / window, prompts / count, fitted.policies["prefill"].prompt_cv2)
         tokens = DecodeLoad(outputs / window, kv, 0.9, 256.0)
-        few = replicas_for_prefill(prefill, load, ttft_seconds, attainment, False)
-        needs[slot] = few, replicas_for_decode(decode, tokens, itl_seconds) or 1
+        few = replicas_for_prefill(prefill, load, aim.ttft_seconds, aim.attainment, False)
+        needs[slot] = few, replicas_for_decode(decode, tokens, aim.itl_seconds) or 1
     ahead = math.ceil(STARTUP_SECONDS / window)
     plan = []
     for slot in range(max(needs) + 1):

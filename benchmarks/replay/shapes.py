@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 BLOCK_TOKENS = 512
@@ -43,7 +44,6 @@ def lengths(folder: Path) -> list[tuple[int, int]]:
 
 
 SHAPES = ("m-large", "m-small", "burst", "slow-day")
-MEAN_RPS = 14.0
 
 
 def rate_of(name: str, folder: Path, seconds: float) -> Callable[[float], float]:
@@ -55,11 +55,21 @@ def rate_of(name: str, folder: Path, seconds: float) -> Callable[[float], float]
     return lambda second: drawn(second / seconds)
 
 
-def write_trace(path: Path, name: str, folder: Path, hours: float, seed: int = 0) -> int:
+@dataclass(frozen=True)
+class Stream:
+    """One stream to write: its shape, its length and its mean rate."""
+
+    shape: str
+    hours: float
+    mean_rps: float = 14.0
+    seed: int = 0
+
+
+def write_trace(path: Path, stream: Stream, folder: Path) -> int:
     """Write the stream as the replay reads it; returns the number of requests."""
-    source, seconds = random.Random(seed), int(hours * 3600)
-    rate = rate_of(name, folder, seconds)
-    scale = MEAN_RPS / (sum(rate(second) for second in range(seconds)) / seconds)
+    source, seconds = random.Random(stream.seed), int(stream.hours * 3600)
+    rate = rate_of(stream.shape, folder, seconds)
+    scale = stream.mean_rps / (sum(rate(second) for second in range(seconds)) / seconds)
     pairs, block, count = lengths(folder), 0, 0
     with path.open("w") as file:
         for second in range(seconds):

@@ -26,6 +26,7 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("--optimization-target", Literal["load", "sla"], "load (default): KV use and queue. sla: TTFT and ITL."),
     ("--target-ttft-ms", float, "Time to first token to hold, for sla."),
     ("--target-itl-ms", float, "Inter-token latency to hold, for sla."),
+    ("--burst-factor", float, "Keep room for a step to so many times the usual load (default 1: none)."),
     ("--target-attainment", float, "Share of requests that must be within the targets (default 0.95)."),
     ("--role", Literal["aggregated", "prefill", "decode"], "What the engines do (default aggregated)."),
     ("--max-gpus", int, "GPU budget of all pools together (default: none)."),

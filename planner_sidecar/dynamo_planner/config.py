@@ -40,6 +40,7 @@ class PlannerConfig(BaseModel):
     optimization_target: Literal["load", "sla"] = "load"
     target_ttft_ms: Milliseconds | None = None
     target_itl_ms: Milliseconds | None = None
+    burst_factor: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 1.0
     target_attainment: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.95
     role: Literal["aggregated", "prefill", "decode"] = "aggregated"
     pools: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -135,6 +136,8 @@ class PlannerConfig(BaseModel):
             raise ValueError("optimization_target sla needs target_ttft_ms or target_itl_ms; give at least one")
         if self.optimization_target == "load" and targets != (None, None):
             raise ValueError("target_ttft_ms and target_itl_ms work only with optimization_target sla; set it too")
+        if self.optimization_target == "load" and self.burst_factor > 1:
+            raise ValueError("burst_factor works only with optimization_target sla; set it too")
         hands = [name for name in ("engine_command", "kubernetes", "scale_command") if getattr(self, name) is not None]
         if len(hands) > 1:
             raise ValueError(f"{' and '.join(hands)} are two ways to scale one pool; give one of them")
@@ -171,6 +174,7 @@ class PlannerConfig(BaseModel):
             idle_to_zero_seconds=self.scale_to_zero_seconds,
             is_pooled=self.is_pooled,
             has_daily_profile=self.daily_profile,
+            burst_factor=self.burst_factor,
             min_replicas=self.min_replicas,
             max_replicas=self.max_replicas,
             ttft_seconds=None if self.target_ttft_ms is None else self.target_ttft_ms / 1e3,

@@ -16,18 +16,21 @@ _ARRIVAL_MEMORY_SECONDS = 60.0
 _LENGTH_MEMORY_SECONDS = 300.0
 _STEP_SECONDS = 30.0  # of the forecast's grid: shorter ones are Poisson noise, which the queue model holds already
 _STARTUPS = 8
+_USUAL_SECONDS = 1800.0  # in which the usual rate moves by a factor of e at most: minutes of a burst move it little
+_FIRST_SECONDS = 60.0  # of which it is the plain mean
 
 
 @dataclass(frozen=True)
 class Demand:
     """Requests per second to size for: `upper` holds at the horizon with the promised probability, `certain` is what
-    arrives now and is no chance.
+    arrives now and is no chance, `insured` what may come from one moment to the next and must find room.
     """
 
     now: float
     upper: float
     horizon_seconds: float
     certain: float = 0.0
+    insured: float = 0.0
 
 
 def learn(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Memory:
@@ -42,8 +45,14 @@ def learn(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Memo
     asked = memory.last_asked_seconds
     if asked is None or asked > now or _is_asked(fleet, rate):
         asked = now
+    usual, seconds = _usual_rate(memory, rate, interval)
+    waiting = pending(fleet, policy)
     return replace(
         memory,
+        pending=waiting,
+        pending_growth=_growth(memory.pending, waiting, interval),
+        usual_rate=usual,
+        usual_seconds=seconds,
         forecast=forecast,
         arrival_rate=_smoothed_rate(memory, rate, interval),
         prompt_tokens=_blend(memory.prompt_tokens, prompt_tokens_per_request(fleet), interval),
@@ -61,7 +70,19 @@ def demand(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Dem
     upper = smoothed if seen is None else seen.upper
     certain = max(0.0, now - 2.0 * math.sqrt(now / interval)) if now is not None and interval > 0 else 0.0
     upper = max(upper, certain)
-    return Demand(smoothed if now is None else now, upper, horizon_seconds(memory, policy), certain)
+    insured = policy.burst_factor * (memory.usual_rate or 0.0) if policy.burst_factor > 1.0 else 0.0
+    return Demand(smoothed if now is None else now, upper, horizon_seconds(memory, policy), certain, insured)
+
+
+def pending(fleet: FleetObservation, policy: SizingPolicy) -> float:
+    """What queues at the pool's engines; for decoders also what waits for its prefill, for it comes as soon as that
+    pool has caught up.
+    """
+    engines, proxy = [engine for engine in fleet.engines if engine.usable], fleet.proxy
+    waiting = sum(engine.waiting or 0.0 for engine in engines)
+    if policy.role != "decode" or proxy is None or proxy.stale_reason:
+        return waiting
+    return max(waiting, proxy.in_flight - sum(engine.running or 0.0 for engine in engines))
 
 
 def horizon_seconds(memory: Memory, policy: SizingPolicy) -> float:
@@ -175,6 +196,25 @@ def _blend(old: float | None, new: float | None, interval: float) -> float | Non
         return old if new is None else new
     keep = math.exp(-interval / _LENGTH_MEMORY_SECONDS)
     return keep * old + (1.0 - keep) * new
+
+
+def _usual_rate(memory: Memory, rate: float | None, interval: float) -> tuple[float | None, float]:
+    """What half of the time is passed: it steps up or down, whatever the distance. No rate at all teaches nothing."""
+    old, seconds = memory.usual_rate, memory.usual_seconds
+    if not rate or interval <= 0:
+        return old, seconds
+    if old is None or seconds < _FIRST_SECONDS:
+        old = rate if old is None else old
+        return old + interval / (seconds + interval) * (rate - old), seconds + interval
+    step = math.exp(min(interval / _USUAL_SECONDS, 1.0))
+    return (min(rate, old * step) if rate > old else max(rate, old / step)), seconds + interval
+
+
+def _growth(old: float | None, new: float, interval: float) -> float:
+    """Per second, as far as it is no chance: beyond two deviations of a count."""
+    if old is None or interval <= 0:
+        return 0.0
+    return max(0.0, new - old - 2.0 * math.sqrt(max(new, 0.0))) / interval
 
 
 def _smoothed_rate(memory: Memory, rate: float | None, interval: float) -> float | None:

@@ -42,6 +42,9 @@ class DrainedStop:
     keep: bool = False
     is_ordered: bool = False
 
+    def __post_init__(self) -> None:
+        self._hand_offs = self.around.hand_offs()
+
     async def run(self) -> list[Happening]:
         """Do it all, and say what became of each victim."""
         try:
@@ -130,7 +133,7 @@ class DrainedStop:
             if self.around.proxy is not None:
                 listed = (await self.around.proxy.engines()).find(url)
                 if listed is not None:
-                    return listed.in_flight == 0
+                    return listed.in_flight == 0 and await self._hand_offs.are_over(url)
             reading = await self.around.peers.scrape(url)
         except ObservationError as error:
             # One that cannot be reached any more has nothing in flight that could be saved.

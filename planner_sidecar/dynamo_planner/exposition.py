@@ -48,12 +48,14 @@ _NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 
 _LINE = re.compile(r"([a-zA-Z_:][\w:]*)(\{.*\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?[ \t]*\r?$")
 _EDGE = re.compile(r'[{,]le="([^"]*)"')
-_PREFIXES = ("vllm:", "sglan", "proce")  # the first five letters of everything that is read
+_PREFIXES = ("vllm:", "sglan", "proce", "dynam")  # the first five letters of everything that is read
 _STARTED = "process_start_time_seconds"
+_LEASES = "dynamo_nixl_open_leases"
 _HISTOGRAMS = ("ttft", "itl", "queue_wait")
 _WANTED = frozenset(
     (
         _STARTED,
+        _LEASES,
         *(name for names in _NAMES.values() for what in names.values() for name in what),
         *(
             name + end
@@ -91,6 +93,8 @@ class EngineReading:
     itl: Histogram | None
     queue_wait: Histogram | None
     started_seconds: float | None
+    open_leases: float = 0.0
+    """Hand-offs whose KV a peer may still read; only engines with our connector say so."""
 
 
 def parse_engine_metrics(text: str) -> EngineReading:
@@ -119,6 +123,7 @@ def parse_engine_metrics(text: str) -> EngineReading:
         itl=_histogram(values, names["itl"]),
         queue_wait=_histogram(values, names["queue_wait"]),
         started_seconds=_first(values, (_STARTED,), max),
+        open_leases=_first(values, (_LEASES,), sum) or 0.0,
     )
 
 

@@ -29,7 +29,6 @@ class HookActuator:
         self._around = around
         self._wanted = 0
         self._stop = StopInHand(self, around)
-        self._happenings: list[Happening] = []
 
     def states(self) -> Mapping[str, str]:
         return {}
@@ -38,25 +37,17 @@ class HookActuator:
         return NOTHING_MORE
 
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
-        self._happenings += self._stop.book()
-        try:
-            if desired > current:
-                return await self._more(desired)
-            return await self._fewer(current, desired)
-        except ActuationError as error:
-            return Outcome(False, error.reason, (str(error),))
+        return await self._stop.attempt(self._more(desired) if desired > current else self._fewer(current, desired))
 
     async def restart(self) -> Outcome:
         return Outcome(False, "not_offered", ("a scale command knows counts only; restart by your own means",))
 
     def happenings(self) -> list[Happening]:
-        self._happenings += self._stop.book()
-        taken, self._happenings = self._happenings, []
-        return taken
+        return self._stop.take()
 
     async def close(self) -> None:
         """What runs, runs on; a drain that has not come to its order is taken back."""
-        self._happenings += await self._stop.close()
+        await self._stop.close()
 
     def kill_now(self) -> None:
         self._stop.cancel()

@@ -45,7 +45,6 @@ class KubernetesActuator:
         self._is_known = False
         self._registered: set[str] = set()
         self._stop = StopInHand(self, around)
-        self._happenings: list[Happening] = []
         self._goal = 0
         self._rolling = RollingRestart()
         self.replacing: tuple[str, ...] = ()
@@ -56,7 +55,7 @@ class KubernetesActuator:
 
     async def refresh(self) -> Supplement:
         """Renew the lease, read the scale and the pods, put the proxy's list right. Raises ObservationError."""
-        self._happenings += self._stop.book()
+        self._stop.book()
         try:
             held = await self._lease.keep(self._around.clock, self._wall.stamp())
             scale = await self._client.get_scale(self._settings.target)
@@ -68,7 +67,7 @@ class KubernetesActuator:
         is_edited = self._ordered is not None and ordered != self._ordered
         if is_edited:
             text = f"somebody else ordered {ordered} instead of {self._ordered}; adopted"
-            self._happenings.append(Happening(str(self._settings.target), "adopted", "", text))
+            self._stop.note(Happening(str(self._settings.target), "adopted", "", text))
         self._ordered, self._is_known = ordered, True
         startups = self._take_pods(plain)
         if held:
@@ -83,13 +82,7 @@ class KubernetesActuator:
             return Outcome(False, "not_the_writer", (f"{self._lease.holder or 'nobody'} holds the lease",))
         if self._rolling.is_running:
             return Outcome(False, "restarting", ("a rolling restart is under way; order again when it has ended",))
-        self._happenings += self._stop.book()
-        try:
-            if desired > current:
-                return await self._more(desired)
-            return await self._fewer(desired)
-        except ActuationError as error:
-            return Outcome(False, error.reason, (str(error),))
+        return await self._stop.attempt(self._more(desired) if desired > current else self._fewer(desired))
 
     async def restart(self) -> Outcome:
         """Each pod is drained and deleted; its controller makes a new one, which must be ready before the next goes."""
@@ -106,15 +99,12 @@ class KubernetesActuator:
         return Outcome(True, "restarting", (f"replacing {len(pods)} pods, one at a time",))
 
     def happenings(self) -> list[Happening]:
-        self._happenings += self._stop.book()
-        self._happenings += self._rolling.take()
-        taken, self._happenings = self._happenings, []
-        return taken
+        return self._stop.take() + self._rolling.take()
 
     async def close(self) -> None:
         """Pods stay: they are the cluster's. A drain that has not come to its order is taken back."""
         await self._rolling.end()
-        self._happenings += await self._stop.close()
+        await self._stop.close()
         await self._lease.give_up(self._wall.stamp())
 
     def kill_now(self) -> None:
@@ -214,7 +204,7 @@ class KubernetesActuator:
                 if name not in self._ready_once and self._unready_since.get(name) is not None:
                     startups.append(max(0.0, wall - pod.created_seconds))
                     text = f"ready {startups[-1]:.0f} s after it was created"
-                    self._happenings.append(Happening(pod.url, "ready", "", text))
+                    self._stop.note(Happening(pod.url, "ready", "", text))
                 self._ready_once.add(name)
                 self._unready_since.pop(name, None)
             elif name not in self._unready_since:
@@ -274,7 +264,7 @@ class KubernetesActuator:
                     self._registered.discard(url)
             await self.unmark(left_marked)
         except (ObservationError, ActuationError) as error:
-            self._happenings.append(Happening("", "failed", error.reason, str(error)))
+            self._stop.note(Happening("", "failed", error.reason, str(error)))
 
     async def _in_flight(self) -> dict[str, int]:
         if self._around.proxy is None:

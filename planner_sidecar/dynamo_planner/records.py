@@ -134,6 +134,8 @@ class SizingPolicy:
     prompt_cv2: float = 1.6
     """Squared coefficient of variation of prompt lengths; 1.6 is that of production."""
     has_daily_profile: bool = True
+    burst_factor: float = 1.0
+    """A step to so many times the usual load finds room, so that none waits until help has come. 1: off."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,12 @@ class Memory:
     """Seconds from the first sight of a starting replica to its being ready: the last few."""
     last_down_seconds: float | None = None
     last_asked_seconds: float | None = None
+    usual_rate: float | None = None
+    """Requests per second that half of the time is passed, `usual_seconds` of it: what a burst is a multiple of."""
+    usual_seconds: float = 0.0
+    pending: float | None = None
+    """Requests that wait for this pool, here or upstream; `pending_growth` of them more every second."""
+    pending_growth: float = 0.0
 
 
 @dataclass(frozen=True)

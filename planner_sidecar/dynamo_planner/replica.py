@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from .child_process import ChildProcess
 from .drain import AFTER_EXIT, ENDED, SETTLED, SUPPLY, Effect, Event, Lifecycle, State, phase
 from .errors import ObservationError
+from .hand_offs import HandOffs
 from .peers import Peers, ProxyAdmin
 from .records import DRAINING, READY, STARTING
 
@@ -25,6 +26,7 @@ class Limits:
     resume_seconds: float = 30.0
     kill_seconds: float = 10.0
     forget_seconds: float = 5.0
+    lease_seconds: float = 40.0  # of a hand-off; the connector gives 30 and renews them
     poll_seconds: float = 0.5
 
 
@@ -37,6 +39,9 @@ class Surroundings:
     limits: Limits
     clock: Callable[[], float]
     sleep: Callable[[float], Awaitable[None]]
+
+    def hand_offs(self) -> HandOffs:
+        return HandOffs(self.peers, self.clock, self.limits.lease_seconds)
 
 
 class Replica:
@@ -52,6 +57,7 @@ class Replica:
         self._around = around
         self._phase_began = self.born
         self._idle_looks = 0
+        self._hand_offs = around.hand_offs()
 
     @property
     def state(self) -> str:
@@ -107,6 +113,7 @@ class Replica:
         self.life.feed(event)
         if phase(self.life.state) != before:
             self._phase_began, self._idle_looks = self._around.clock(), 0
+            self._hand_offs = self._around.hand_offs()
 
     async def _next_event(self) -> Event | None:
         if self.life.state not in AFTER_EXIT and self.child.gone():
@@ -175,7 +182,8 @@ class Replica:
             if self._around.proxy is not None:
                 listed = (await self._around.proxy.engines()).find(self.url)
                 if listed is not None:
-                    return Event.IDLE if listed.in_flight == 0 else None
+                    is_idle = listed.in_flight == 0 and await self._hand_offs.are_over(self.url)
+                    return Event.IDLE if is_idle else None
             reading = await self._around.peers.scrape(self.url)
         except ObservationError:
             self._idle_looks = 0

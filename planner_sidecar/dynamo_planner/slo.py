@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from .capacity import DecodeLoad, PrefillLoad, batch_at, itl_at, prefill_service, replicas_for_decode
 from .capacity import replicas_for_prefill as prefill_replicas
-from .demand import Demand, demand
+from .demand import Demand, demand, pending
+from .queueing import MAX_UTILISATION
 from .records import STARTING, Delta, FleetObservation, Memory, SizingPolicy
 from .sizing import Need
 from .step_model import coefficients
@@ -93,15 +94,20 @@ def _ttft_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) ->
         return Need(observed, max(observed, ready), "ttft", f"prefill rate still unknown, TTFT {seen}")
     service = prefill_service(fitted, load)
     up = prefill_replicas(fitted, load, target, policy.attainment, policy.is_pooled)
-    backlog = _backlog_at_help(fleet, wanted, waiting, service.mean_seconds)
+    backlog = max(
+        _backlog_at_help(fleet, wanted, waiting, service.mean_seconds), _pending_at_help(fleet, policy, memory, wanted)
+    )
     if backlog > ready:
         up = max(up, math.ceil((wanted.now + backlog / _BACKLOG_SECONDS) * service.mean_seconds - 1e-9))
-    up = max(up, observed)
+    insured = math.ceil(wanted.insured * service.mean_seconds / MAX_UTILISATION - 1e-9)
+    reason = "burst" if insured > max(up, observed) else "ttft"
+    up = max(up, observed, insured)
     spare = replace(load, rate=wanted.upper / _KEEP_MARGIN)
     down = max(up, prefill_replicas(fitted, spare, target, policy.attainment, policy.is_pooled))
     ahead = f"{wanted.upper:.2f} requests/s within {wanted.horizon_seconds:.0f} s (now {wanted.now:.2f})"
     cost = f"take {service.mean_seconds * 1e3:.0f} ms each against a TTFT of {target * 1e3:.0f} ms"
-    return Need(up, down, "ttft", f"{ahead} of {load.tokens:.0f} tokens {cost} for {policy.attainment:.0%}")
+    room = f"; room for {wanted.insured:.2f} at once" if wanted.insured else ""
+    return Need(up, down, reason, f"{ahead} of {load.tokens:.0f} tokens {cost} for {policy.attainment:.0%}{room}")
 
 
 def _backlog_at_help(fleet: FleetObservation, wanted: Demand, waiting: float, seconds_each: float) -> float:
@@ -117,8 +123,8 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     running = sum(engine.running or 0.0 for engine in fleet.engines if engine.usable)
     ready = max(1, sum(engine.usable for engine in fleet.engines))
     wanted, tokens = demand(memory, fleet, policy), memory.output_tokens
-    pending = _pending_decodes(fleet, running) if policy.role == "decode" else 0.0
-    upper = max(wanted.upper, wanted.now + pending / _BACKLOG_SECONDS) if pending > ready else wanted.upper
+    backlog = _pending_at_help(fleet, policy, memory, wanted) if policy.role == "decode" else 0.0
+    upper = max(wanted.upper, wanted.insured, wanted.now + backlog / _BACKLOG_SECONDS if backlog > ready else 0.0)
     rate = upper * tokens if tokens is not None else 0.0
     if (total is None or not total.count or running == 0) and rate <= 1e-6:
         return Need(1, 1, "itl", "no decoding")
@@ -141,11 +147,12 @@ def _itl_need(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> 
     return replace(need, down=max(need.up, need.down))
 
 
-def _pending_decodes(fleet: FleetObservation, running: float) -> float:
-    """What queues at full decoders, and what waits for its prefill: it comes as soon as that pool has caught up."""
-    waiting = sum(engine.waiting or 0.0 for engine in fleet.engines if engine.usable)
-    known = fleet.proxy is not None and not fleet.proxy.stale_reason
-    return max(waiting, fleet.proxy.in_flight - running if known and fleet.proxy is not None else 0.0)
+def _pending_at_help(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, wanted: Demand) -> float:
+    """What waits, and what will wait when what is ordered now has come if it grows on as in the last interval; while
+    help is on its way nobody knows how long it will.
+    """
+    is_helped = fleet.current > sum(engine.usable for engine in fleet.engines)
+    return pending(fleet, policy) + (0.0 if is_helped else memory.pending_growth * wanted.horizon_seconds)
 
 
 def _replicas_for_batch(fitted: tuple[float, ...], load: DecodeLoad, running: float, target: float) -> int:

@@ -1,12 +1,13 @@
-"""The drained stop that an actuator has under way, at most one, and what came of it."""
+"""The drained stop that an actuator has under way, at most one, and what there is to tell of its replicas."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from .actuator import Happening, Outcome
 from .drained_stop import DrainedStop, Stopper
+from .errors import ActuationError
 from .replica import Surroundings
 
 
@@ -18,6 +19,7 @@ class StopInHand:
         self._around = around
         self._stop: DrainedStop | None = None
         self._task: asyncio.Task[list[Happening]] | None = None
+        self._happenings: list[Happening] = []
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -40,29 +42,47 @@ class StopInHand:
         self._stop.keep = True
         return Outcome(True, "kept", (f"taking back the drain of {', '.join(self._stop.urls)}",))
 
-    def book(self) -> list[Happening]:
-        """What came of a stop that has ended, once."""
+    async def attempt(self, move: Awaitable[Outcome]) -> Outcome:
+        """A move up or down, after the end of an earlier stop was booked; its failure is an outcome too."""
+        self.book()
+        try:
+            return await move
+        except ActuationError as error:
+            return Outcome(False, error.reason, (str(error),))
+
+    def note(self, happening: Happening) -> None:
+        self._happenings.append(happening)
+
+    def take(self) -> list[Happening]:
+        """What happened since the last call."""
+        self.book()
+        taken, self._happenings = self._happenings, []
+        return taken
+
+    def book(self) -> None:
+        """Note what came of a stop that has ended, once."""
         stop, task = self._stop, self._task
         if stop is None or task is None or not task.done():
-            return []
+            return
         self._stop = self._task = None
         if task.cancelled():
-            return []
+            return
         error = task.exception()
         if error is not None:
-            return [Happening(url, "failed", "stop_failed", repr(error)) for url in stop.urls]
-        return task.result()
+            self._happenings += [Happening(url, "failed", "stop_failed", repr(error)) for url in stop.urls]
+        else:
+            self._happenings += task.result()
 
-    async def close(self) -> list[Happening]:
-        """Take it back, or give up waiting for it after `resume_seconds`; what came of it."""
+    async def close(self) -> None:
+        """Take it back, or give up waiting for it after `resume_seconds`."""
         if self._stop is None or self._task is None:
-            return []
+            return
         self._stop.keep = True
         await asyncio.wait({self._task}, timeout=self._around.limits.resume_seconds)
         if not self._task.done():
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        return self.book()
+        self.book()
 
     def cancel(self) -> None:
         if self._task is not None:

@@ -18,6 +18,8 @@ from dynamo_planner.kube_access import find_access
 RUN = Path(os.environ["KUBE_RUN"])
 HERE = Path(__file__).resolve().parent
 PODS = "/api/v1/namespaces/default/pods"
+GROUP_LABEL = "leaderworkerset.sigs.k8s.io/"
+GROUP_SIZE = 2
 
 LWS = """
 apiVersion: apiextensions.k8s.io/v1
@@ -54,13 +56,16 @@ def workload(kind: str, name: str, replicas: int) -> dict[str, Any]:
 
 @dataclass
 class Cluster:
-    """The administrator's view, and the kubelet. `stuck` pods are never made ready."""
+    """The administrator's view, and the kubelet. `stuck` pods are never made ready; `groups` are paths of
+    LeaderWorkerSets, whose controller is played here too.
+    """
 
     session: aiohttp.ClientSession
     url: str
     tls: ssl.SSLContext
     stuck: bool = False
     hosts: dict[str, str] = field(default_factory=dict)
+    groups: list[str] = field(default_factory=list)
 
     async def ask(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> tuple[int, Any]:
         headers = {"Authorization": "Bearer admin-token", "Content-Type": kind}
@@ -75,6 +80,8 @@ class Cluster:
 
     async def kubelet(self) -> None:
         """One round: bind and ready what is new, end what leaves."""
+        for path in self.groups:
+            await self._control_groups(path)
         for pod in (await self.must("GET", PODS))["items"]:
             name, meta = pod["metadata"]["name"], pod["metadata"]
             if meta.get("deletionTimestamp"):
@@ -95,6 +102,28 @@ class Cluster:
             "conditions": [{"type": kind, "status": "True"} for kind in kinds],
         }
         await self.ask("PATCH", f"{PODS}/{name}/status", {"status": status}, "application/strategic-merge-patch+json")
+
+    async def _control_groups(self, path: str) -> None:
+        """A leader and its workers for every replica; the highest groups go first, leaders and workers together."""
+        status, plain = await self.ask("GET", path)
+        name, wanted = path.rpartition("/")[2], plain["spec"]["replicas"] if status == 200 else 0
+        pods = (await self.must("GET", f"{PODS}?labelSelector={GROUP_LABEL}name%3D{name}"))["items"]
+        there = {pod["metadata"]["name"]: pod["metadata"] for pod in pods}
+        for index in range(wanted):
+            for worker in range(GROUP_SIZE):
+                own = f"{name}-{index}" + (f"-{worker}" if worker else "")
+                if own not in there:
+                    places = {"name": name, "group-index": str(index), "worker-index": str(worker)}
+                    labels = {GROUP_LABEL + key: value for key, value in places.items()}
+                    spec = {"containers": [{"name": "engine", "image": "engine"}]}
+                    await self.must("POST", PODS, {"metadata": {"name": own, "labels": labels}, "spec": spec})
+        for own, meta in there.items():
+            if int(meta["labels"][GROUP_LABEL + "group-index"]) >= wanted and not meta.get("deletionTimestamp"):
+                await self.ask("DELETE", f"{PODS}/{own}")
+        if status == 200:
+            selector = f"{GROUP_LABEL}name={name},{GROUP_LABEL}worker-index=0"
+            said = {"status": {"replicas": wanted, "hpaPodSelector": selector}}
+            await self.ask("PATCH", path + "/status", said, "application/merge-patch+json")
 
     async def replicas(self, target: str) -> int:
         return int((await self.must("GET", target))["spec"]["replicas"])

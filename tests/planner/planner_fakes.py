@@ -168,7 +168,7 @@ if "grandchild" in flags:
     subprocess.Popen([sys.executable, "-c", nap])
 if "dies" in flags:
     sys.exit("no such model: tiny")
-running, release = [0], threading.Event()
+running, release, leases = [0], threading.Event(), [0]
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body, status = b"ok", 200
@@ -176,6 +176,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status = 503
         elif self.path == "/metrics":
             body = ("vllm:num_requests_running %d\\nvllm:num_requests_waiting 0\\n" % running[0]).encode()
+            body += b"dynamo_nixl_open_leases %d\\n" % leases[0]
+        elif self.path == "/lease":
+            leases[0] = 1 - leases[0]
         elif self.path == "/work":
             running[0] += 1
             self.send_response(200); self.send_header("Content-Length", "10"); self.end_headers()

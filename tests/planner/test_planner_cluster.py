@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import aiohttp
 import pytest
 from dynamo_planner.errors import ConfigError
+from dynamo_planner.hand_offs import HandOffs
 from dynamo_planner.kube_access import find_access
 from dynamo_planner.kube_target import parse_target, pod_of
+from dynamo_planner.peers import Peers
 
 from tests.planner.fake_kubernetes import FakeCluster
 from tests.planner.kubernetes_stand import planned
-from tests.planner.planner_fakes import vllm_text
+from tests.planner.planner_fakes import FakeEngine, served, vllm_text
 
 
 def test_the_planner_holds_while_the_api_is_down_and_goes_on_after(tmp_path: Path) -> None:
@@ -36,6 +39,24 @@ def test_the_planner_holds_while_the_api_is_down_and_goes_on_after(tmp_path: Pat
             assert fleet.first.parts.metrics.value(
                 "dynamo_planner_observation_failures_total", reason="api_unreachable"
             )
+
+    asyncio.run(story())
+
+
+def test_hand_offs_are_waited_for_until_no_lease_can_be_open() -> None:
+    async def story() -> None:
+        engine, now = FakeEngine(vllm_text() + 'dynamo_nixl_open_leases{engine="0"} 2.0\n'), [100.0]
+        async with served(engine.app()) as url, aiohttp.ClientSession() as session:
+            hand_offs = HandOffs(Peers(session, 5.0), lambda: now[0], 40.0)
+            assert not await hand_offs.are_over(url)
+            engine.mood = "error"
+            assert await hand_offs.are_over(url), "what cannot be read is not waited for"
+            engine.mood = "ok"
+            assert not await hand_offs.are_over(url)
+            now[0] = 140.0
+            assert await hand_offs.are_over(url), "the number of an engine that does nothing may stand still"
+            engine.text = vllm_text()
+            assert await HandOffs(Peers(session, 5.0), lambda: now[0], 40.0).are_over(url)
 
     asyncio.run(story())
 

@@ -19,7 +19,7 @@ from dynamo_planner.records import (
     ProxyObservation,
     SizingPolicy,
 )
-from dynamo_planner.step_model import coefficients, learn_step
+from dynamo_planner.step_model import StepModel, coefficients, learn_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,6 +150,44 @@ def test_a_burst_orders_what_also_clears_the_queue_that_grows_until_help_comes()
     assert once(fleet(*helped, proxy=proxy), SLA, first.memory).desired == 6
 
 
+def seen_rate(memory: Memory, policy: SizingPolicy, second: float, rate: int) -> Decision:
+    proxy = ProxyObservation(interval_seconds=10, arrivals=10 * rate, prompt_tokens=10 * rate * 1000)
+    return once(fleet(engine(), now=1000.0 + second, proxy=proxy), policy, memory)
+
+
+def test_room_for_a_burst_is_a_multiple_of_the_usual_load_and_not_of_the_burst() -> None:
+    """10/s x 40 ms are 0.4 replicas' work: one is enough, and for five times as much, 2.0 at full use, three."""
+    policy, memory = replace(SLA, burst_factor=5.0), taught()
+    for tick in range(60):
+        calm = seen_rate(memory, policy, 10.0 * tick, 10)
+        memory = calm.memory
+    assert (calm.need_up, calm.reason) == (3, "burst"), calm.explanation
+    assert seen_rate(memory, SLA, 600.0, 10).need_up == 1
+    for tick in range(60, 90):
+        memory = seen_rate(memory, policy, 10.0 * tick, 50).memory
+    assert memory.usual_rate == pytest.approx(10.0 * math.exp(300 / 1800), rel=0.01)
+    assert seen_rate(memory, policy, 900.0, 0).memory.usual_rate == memory.usual_rate, "no traffic teaches nothing"
+
+
+def test_a_decode_pool_keeps_room_for_a_burst_too() -> None:
+    policy = replace(SLA, role="decode", ttft_seconds=None)
+    memory = replace(taught(), output_tokens=200.0, usual_rate=10.0, usual_seconds=600.0)
+    assert (
+        seen_rate(memory, policy, 0.0, 10).need_up
+        < seen_rate(memory, replace(policy, burst_factor=5.0), 0.0, 10).need_up
+    )
+
+
+def test_cold_engines_teach_nothing_about_step_times() -> None:
+    cold = engine(
+        age_seconds=5.0, ttft=Delta(90.0, 10, 0.0), prompt_tokens=1e4, itl=Delta(9.0, 100), interval_seconds=10
+    )
+    assert once(fleet(cold), SLA).memory.prefill == once(fleet(cold), SLA).memory.decode == StepModel()
+    learnt = once(fleet(replace(cold, age_seconds=31.0)), SLA).memory
+    assert learnt.prefill.points
+    assert learnt.decode.points
+
+
 def test_a_decode_pool_counts_what_waits_for_its_prefill() -> None:
     policy = replace(SLA, role="decode", ttft_seconds=None)
     memory = replace(taught(), output_tokens=200.0)
@@ -159,6 +197,19 @@ def test_a_decode_pool_counts_what_waits_for_its_prefill() -> None:
     assert piled.need_up > calm.need_up, (piled.explanation, calm.explanation)
     full = once(fleet(engine(running=20, waiting=900.0)), policy, replace(memory, arrival_rate=10.0))
     assert full.need_up == piled.need_up, "what queues at the decoders themselves counts as well"
+
+
+def test_a_queue_that_grows_is_counted_as_long_as_it_will_be_when_help_has_come() -> None:
+    """100 wait after 10 s in which none waited before: 8/s more by any chance, for 70 s."""
+    policy = replace(SLA, role="decode", ttft_seconds=None)
+    memory = replace(taught(), output_tokens=200.0, pending=0.0)
+    proxy = ProxyObservation(interval_seconds=10, arrivals=100, prompt_tokens=100 * 1000, in_flight=120)
+    grown = once(fleet(engine(running=20), proxy=proxy), policy, memory)
+    assert grown.memory.pending_growth == pytest.approx(8.0)
+    stands = once(fleet(engine(running=20), proxy=proxy), policy, replace(memory, pending=100.0))
+    assert grown.need_up > stands.need_up, (grown.explanation, stands.explanation)
+    helped = once(fleet(engine(running=20), engine(1, state="starting"), proxy=proxy), policy, memory)
+    assert helped.need_up == stands.need_up, "nobody knows how long it grows while help is on its way"
 
 
 def test_sla_doubles_at_most_for_a_missed_target_and_not_while_help_comes() -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +39,22 @@ def two_ready(stand: Bench) -> bool:
     return sum(line.startswith("ready http") for line in stand.said) == 2
 
 
+@asynccontextmanager
+async def behind_a_proxy(
+    folder: Path, *flags: str, is_empty: bool = False, proxy: FakeProxy | None = None, **more: object
+) -> AsyncIterator[tuple[Bench, FakeProxy]]:
+    """A planner beside a proxy, with two replicas that are ready unless it `is_empty`."""
+    proxy = proxy or FakeProxy()
+    async with (
+        served(proxy.app()) as admin,
+        bench(folder, **actuate(folder, *flags, proxy_admin=admin, **more)) as stand,
+    ):
+        if not is_empty:
+            await stand.planner.order(2)
+            await stand.eventually(lambda: two_ready(stand))
+        yield stand, proxy
+
+
 async def get(session: aiohttp.ClientSession, url: str) -> str:
     async with session.get(url) as answer:
         return await answer.text()
@@ -44,11 +62,7 @@ async def get(session: aiohttp.ClientSession, url: str) -> str:
 
 def test_the_minimum_is_started_registered_and_gone_after_close(tmp_path: Path) -> None:
     async def story() -> None:
-        proxy = FakeProxy()
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
-        ):
+        async with behind_a_proxy(tmp_path, is_empty=True) as (stand, proxy):
             decision, outcome = await stand.planner.tick()
             assert (decision.desired, decision.reason, outcome.accepted) == (1, "below_min", True)
             assert "output in" in outcome.actions[0]
@@ -67,13 +81,7 @@ def test_the_minimum_is_started_registered_and_gone_after_close(tmp_path: Path) 
 
 def test_a_request_held_open_over_a_scale_down_finishes(tmp_path: Path) -> None:
     async def story() -> None:
-        proxy = FakeProxy()
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
-        ):
-            await stand.planner.order(2)
-            await stand.eventually(lambda: two_ready(stand))
+        async with behind_a_proxy(tmp_path) as (stand, proxy):
             first, second = proxy.states
             proxy.in_flight = {first: 1, second: 3}  # the victim is the one with least in flight
             async with stand.session.get(f"{first}/work") as answer:
@@ -89,6 +97,25 @@ def test_a_request_held_open_over_a_scale_down_finishes(tmp_path: Path) -> None:
             await stand.until(f"stopped {first}")
             assert list(proxy.states) == [second]
             proxy.in_flight[second] = 0
+
+    asyncio.run(story())
+
+
+def test_a_prefill_worker_whose_kv_is_still_read_is_not_stopped(tmp_path: Path) -> None:
+    """The proxy's count is zero as soon as the first token is out; the lease of the hand-off is longer."""
+
+    async def story() -> None:
+        async with behind_a_proxy(tmp_path) as (stand, proxy):
+            victim, other = proxy.states
+            proxy.in_flight = {other: 1}
+            await get(stand.session, f"{victim}/lease")
+            await stand.planner.order(1)
+            await stand.eventually(lambda: proxy.states.get(victim) == "draining")
+            await asyncio.sleep(0.2)  # many polls, none of which may stop it
+            assert proxy.states[victim] == "draining"
+            await get(stand.session, f"{victim}/lease")
+            await stand.until(f"stopped {victim}")
+            proxy.in_flight = {}
 
     asyncio.run(story())
 
@@ -116,14 +143,7 @@ def test_without_a_proxy_the_engines_own_gauges_are_waited_for(tmp_path: Path) -
 
 def test_a_drain_that_does_not_end_is_undone(tmp_path: Path) -> None:
     async def story() -> None:
-        proxy = FakeProxy()
-        settings = actuate(tmp_path, proxy_admin="", drain_seconds=0.2)
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **(settings | {"proxy_admin": admin})) as stand,
-        ):
-            await stand.planner.order(2)
-            await stand.eventually(lambda: two_ready(stand))
+        async with behind_a_proxy(tmp_path, drain_seconds=0.2) as (stand, proxy):
             proxy.in_flight = dict.fromkeys(proxy.states, 1)
             await stand.planner.order(1)
             line = await stand.until("kept http")
@@ -140,13 +160,7 @@ def test_a_drain_that_does_not_end_is_undone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("broken", ["drain", "remove"])
 def test_a_proxy_that_fails_in_the_middle_is_asked_to_resume(tmp_path: Path, broken: str) -> None:
     async def story() -> None:
-        proxy = FakeProxy()
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
-        ):
-            await stand.planner.order(2)
-            await stand.eventually(lambda: two_ready(stand))
+        async with behind_a_proxy(tmp_path) as (stand, proxy):
             proxy.broken.add(broken)
             await stand.planner.order(1)
             await stand.until("kept http")
@@ -197,12 +211,7 @@ def test_a_replica_that_dies_at_once_says_its_last_words(tmp_path: Path) -> None
 
 def test_a_crash_takes_orphans_along_and_is_told_to_the_proxy(tmp_path: Path) -> None:
     async def story() -> None:
-        proxy = FakeProxy()
-        settings = actuate(tmp_path, "grandchild", proxy_admin="")
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **(settings | {"proxy_admin": admin})) as stand,
-        ):
+        async with behind_a_proxy(tmp_path, "grandchild", is_empty=True) as (stand, proxy):
             await stand.planner.tick()
             url = url_in(await stand.until("ready http"))
             pid = replicas(stand)._replicas[url].child.pid
@@ -216,11 +225,11 @@ def test_a_crash_takes_orphans_along_and_is_told_to_the_proxy(tmp_path: Path) ->
 
 def test_engines_that_the_planner_did_not_start_are_never_stopped(tmp_path: Path) -> None:
     async def story() -> None:
-        proxy = FakeProxy(states={"http://127.0.0.1:9": "ready", "http://127.0.0.1:7": "ready"})
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
-        ):
+        async with behind_a_proxy(
+            tmp_path,
+            is_empty=True,
+            proxy=FakeProxy(states={"http://127.0.0.1:9": "ready", "http://127.0.0.1:7": "ready"}),
+        ) as (stand, proxy):
             _, outcome = await stand.planner.order(1)
             assert (outcome.accepted, outcome.reason) == (False, "no_victim")
             assert proxy.calls == []
@@ -265,13 +274,7 @@ def test_closing_while_replicas_start_leaves_none(tmp_path: Path) -> None:
 
 def test_a_need_that_comes_back_takes_the_drain_back_instead_of_starting_one_more(tmp_path: Path) -> None:
     async def story() -> None:
-        proxy = FakeProxy()
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
-        ):
-            await stand.planner.order(2)
-            await stand.eventually(lambda: two_ready(stand))
+        async with behind_a_proxy(tmp_path) as (stand, proxy):
             before = {replica.child.pid for replica in replicas(stand)._replicas.values()}
             proxy.in_flight = dict.fromkeys(proxy.states, 1)
             await stand.planner.order(1)
@@ -311,11 +314,7 @@ def test_a_group_that_is_gone_is_never_signalled_again(tmp_path: Path, monkeypat
 
 def test_a_rolling_restart_starts_the_new_one_before_the_old_one_goes(tmp_path: Path) -> None:
     async def story() -> None:
-        proxy = FakeProxy()
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
-        ):
+        async with behind_a_proxy(tmp_path, is_empty=True) as (stand, proxy):
             assert (await stand.planner.parts.actuator.restart()).reason == "no_victim"
             await stand.planner.order(2)
             await stand.eventually(lambda: two_ready(stand))
@@ -335,13 +334,7 @@ def test_a_rolling_restart_starts_the_new_one_before_the_old_one_goes(tmp_path: 
 
 def test_a_rolling_restart_whose_new_replica_dies_keeps_the_old_ones(tmp_path: Path) -> None:
     async def story() -> None:
-        proxy = FakeProxy()
-        async with (
-            served(proxy.app()) as admin,
-            bench(tmp_path, **actuate(tmp_path, proxy_admin=admin)) as stand,
-        ):
-            await stand.planner.order(2)
-            await stand.eventually(lambda: two_ready(stand))
+        async with behind_a_proxy(tmp_path) as (stand, proxy):
             old = dict(proxy.states)
             plan = replicas(stand)._plan
             replicas(stand)._plan = replace(plan, command=child_command(tmp_path, "dies"))

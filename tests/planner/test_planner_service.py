@@ -153,6 +153,7 @@ BASE = ["--engine", "http://127.0.0.1:9"]
         ([*BASE, "--optimization-target", "sla"], "give at least one"),
         ([*BASE, "--target-ttft-ms", "100"], "optimization_target sla"),
         ([*BASE, "--optimization-target", "sla", "--target-ttft-ms", "-1"], "target_ttft_ms"),
+        ([*BASE, "--burst-factor", "5"], "optimization_target sla"),
         ([*BASE, "--port", "70000"], "port"),
         ([*BASE, "--no-advisory"], "engine_command"),
         ([*BASE, "--no-advisory", "--engine-command", "vllm serve m"], "{port}"),
