@@ -43,6 +43,7 @@ _COUNTERS = {
         "Blocks not handed over because leases hold their share of host memory.",
     ),
     "nixl_restarts": ("dynamo_nixl_restarts", None, "Times the NIXL agent was made anew to fence late READs."),
+    "nixl_peer_hints": ("dynamo_nixl_peer_hints", None, "Requests that named a peer which holds their prefix."),
     "ignored_hints": ("dynamo_kvbm_ignored_hints", None, "Hints in kv_transfer_params that made no sense."),
 }
 #: What stands at a level on a worker -> (metric name, help). Summed over workers.

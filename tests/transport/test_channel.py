@@ -23,7 +23,7 @@ def without_curve(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("role", ["prefill", "decode", "both"])
 def test_every_role_is_refused_at_start_with_one_line(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynamo_connectors.host_limits.require_nixl", lambda: "")
-    with pytest.raises(ConfigError, match="--kvbm-role needs ZeroMQ with CURVE.*pip install") as raised:
+    with pytest.raises(ConfigError, match=r"--kvbm-role needs ZeroMQ with CURVE.*pip install") as raised:
         check_host(KvbmConfig(peer=PeerConfig(role=role)))
     assert "\n" not in str(raised.value)
     check_host(KvbmConfig())
