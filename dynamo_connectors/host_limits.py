@@ -11,6 +11,7 @@ from dynamo_connectors.config import GIGABYTE, KvbmConfig
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.peer_config import PeerConfig
 from dynamo_connectors.transport.agent import require_nixl
+from dynamo_connectors.transport.channel import require_curve
 
 _LEAST_SECRET_BYTES = 16
 
@@ -32,6 +33,7 @@ def check_host(config: KvbmConfig) -> None:
     if config.peer.role:
         read_secret(config.peer)
         require_nixl()
+        require_curve()
 
 
 def read_secret(peer: PeerConfig) -> bytes:

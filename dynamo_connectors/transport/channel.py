@@ -44,9 +44,16 @@ def refusals(monitor: zmq.Socket[Any]) -> list[str]:
     return reasons
 
 
-def _bound(socket: zmq.Socket[Any]) -> None:
+def require_curve() -> None:
+    """Raises `ConfigError` where ZeroMQ was built without libsodium."""
     if not zmq.has("curve"):
-        raise ConfigError("--kvbm-role needs ZeroMQ with CURVE, which this pyzmq lacks: pip install --force pyzmq")
+        raise ConfigError(
+            "--kvbm-role needs ZeroMQ with CURVE, which this pyzmq lacks: pip install --force-reinstall pyzmq"
+        )
+
+
+def _bound(socket: zmq.Socket[Any]) -> None:
+    require_curve()
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MOST_FRAME_BYTES)
 

@@ -21,6 +21,8 @@ VERSION = 3
 MOST_FRAME_BYTES = 2 << 20
 MOST_BLOCKS = 16_384
 LEASE_BYTES = 16
+#: The lease of whatever an owner holds, which nobody is given: it never ends, and pins nothing.
+STANDING_LEASE = bytes(LEASE_BYTES)
 _MAC_BYTES = 32
 _HEAD_BYTES = len(MAGIC) + 1
 

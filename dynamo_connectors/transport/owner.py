@@ -7,6 +7,9 @@ pinned by whoever exported it: expiry waits for every READ that was granted, unt
 The pin is for the hit; what makes wrong bytes impossible is the fence. Every slot counts how often it was filled. A
 grant tells that generation, and the reader asks after its READ whether the lease is open and the generations are the
 same. Nothing else counts as an answer, so messages may be lost, doubled, delayed and reordered.
+
+So a reader needs no pin to be safe, only luck: under the standing lease it asks for blocks by their keys, and gets
+those that lie in host memory at that moment.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import NamedTuple, Protocol
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import (
+    STANDING_LEASE,
     Ask,
     Check,
     Grant,
@@ -49,6 +53,12 @@ class Holdings(Protocol):
     def generation_of(self, slot: int) -> int: ...
 
 
+class Shelf(Protocol):
+    """Where a block lies now (`tiers.dram.DramStore`); a guess, which `Holdings` confirms."""
+
+    def slot_of(self, key: BlockKey) -> int | None: ...
+
+
 class Offer(NamedTuple):
     """What a reader must know to read, and what it must have in common with the owner."""
 
@@ -72,12 +82,19 @@ class _Lease:
 
 
 class Owner:
-    """One per worker. Messages in, at most one answer out; `now` is in seconds."""
+    """One per worker. Messages in, at most one answer out; `now` is in seconds. `shelf`: serves the standing lease."""
 
-    def __init__(self, offer: Offer, holdings: Holdings, lease_seconds: float = DEFAULT_LEASE_SECONDS) -> None:
+    def __init__(
+        self,
+        offer: Offer,
+        holdings: Holdings,
+        lease_seconds: float = DEFAULT_LEASE_SECONDS,
+        shelf: Shelf | None = None,
+    ) -> None:
         self._offer = offer
         self._holdings = holdings
         self._lease_seconds = lease_seconds
+        self._shelf = shelf
         self._leases: dict[bytes, _Lease] = {}
         self._remembered: OrderedDict[bytes, None] = OrderedDict()
         self._ended: list[bytes] = []
@@ -147,6 +164,7 @@ class Owner:
 
     def check(self) -> None:
         """Asserts every invariant."""
+        assert STANDING_LEASE not in self._leases, "the standing lease was given out"
         assert not self._leases.keys() & self._remembered.keys(), "a lease is open and ended"
         for lease in self._leases.values():
             assert lease.slots is not None or not lease.grants, "a READ was granted before there was anything to read"
@@ -174,6 +192,9 @@ class Owner:
         epoch, lease = self._offer.epoch, self._leases.get(ask.lease)
         if ask.epoch != epoch:
             return Grant(ask.reader, ask.read, epoch, "restarted")
+        if ask.lease == STANDING_LEASE and self._shelf is not None:
+            there = [(key, self._shelf.slot_of(key)) for key in map(BlockKey, ask.keys)]
+            return self._grant(ask, {key: slot for key, slot in there if slot is not None})
         if lease is None:
             return Grant(ask.reader, ask.read, epoch, "gone" if ask.lease in self._remembered else "unknown")
         is_new = (ask.reader, ask.read) not in lease.grants
@@ -183,11 +204,14 @@ class Owner:
         if lease.slots is None or (len(lease.grants) >= _MOST_GRANTS and is_new):
             return Grant(ask.reader, ask.read, epoch, "pending")
         lease.grants[ask.reader, ask.read] = now + ask.seconds + _GRACE_SECONDS
-        places = [self._place(lease.slots, BlockKey(key)) for key in ask.keys]
+        return self._grant(ask, lease.slots)
+
+    def _grant(self, ask: Ask, slots: Mapping[BlockKey, int]) -> Grant:
+        places = [self._place(slots, BlockKey(key)) for key in ask.keys]
         return Grant(
             ask.reader,
             ask.read,
-            epoch,
+            self._offer.epoch,
             "granted",
             tuple(slot for slot, _ in places),
             tuple(generation for _, generation in places),
@@ -215,7 +239,8 @@ class Owner:
     def _why_not(self, check: Check) -> str:
         if check.epoch != self._offer.epoch:
             return "restarted"
-        if check.lease not in self._leases:
+        is_standing = check.lease == STANDING_LEASE and self._shelf is not None
+        if check.lease not in self._leases and not is_standing:
             return "lease_ended"
         if len(check.slots) != len(check.generations) or any(not 0 <= slot < self._offer.rows for slot in check.slots):
             return "garbled"

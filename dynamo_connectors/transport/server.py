@@ -35,6 +35,8 @@ class ServerSettings:
     namespace: bytes
     secret: bytes
     lease_seconds: float = DEFAULT_LEASE_SECONDS
+    #: Readers may ask for any block that lies in host memory, not for exported ones alone.
+    opens_shelf: bool = False
 
 
 class PeerServer:
@@ -58,7 +60,7 @@ class PeerServer:
         offer = Offer(
             epoch, settings.namespace, self._agent.metadata, region.address, dram.capacity_blocks, dram.row_bytes
         )
-        self._owner = Owner(offer, dram, settings.lease_seconds)
+        self._owner = Owner(offer, dram, settings.lease_seconds, dram if settings.opens_shelf else None)
         self._thread = threading.Thread(target=self._serve, name="kvbm-peer-server", daemon=True)
         self._thread.start()
 

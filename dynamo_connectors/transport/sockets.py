@@ -25,6 +25,7 @@ class PeerSockets:
     """Peers go by their address, `tcp://host:port`."""
 
     def __init__(self, secret: bytes) -> None:
+        channel.require_curve()  # here, where somebody hears of it, and not when the first peer is met
         self._secret = secret
         self._context: zmq.Context[Any] = zmq.Context()
         self._sockets: dict[str, zmq.Socket[Any]] = {}

@@ -11,7 +11,7 @@ import hmac
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from dynamo_connectors.block_manager import BlockManager, Source
 from dynamo_connectors.blocks import BlockKey
@@ -56,6 +56,8 @@ class Offered(NamedTuple):
 
     tokens: int
     ticket: BlockKey
+    #: Its owner keeps the blocks for it. Otherwise they lie there, or not.
+    is_leased: bool = True
 
 
 def offered(params: object, trust: Trust) -> tuple[Offered | None, str]:
@@ -68,7 +70,7 @@ def offered(params: object, trust: Trust) -> tuple[Offered | None, str]:
     lease, tokens = params.get(LEASE), params.get("remote_num_tokens")
     if not isinstance(lease, str):
         return None, "its KV lies at an engine without --kvbm-role prefill; it is computed here"
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens <= _MOST_TOKENS:
+    if not is_token_count(tokens):
         return None, f"remote_num_tokens {tokens!r:.80} is no number of tokens; it is computed here"
     try:
         ticket = Ticket(params.get("remote_host"), params.get("remote_port"), bytes.fromhex(lease))  # type: ignore[arg-type]
@@ -83,6 +85,10 @@ def offered(params: object, trust: Trust) -> tuple[Offered | None, str]:
     if trust.local_only and not is_this_host(ticket.host):
         return None, f"its KV lies at {ticket.host}, and without --kvbm-peer-secret-file no other host is asked"
     return Offered(tokens, BlockKey(encoded)), ""
+
+
+def is_token_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
 
 
 def wants_handoff(params: object) -> bool:

@@ -13,7 +13,11 @@ from typing import NamedTuple
 PIN_TTL_SECONDS = "kvbm_pin_ttl_seconds"
 NO_STORE = "kvbm_no_store"
 PREFETCH = "kvbm_prefetch"
-_OURS = (PIN_TTL_SECONDS, NO_STORE, PREFETCH)
+#: See `fetch`, which reads them.
+PEER = "kvbm_peer"
+PEER_TOKENS = "kvbm_peer_tokens"
+TELL_PEER = "kvbm_tell_peer"
+_OURS = (PIN_TTL_SECONDS, NO_STORE, PREFETCH, PEER, PEER_TOKENS, TELL_PEER)
 #: A pin keeps memory from everybody else: a day is no cache any more.
 MOST_PIN_SECONDS = 86_400.0
 

@@ -124,7 +124,7 @@ class Onboarding:
 
     def welcome(self, live: Live) -> None:
         """The request is new: a peer that has blocks for it keeps them while it waits for its turn."""
-        if live.offer is not None:
+        if live.offer is not None and live.offer.is_leased:
             self._ledger.watch(live.offer.ticket)
 
     def leave(self, live: Live) -> None:
@@ -136,7 +136,7 @@ class Onboarding:
     def let_go(self, live: Live) -> None:
         """The peer may have its blocks back."""
         offer, live.offer = live.offer, None
-        if offer is not None:
+        if offer is not None and offer.is_leased:
             self._ledger.unwatch(offer.ticket)
 
     def check(self) -> None:

@@ -44,7 +44,7 @@ class WorkerPeers:
         #: Lease -> the job that exports it.
         self._exports: dict[bytes, int] = {}
         if peer.serves:
-            settings = ServerSettings(peer.host, peer.port + rank, self._namespace, self._secret)
+            settings = ServerSettings(peer.host, peer.port + rank, self._namespace, self._secret, opens_shelf=True)
             self._server = PeerServer(settings, dram)
             log.info("dynamo: peers may read this worker's host memory at %s:%d", peer.host, peer.port + rank)
 

@@ -17,9 +17,10 @@ from dynamo_connectors.tiers.index_stats import IndexStats
 from dynamo_connectors.verdicts import is_damage
 from dynamo_connectors.vllm.adapters import Adapters
 from dynamo_connectors.vllm.compat import engine_logger
+from dynamo_connectors.vllm.fetch import name_of, wants_name, what_peers_have
 from dynamo_connectors.vllm.groups import Chains
-from dynamo_connectors.vllm.handoff import UNSIGNED, Exports, Identity, Trust, offered, wants_handoff
-from dynamo_connectors.vllm.hints import parse_hints
+from dynamo_connectors.vllm.handoff import UNSIGNED, Exports, Identity, Trust, wants_handoff
+from dynamo_connectors.vllm.hints import PEER, parse_hints
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 from dynamo_connectors.vllm.live import ChangeSink, Gate, Holds, Limits, Live, Tables
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
@@ -69,6 +70,8 @@ class SchedulerHalf:
         self._was_reset = False
         #: Whose blocks may be loaded; None: nobody's.
         self._trust: Trust | None = None
+        #: What requests call this engine that may be answered with its blocks; empty when it serves nobody.
+        self._name = ""
 
     def bind_holds(self, holds: Holds) -> None:
         self._offloading.holds = holds
@@ -77,6 +80,7 @@ class SchedulerHalf:
         """`identity`: where peers may read this engine's blocks; `trust`: this engine may read theirs."""
         self._trust = trust
         if identity is not None:
+            self._name = name_of(identity)
             self._onboarding.runs_ahead = False  # a peer waits for what a short request leaves behind
             self._exports = Exports(identity, self._manager, self._ledger, self._counts)
 
@@ -121,9 +125,11 @@ class SchedulerHalf:
                 self._offloading.pin(live, self._clock() + live.hints.pin_ttl_seconds)
 
     def hand_off(self, request: Any, computed_tokens: int) -> dict[str, Any] | None:
-        """After `finished`: what an engine that shall decode on must know, for `kv_transfer_params`."""
-        if self._exports is None or not wants_handoff(request.kv_transfer_params):
+        """After `finished`: what other engines must know to get its KV, for `kv_transfer_params`."""
+        if self._exports is None:
             return None
+        if not wants_handoff(request.kv_transfer_params):
+            return {PEER: self._name} if wants_name(request.kv_transfer_params) else None
         geometry = self._limits.geometry
         block_tokens = geometry.groups[0].block_tokens
         keys = Chains(geometry, request.block_hashes, self._adapters.name_of(request)).keys(0)
@@ -246,7 +252,8 @@ class SchedulerHalf:
             chains = Chains(geometry, request.block_hashes, self._adapters.name_of(request))
             live = Live(request, chains, hints, [0] * len(geometry.groups))
             if self._trust is not None:
-                live.offer, problem = offered(request.kv_transfer_params, self._trust)
+                live.offer, problem = what_peers_have(request.kv_transfer_params, self._trust, self._name)
+                self._counts["nixl_peer_hints", ""] += live.offer is not None and not live.offer.is_leased
                 if problem == UNSIGNED:
                     self._counts["nixl_refused_messages", "unsigned_ticket"] += 1
                 if problem:

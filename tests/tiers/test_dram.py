@@ -38,6 +38,19 @@ def test_a_row_is_served_only_under_the_key_it_was_named() -> None:
     assert not store.holds(1, A)
 
 
+def test_a_block_is_found_by_its_key_while_it_is_there() -> None:
+    store = DramStore(3, ROW)
+    store.set_key(1, A)
+    assert (store.slot_of(A), store.slot_of(B)) == (1, None)
+    store.set_key(2, A)  # the same block again
+    store.set_key(1, None)
+    assert store.slot_of(A) == 2, "the slot it has left does not take the other one with it"
+    store.set_key(2, B)
+    assert (store.slot_of(A), store.slot_of(B)) == (None, 2)
+    store.close()
+    assert store.slot_of(B) is None
+
+
 def test_a_row_that_could_not_be_filled_holds_nothing() -> None:
     store = DramStore(1, ROW)
     store.write(0, A, memoryview(bytearray(ROW)))

@@ -44,6 +44,7 @@ class OwnerSide:
             options.get("namespace", "n").encode(),
             options.get("secret", "s").encode(),
             options.get("lease_seconds", 30.0),
+            opens_shelf=True,
         )
         self.server = PeerServer(settings, self.dram)
         if options.get("truncates"):

@@ -10,7 +10,17 @@ from typing import NamedTuple
 
 import pytest
 
-from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Request, Verdict, Welcome
+from dynamo_connectors.transport.messages import (
+    STANDING_LEASE,
+    Ask,
+    Check,
+    Grant,
+    Hello,
+    Reply,
+    Request,
+    Verdict,
+    Welcome,
+)
 from tests.transport.peers import ROW_BYTES, ROWS, Between, PeerProcess
 from tests.vllm.client import wait_until
 from tools.server_process import free_port
@@ -152,7 +162,10 @@ def test_blocks_arrive_over_a_network_that_loses_doubles_and_delays(fleet: Fleet
         fleet.read()
     fleet.between.hook = lambda message: 1
     fleet.read_until_right()
-    assert fleet.reader.call("counts")["nixl_read_bytes|"] >= 2 * len(KEYS) * ROW_BYTES
+    counts = fleet.reader.call("counts")
+    assert counts["nixl_transferred_bytes|"] >= counts["nixl_read_bytes|"] >= 2 * len(KEYS) * ROW_BYTES
+    assert counts["nixl_descriptors|"] >= 2 * len(KEYS)
+    assert counts["nixl_transfer_microseconds|"] >= counts["nixl_post_microseconds|"] > 0
     fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=True)
     fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=False)
     wait_until(lambda: fleet.owner.call("ended") == [fleet.lease], "the owner has its blocks back")
@@ -182,6 +195,29 @@ def test_blocks_re_used_under_a_read_are_stale(fleet: Fleet, kind: type) -> None
     assert owner.call("counts")["nixl_fences_refused|other_generation"] >= 1
     fleet.between.hook = lambda message: 1
     owner.call("fill", slot=3, key=KEYS[3])
+
+
+@pytest.mark.parametrize("kind", [Grant, Check])
+def test_blocks_that_nobody_exported_are_fetched_and_stale_when_they_leave_meanwhile(fleet: Fleet, kind: type) -> None:
+    owner, fleet.lease = fleet.owner, STANDING_LEASE.hex()
+    fleet.read_until_right(STANDING_LEASE.hex())
+
+    def arm() -> None:
+        owner.call("fill", slot=3, key=KEYS[3])
+        fleet.at(kind, lambda: owner.call("fill", slot=3, key="another prompt"))
+
+    fleet.read_until("stale", arm)
+    fleet.between.hook = lambda message: 1
+    wait_until(lambda: fleet.read() == {"right", "gone"}, "the block that has left is missing alone", 60.0)
+    owner.call("fill", slot=3, key=KEYS[3])
+
+
+@pytest.mark.parametrize("kind", [Ask, Check])
+def test_a_holder_that_is_killed_under_a_fetch_costs_the_blocks(fleet: Fleet, kind: type) -> None:
+    owner, fleet.lease = fleet.start_owner(), STANDING_LEASE.hex()
+    fleet.read_until_right(fleet.lease)
+    fleet.at(kind, owner.kill)
+    assert fleet.read() <= {"disconnected", "timeout", "unreachable"}
 
 
 def test_a_reader_that_slept_over_its_lease_gets_nothing(fleet: Fleet) -> None:

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.transport.messages import STANDING_LEASE
 from tests.transport.world import NAMESPACE, PEER, ROWS, World
 
 KEYS = [BlockKey(b"key%d" % number) for number in range(8)]
-LEASES = [bytes([number]) * 16 for number in range(4)]
+LEASES = [bytes([number]) * 16 for number in range(1, 5)]
 keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4, unique=True)
 slots = st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=4, unique=True)
 pick = st.integers(0, 1000)
@@ -32,7 +33,7 @@ class Fleet(RuleBasedStateMachine):
             self.exported.add((self.world.runs, lease))
             self.world.export(lease, keys, slots)
 
-    @rule(lease=st.sampled_from(LEASES), keys=keys, seconds=st.sampled_from([0.3, 2.0, 8.0]))
+    @rule(lease=st.sampled_from([*LEASES, STANDING_LEASE]), keys=keys, seconds=st.sampled_from([0.3, 2.0, 8.0]))
     def read(self, lease: bytes, keys: list[BlockKey], seconds: float) -> None:
         self.world.read(lease, keys, seconds)
 

@@ -36,12 +36,17 @@ class Memory:
         self.keys: list[BlockKey | None] = [None] * ROWS
         self.generations = [0] * ROWS
         self.content: list[bytes] = [b"?"] * ROWS
+        self.guesses: dict[BlockKey, int] = {}
 
     def holds(self, slot: int, key: BlockKey) -> bool:
         return self.keys[slot] == key
 
     def generation_of(self, slot: int) -> int:
         return self.generations[slot]
+
+    def slot_of(self, key: BlockKey) -> int | None:
+        """Any slot: one that holds the key, one that did, one that never has."""
+        return self.guesses.get(key)
 
     def begin_fill(self, slot: int) -> None:
         self.keys[slot] = None
@@ -51,6 +56,7 @@ class Memory:
     def end_fill(self, slot: int, key: BlockKey) -> None:
         self.content[slot] = key
         self.keys[slot] = key
+        self.guesses[key] = slot
 
 
 @dataclass
@@ -89,7 +95,8 @@ class World:
         self.memory = Memory()
         self.pinned = {}
         self.epoch = b"run%d" % self.runs
-        self.owner = Owner(Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES), self.memory, 3.0)
+        offer = Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES)
+        self.owner = Owner(offer, self.memory, 3.0, self.memory)
 
     # -- what the test does ------------------------------------------------------------------------------------------
 

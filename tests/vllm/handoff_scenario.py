@@ -23,7 +23,9 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Verdict
 from dynamo_connectors.transport.messages import Request as Message
 from dynamo_connectors.transport.tickets import Ticket
-from dynamo_connectors.vllm.handoff import SIGNATURE
+from dynamo_connectors.vllm.fetch import name_of
+from dynamo_connectors.vllm.handoff import SIGNATURE, Identity
+from dynamo_connectors.vllm.hints import PEER
 from tests.transport.peers import Between
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, SimulatedWorker, Truth, ours
 from tests.vllm.version_scenario import engine_config, prompt
@@ -53,6 +55,7 @@ class Engine(SimulatedEngine):
         super().__init__(engine_config(model, *size, *flags), mode, HBM_BLOCKS)
         self.tickets: dict[str, dict[str, Any]] = {}
         self.counts: Counter[str] = Counter()
+        self.hashes: dict[str, list[BlockKey]] = {}
         update = self.scheduler.update_from_output
 
         def updated(*arguments: Any) -> Any:
@@ -68,6 +71,7 @@ class Engine(SimulatedEngine):
     def ask(self, name: str, tokens: Sequence[int], answer: int, params: dict[str, Any]) -> None:
         sampling = SamplingParams(max_tokens=answer, ignore_eos=True, extra_args={"kv_transfer_params": params})
         request = Request(name, list(tokens), sampling, None, block_hasher=self._block_hasher)
+        self.hashes[name] = list(map(BlockKey, request.block_hashes))
         self._truths[name], self.answers[name] = Truth.of(tokens, answer), []
         self.scheduler.add_request(request)
 
@@ -99,9 +103,9 @@ class Fleet:
             self.prefill.step()
             self.decode.step()
 
-    def computed(self, name: str, tokens: Sequence[int]) -> dict[str, Any]:
+    def computed(self, name: str, tokens: Sequence[int], asked: dict[str, Any] = PREFILL) -> dict[str, Any]:
         """The prefill leg: the ticket, as the proxy gets it."""
-        self.prefill.ask(name, tokens, 1, PREFILL)
+        self.prefill.ask(name, tokens, 1, asked)
         self.run_until(lambda: name in self.prefill.tickets)
         return self.prefill.tickets[name]
 
@@ -111,7 +115,14 @@ class Fleet:
         for name in names:
             self.decode.expect_answer(name)
 
+    def kept(self, name: str, tokens: Sequence[int]) -> dict[str, Any]:
+        """Some request of its own has left the prompt's KV in the prefill engine's host memory; where that is."""
+        told = self.computed(name, tokens, {"kvbm_tell_peer": True})
+        return {**told, "kvbm_peer_tokens": len(tokens)}
+
     def through_between(self, ticket: dict[str, Any]) -> dict[str, Any]:
+        if PEER in ticket:
+            return {**ticket, PEER: name_of(Identity("", "127.0.0.1", self.between_port, 1, b"this host alone"))}
         return signed({**ticket, "remote_port": self.between_port})
 
     def settle(self) -> None:
@@ -171,16 +182,35 @@ def many_at_once(fleet: Fleet, rounds: int) -> None:
         fleet.decoded(*names)
 
 
-def refill(fleet: Fleet, ticket: dict[str, Any]) -> None:
-    """The published corruption: the slots of a hand-off hold another prompt's KV."""
-    lease = bytes.fromhex(ticket["dynamo_lease"])
+def fetch(fleet: Fleet, count: int) -> None:
+    """Blocks that the prefill engine happens to hold come from there, and what it does not hold is computed."""
+    fleet.decode.take_counts()
+    blocks = 0
+    for number in range(count):
+        tokens = prompt(20_000 + number, 150 + 7 * number % 90)
+        blocks += len(tokens) // BLOCK
+        hint = fleet.kept(f"k{number}", tokens)
+        fleet.run_until(lambda: not fleet.prefill.scheduler.has_requests() and not has_work(fleet.prefill))
+        longer = [*tokens, *prompt(21_000 + number, 2 * BLOCK)]
+        fleet.decode.ask(f"e{number}", longer, ANSWER_TOKENS, {**hint, "kvbm_peer_tokens": len(longer)})
+        fleet.decoded(f"e{number}")
+    counts = fleet.decode.take_counts()
+    assert counts["hit_blocks|peer"] == blocks, counts
+    failed = {key for key in counts if key.startswith("load_failures")}
+    assert failed == {"load_failures|gone"}, counts
+    assert counts["nixl_peer_hints|"] == count
+
+
+def has_work(engine: Engine) -> bool:
+    return bool(ours(engine.scheduler.connector)._scheduler.has_work)
+
+
+def refill(fleet: Fleet, keys: Sequence[BlockKey]) -> None:
+    """The published corruption: the slots of these blocks hold another prompt's KV."""
     for worker in fleet.prefill.workers:
-        half = ours(worker.connector)._worker
-        known = half._peers._server._owner._leases.get(lease)
-        for slot in list((known.slots or {}).values() if known is not None else ()):
-            half._transfers._dram.write(
-                slot, BlockKey(b"foreign"), memoryview(os.urandom(half._transfers._dram.row_bytes))
-            )
+        dram = ours(worker.connector)._worker._transfers._dram
+        for slot in filter(lambda slot: slot is not None, map(dram.slot_of, keys)):
+            dram.write(slot, BlockKey(b"foreign"), memoryview(os.urandom(dram.row_bytes)))
 
 
 def at(fleet: Fleet, kind: type, act: Callable[[], object]) -> None:
@@ -198,20 +228,22 @@ def at(fleet: Fleet, kind: type, act: Callable[[], object]) -> None:
 def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     """One request with one fault. Its answer is right; what the fault was is returned."""
     tokens, name = prompt(50_000 + number, chance.randrange(70, 230)), f"f{number}"
-    ticket = fleet.computed(f"p-{name}", tokens)
+    fault, fetches = chance.choice(FAULTS), chance.random() < 0.5
+    fetches = fetches and "ticket" not in fault
+    ticket = (fleet.kept if fetches else fleet.computed)(f"p-{name}", tokens)
+    keys = fleet.prefill.hashes[f"p-{name}"]
     fleet.between.hook = lambda message: 1
     through = fleet.through_between(ticket)
-    fault = chance.choice(FAULTS)
     if fault == "another prompt's ticket":
         through = fleet.through_between(fleet.computed(f"q-{name}", prompt(90_000 + number, 200)))
     elif fault == "ticket of no engine":
         through = signed({**through, "dynamo_lease": os.urandom(16).hex()})
     elif fault == "lease over, slots re-used":
-        refill(fleet, ticket)
+        refill(fleet, keys)
         for worker in fleet.prefill.workers:
             ours(worker.connector)._worker._peers._server.revoke_all()
     elif fault.startswith("slots re-used at "):
-        at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, ticket))
+        at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, keys))
     elif fault.startswith("silence at "):
         kind = KINDS[fault.rsplit(" ", 1)[1]]
         fleet.between.hook = lambda message: 0 if isinstance(message, kind) else 1
@@ -222,9 +254,9 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
         for _ in range(chance.randrange(3)):
             fleet.decode.step()
         fleet.decode.abort(name)
-        return fault
-    fleet.decoded(name)
-    return fault
+    else:
+        fleet.decoded(name)
+    return f"{fault}, fetched" if fetches else fault
 
 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (Hello, Ask, Grant, Check, Verdict)}
@@ -272,6 +304,7 @@ def main(model: str, requests: int) -> None:
         try:
             hand_over(fleet, 8)
             many_at_once(fleet, 3)
+            fetch(fleet, 4)
             fleet.settle()
         finally:
             fleet.close()

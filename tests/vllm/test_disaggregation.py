@@ -26,6 +26,7 @@ from tools.vllm_server import MODEL_NAME
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 PROMPTS = 5
+TELL = {"kvbm_tell_peer": True}
 
 
 class Handed(NamedTuple):
@@ -82,6 +83,13 @@ def stopped(pair: Pair) -> Iterator[None]:
         pair.signal_prefill(signal.SIGCONT)
 
 
+def hint(pair: Pair, tokens: list[int]) -> tuple[Answer, dict[str, Any]]:
+    """An ordinary request to the other engine, its answer, and what a proxy may say of its prompt from then on."""
+    body = {"model": MODEL_NAME, "prompt": prompt(899, 1), "max_tokens": 1, "kv_transfer_params": TELL}
+    name = pair.prefill.post("/v1/completions", body)["kv_transfer_params"]["kvbm_peer"]
+    return pair.prefill.complete(tokens), {"kvbm_peer": name, "kvbm_peer_tokens": len(tokens)}
+
+
 def failures(pair: Pair) -> float:
     return pair.decode.metric("dynamo_kvbm_load_failures_total")
 
@@ -95,8 +103,29 @@ def test_answers_equal_those_of_one_engine_alone(pair: Pair, old: Handed) -> Non
     assert pair.decode.metric("dynamo_nixl_read_bytes_total") >= BLOCKS * 65536
 
 
+def test_a_prompt_that_only_another_engine_has_computed_is_fetched(pair: Pair, old: Handed) -> None:
+    seeds = iter(range(120, 200))
+
+    def is_fetched() -> bool:
+        tokens, before = prompt(next(seeds)), pair.from_peer()
+        alone, params = hint(pair, tokens)
+        assert pair.decode.complete(tokens, kv_transfer_params=params) == alone
+        return pair.from_peer() == before + BLOCKS
+
+    wait_until(is_fetched, "a prefix comes from its holder", 120.0)
+    assert pair.decode.metric("dynamo_nixl_peer_hints_total") >= 1
+    tokens = prompt(119)  # the holder has never seen it
+    before = failures(pair)
+    _, params = hint(pair, prompt(118))
+    alone = pair.decode.complete(tokens, kv_transfer_params=params)
+    assert failures(pair) == before + BLOCKS
+    assert pair.prefill.complete(tokens) == alone
+
+
 def test_an_engine_that_stands_still_costs_no_answer_and_nobody_else(pair: Pair, old: Handed) -> None:
     handed, before = hand_out(pair, 200), failures(pair)
+    held = prompt(203)
+    alone_held, params = hint(pair, held)
     others = [(tokens, pair.prefill.complete(tokens)) for tokens in map(prompt, (201, 202))]
     with stopped(pair), ThreadPoolExecutor(1) as pool:
         stuck = pool.submit(answer, pair, handed)
@@ -106,7 +135,8 @@ def test_an_engine_that_stands_still_costs_no_answer_and_nobody_else(pair: Pair,
             assert said.tokens == alone.tokens or abs(said.logprobs[0] - alone.logprobs[0]) < 0.2
         said = stuck.result()
         assert said.tokens == handed.alone.tokens or abs(said.logprobs[0] - handed.alone.logprobs[0]) < 0.2
-    assert failures(pair) > before
+        assert pair.decode.complete(held, kv_transfer_params=params) == alone_held
+    assert failures(pair) > before + BLOCKS
     hand_over(pair, 210)
 
 
@@ -154,9 +184,12 @@ def test_blocks_re_used_after_the_lease_are_computed_anew(pair: Pair, old: Hande
 
 def test_an_engine_that_is_killed_after_its_answer_costs_no_answer(pair: Pair, old: Handed) -> None:
     handed, before = hand_out(pair, 600), failures(pair)
+    held = prompt(602)
+    alone_held, params = hint(pair, held)
     pair.prefill_server.kill()
     assert answer(pair, handed) == handed.alone
-    assert failures(pair) > before
+    assert pair.decode.complete(held, kv_transfer_params=params) == alone_held
+    assert failures(pair) > before + BLOCKS
 
     def is_clean() -> bool:
         _step(pair.decode, 601)
