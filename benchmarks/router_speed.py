@@ -23,6 +23,7 @@ from benchmarks.routing import tools
 from tools.server_process import free_port
 
 ROUTERS = (
+    "splice",
     "dynamo-proxy",
     "dynamo-proxy:round-robin",
     "sglang-router:cache_aware",
