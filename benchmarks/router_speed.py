@@ -3,9 +3,9 @@
     python -m benchmarks router_speed [--peers FOLDER] [--rounds N] [--seconds S] [--json FILE]
 
 The proxy has core 0, engines and load generator (both in C, compiled at run time) have core 1. FOLDER holds virtual
-environments named sglang-router, vllm-router and smg; a peer that is not there is named and left out. Every round runs
-every router once, so that other work on the machine hits all of them alike; the table has medians over the rounds. CPU
-time per request is the steadiest column.
+environments named sglang-router, vllm-router and smg; a peer that is not there is named and left out. `splice` is the
+floor of Python and uvloop. Every round runs every router once, so that other work on the machine hits all of them
+alike; the table has medians over the rounds. CPU time per request is the steadiest column.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from benchmarks.routing import tools
 from tools.server_process import free_port
 
 ROUTERS = (
+    "splice",
     "dynamo-proxy",
     "dynamo-proxy:round-robin",
     "sglang-router:cache_aware",
@@ -103,6 +104,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--routers", default=",".join(ROUTERS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
@@ -118,7 +120,7 @@ def main(arguments: list[str]) -> int:
             mean = tools.write_bodies(folder / name, turns, turn_bytes, stream)
             print(f"  bodies {name}: {mean} bytes on average")
         for _ in range(options.rounds):
-            for router in ROUTERS:
+            for router in options.routers.split(","):
                 found = run_router(router, folder, options)
                 if not found:
                     print(f"  {router}: not measured")

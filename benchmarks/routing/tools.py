@@ -68,6 +68,8 @@ def router_command(name: str, port: int, engine_ports: Sequence[int], peers: Pat
         if policy == "overlap":
             chosen = ["--kv-overlap-score-weight", "1"]
         return [sys.executable, "-c", code, "--port", str(port), "--admin-port", "0", *chosen, *flags]
+    if kind == "splice":
+        return [sys.executable, "-m", "benchmarks.routing.splice", str(port), *map(str, engine_ports)]
     if peers is None:
         return None
     common = ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls, "--policy", policy]

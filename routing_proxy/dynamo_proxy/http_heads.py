@@ -81,7 +81,7 @@ class _Fields:
         self.passing: list[bytes] = []
         self.lengths: set[bytes] = set()
         self.codings: list[bytes] = []
-        self.connection: tuple[bytes, ...] = ()
+        self.connection: list[bytes] = []
         self.expect: list[bytes] = []
         self.hosts = 0
         self.is_events = False
@@ -120,7 +120,7 @@ class _Fields:
         elif name == _ROUTE:
             self.wants_route = value not in (b"", b"0", b"false")
         else:
-            self.connection += tuple(token.strip() for token in value.lower().split(b","))
+            self.connection += [token.strip() for token in value.lower().split(b",")]
 
     def framing(self) -> tuple[int | None, bool]:
         """(Content-Length, chunked). Raises ProtocolError where two readers could disagree."""

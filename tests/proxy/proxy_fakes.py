@@ -7,7 +7,7 @@ import contextlib
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import orjson
 import uvloop
@@ -16,6 +16,7 @@ from dynamo_proxy.config import EngineAddress, Limits, ProxyConfig, Timeouts
 from dynamo_proxy.server import ProxyServer
 
 T = TypeVar("T")
+Started = TypeVar("Started", bound="RawServer")
 QUICK = Timeouts(
     connect_seconds=1.0,
     first_byte_seconds=10.0,
@@ -184,25 +185,21 @@ _CANNED = {
 }
 
 
-class RawEngine:
-    """An engine whose answer to every request is a script over the raw connection."""
+class RawServer:
+    """A listener of raw connections on a port of its own, each with a task that `stop` ends."""
 
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self.lost = 0
-        self.port = 0
+    def __init__(self) -> None:
+        self.address = EngineAddress("127.0.0.1", 0)
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def address(self) -> EngineAddress:
-        return EngineAddress("127.0.0.1", self.port)
+    def port(self) -> int:
+        return self.address.port
 
-    async def start(self) -> RawEngine:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 26)
-        self.port = self._server.sockets[0].getsockname()[1]
+    async def start(self: Started) -> Started:
+        self._server = await asyncio.start_server(self._begin, "127.0.0.1", 0, limit=1 << 26)
+        self.address = EngineAddress("127.0.0.1", self._server.sockets[0].getsockname()[1])
         return self
 
     async def stop(self) -> None:
@@ -213,11 +210,29 @@ class RawEngine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.sleep(0)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        await self.serve(reader, writer)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        raise NotImplementedError
+
+
+class RawEngine(RawServer):
+    """An engine whose answer to every request is a script over the raw connection."""
+
+    def __init__(self, script: Script) -> None:
+        super().__init__()
+        self.script = script
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.lost = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         try:
             while True:
@@ -245,8 +260,16 @@ class RawEngine:
                 await writer.wait_closed()
 
 
+class Behind(Protocol):
+    """What may stand behind a proxy."""
+
+    @property
+    def address(self) -> EngineAddress: ...
+    async def stop(self) -> None: ...
+
+
 @contextlib.asynccontextmanager
-async def proxy_before(*engines: FakeEngine | RawEngine, **settings: Any) -> AsyncIterator[ProxyServer]:
+async def proxy_before(*engines: Behind, **settings: Any) -> AsyncIterator[ProxyServer]:
     """A started proxy with all engines ready; checks every invariant at the end and leaves no task behind.
 
     A second one before the same engines is `inner`: the outer one ends the engines and looks for tasks left.

@@ -6,41 +6,22 @@ import asyncio
 import contextlib
 import re
 
-from dynamo_proxy.config import EngineAddress
+from tests.proxy.proxy_fakes import RawServer
 
 _EVENT = re.compile(rb"data: ")
 
 
-class Relay:
+class Relay(RawServer):
     """Passes bytes both ways. With `cut_after`, an answer is cut behind as many of its events, once."""
 
     def __init__(self, engine_port: int, cut_after: int = 0) -> None:
+        super().__init__()
         self._engine_port = engine_port
         self.cut_after = cut_after
         self.cuts = 0
         self.asked, self.told = bytearray(), bytearray()  # all that passed
-        self.address = EngineAddress("127.0.0.1", 0)
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> Relay:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.address = EngineAddress("127.0.0.1", self._server.sockets[0].getsockname()[1])
-        return self
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.sleep(0)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.CancelledError, ConnectionError):
             engine_reader, engine_writer = await asyncio.open_connection("127.0.0.1", self._engine_port)
             down = asyncio.ensure_future(self._down(engine_reader, writer))

@@ -1,4 +1,5 @@
-"""A real prefill and a real decode vLLM, under the engine's own protocol: answers equal those of one engine alone.
+"""A real prefill and a real decode vLLM, by the engine's own protocol and behind dynamo-proxy: answers equal those
+of one engine alone.
 
 The last test kills the prefill engine. What happens when it comes back is shown on its transport (`test_peers.py`) and
 by `python -m benchmarks handoff_faults`: another boot takes longer than all of this.
@@ -6,12 +7,13 @@ by `python -m benchmarks handoff_faults`: another boot takes longer than all of 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,13 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from dynamo_proxy.server import ProxyServer
+
+from tests.proxy.proxy_fakes import proxy_before, run
+from tests.proxy.proxy_fakes import wait_until as wait
 from tests.vllm.client import Answer, VllmClient, prompt, wait_until
 from tests.vllm.pair import BLOCKS, Pair
+from tests.vllm.proxied import PATIENT, Standing, aside
 from tools.vllm_server import MODEL_NAME
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
@@ -182,23 +189,88 @@ def test_blocks_re_used_after_the_lease_are_computed_anew(pair: Pair, old: Hande
     assert pair.from_peer() == before
 
 
-def test_an_engine_that_is_killed_after_its_answer_costs_no_answer(pair: Pair, old: Handed) -> None:
+def test_dynamo_proxy_answers_as_one_engine_alone(pair: Pair, old: Handed) -> None:
+    seeds, streams = iter(range(20_000, 20_100)), iter(range(20_100, 20_200))
+
+    async def body() -> None:
+        async with before_both(pair) as proxy:
+            client = VllmClient(f"http://127.0.0.1:{proxy.port}")
+
+            def goes_over(stream: bool) -> bool:
+                tokens, before = prompt(next(streams if stream else seeds)), pair.from_peer()
+                if stream:
+                    assert streamed(client, tokens) == streamed(pair.prefill, tokens)
+                else:
+                    assert client.complete(tokens) == pair.prefill.complete(tokens)
+                return pair.from_peer() == before + BLOCKS
+
+            # However slow the machine: what takes too long is computed, and its answer is the same.
+            for stream in (False, True):
+                await aside(lambda: wait_until(lambda: goes_over(stream), "a prompt goes over", 120.0))  # noqa: B023
+            assert legs(proxy, "handed_over") >= 2
+
+    run(body())
+
+
+def test_an_engine_that_is_killed_under_a_prompt_or_after_its_answer_costs_no_answer(pair: Pair, old: Handed) -> None:
     handed, before = hand_out(pair, 600), failures(pair)
-    held = prompt(602)
+    held, tokens = prompt(602), prompt(601)
     alone_held, params = hint(pair, held)
-    pair.prefill_server.kill()
+    alone = pair.prefill.complete(tokens)
+
+    async def body() -> None:
+        async with before_both(pair) as proxy:
+            client = VllmClient(f"http://127.0.0.1:{proxy.port}")
+            pair.signal_prefill(signal.SIGSTOP)
+            told = asyncio.ensure_future(aside(lambda: client.complete(tokens)))
+            await wait(lambda: proxy.ledger.own(0).in_flight == 1, "the prefill engine has the prompt", 60.0)
+            pair.prefill_server.kill()
+            assert await told == alone
+            assert legs(proxy, "connection_lost") == 1
+            assert await aside(lambda: client.complete(tokens)) == alone  # nobody computes prompts any more
+
+    run(body())
     assert answer(pair, handed) == handed.alone
     assert pair.decode.complete(held, kv_transfer_params=params) == alone_held
     assert failures(pair) > before + BLOCKS
 
     def is_clean() -> bool:
-        _step(pair.decode, 601)
+        _step(pair.decode, 603)
         return (
             pair.decode.metric("dynamo_nixl_quarantined_bytes") == pair.decode.metric("dynamo_kvbm_pinned_blocks") == 0
         )
 
     wait_until(is_clean, "nothing is quarantined or pinned", 60.0)
     assert "Traceback" not in pair.decode_server.log.read_text()
+
+
+def before_both(pair: Pair) -> AbstractAsyncContextManager[ProxyServer]:
+    """The engines are slots 0 and 1."""
+    prefill, decode = Standing(f"{pair.prefill.url},role=prefill"), Standing(f"{pair.decode.url},role=decode")
+    return proxy_before(prefill, decode, timeouts=PATIENT)
+
+
+def legs(proxy: ProxyServer, reason: str) -> float:
+    name = "dynamo_router_prefill_legs_total"
+    return proxy.metrics.registry.get_sample_value(name, {"reason": reason}) or 0.0
+
+
+def streamed(client: VllmClient, tokens: list[int]) -> str:
+    """The text of the same answer as a stream."""
+    body = {
+        "model": MODEL_NAME,
+        "prompt": tokens,
+        "max_tokens": 8,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        client.url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as said:
+        events = [json.loads(line[6:]) for line in said if line.startswith(b"data: {")]
+    return "".join(choice["text"] for event in events for choice in event["choices"])
 
 
 def _step(client: VllmClient, seed: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,7 +11,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.proxy.proxy_fakes import QUICK, ask, post, proxy_before, run
+from tests.proxy.proxy_fakes import ask, post, proxy_before, run
+from tests.vllm.proxied import PATIENT
 from tests.vllm.relay import Relay
 from tools.server_process import ServerProcess
 from tools.vllm_server import MODEL_NAME
@@ -21,11 +21,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENS = 24
-# Two cores may have other work.
-PATIENT = replace(
-    QUICK, connect_seconds=60.0, first_byte_seconds=300.0, idle_seconds=300.0, probe_timeout_seconds=60.0,
-    probe_interval_seconds=1.0,
-)  # fmt: skip
 WORDS = " ".join(f"w{number}" for number in range(60, 120))
 
 
@@ -54,7 +49,7 @@ def test_a_stream_of_a_real_engine_that_breaks_goes_on(engine: ServerProcess, pa
         port = urlsplit(engine.url).port or 0
         breaking, good = await Relay(port, cut_after).start(), await Relay(port).start()
         settings = {"router_mode": "round-robin", "timeouts": PATIENT}
-        async with proxy_before(breaking, good, **settings) as proxy:  # type: ignore[arg-type]
+        async with proxy_before(breaking, good, **settings) as proxy:
             answer = await ask(proxy.port, post(path, asked, "content-type: application/json"))
             assert breaking.cuts == 1, answer.body
             assert b'stream_resumes_total{reason="resumed"} 1.0' in proxy.front_end.metrics()
