@@ -96,7 +96,10 @@ class Agent:
             del error
 
     def post(self, peer: str, local: Sequence[int], remote: Sequence[int], num_bytes: int | Sequence[int]) -> Any:
-        """Starts a READ of pieces of `num_bytes`, one for all or one each. Raises `TransferEndedError` or `TransferUnknownError`."""
+        """Starts a READ of pieces of `num_bytes`, one for all or one each.
+
+        Raises `TransferEndedError` or `TransferUnknownError`.
+        """
         try:
             here = self._agent.get_xfer_descs(_pieces(local, num_bytes), _DRAM)
             there = self._agent.get_xfer_descs(_pieces(remote, num_bytes), _DRAM)
