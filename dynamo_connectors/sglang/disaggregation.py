@@ -78,6 +78,8 @@ class DynamoKVManager(CommonKVManager):
         self.page_reader: PageReader | None = None
         self._owners: dict[str, tuple[str, int]] = {}
         self._lookups: dict[str, Future[None]] = {}
+        #: Prefill engines that the log names already.
+        self._complained: set[str] = set()
         self._held: dict[int, list[RoomRead]] = {}
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         # The engine's own control socket believes everybody, and nobody of ours talks to it.
@@ -122,7 +124,11 @@ class DynamoKVManager(CommonKVManager):
         except TimeoutError:
             return False
         except Exception as error:  # noqa: BLE001 - whatever it was, these requests alone have failed
-            logger.warning("dynamo: prefill engine %s cannot be used: %s", bootstrap_addr, error)
+            if bootstrap_addr not in self._complained:
+                logger.warning("dynamo: prefill engine %s cannot be used: %s", bootstrap_addr, error)
+            self._complained.add(bootstrap_addr)
+        else:
+            self._complained.discard(bootstrap_addr)
         del self._lookups[bootstrap_addr]
         return bootstrap_addr in self.prefill_info_table
 
@@ -308,7 +314,7 @@ class DynamoKVReceiver(CommonKVReceiver):
 
     def _let_go(self) -> None:
         if self._ticket is not None:
-            self.kv_mgr.page_reader.unwatch(self._ticket)
+            self.kv_mgr.page_reader.abandon(self._ticket)
 
     def abort(self) -> None:
         if self.conclude_state is None:

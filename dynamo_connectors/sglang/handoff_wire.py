@@ -152,6 +152,11 @@ class PageReader(PeerTier):
             reads.append(RoomRead(outcome, call.given_up))
         return reads
 
+    def abandon(self, ticket: Ticket) -> None:
+        """The request is over: the owner may have its pages back once no READ of them is under way."""
+        self._submit(lambda: self._reader.abandon(ticket.lease))
+        self.unwatch(ticket)
+
     def _make_plane(self, name: str) -> DataPlane:
         return _PagePlane(name, self._layout)
 

@@ -120,6 +120,12 @@ class Reader:
         self._watches.unwatch(lease, now)
         self.tick(now)
 
+    def abandon(self, lease: bytes) -> None:
+        """Nobody waits for its reads any more: those that are not under way end."""
+        for read in [read for read in self._reads.values() if read.lease == lease]:
+            if read.state not in ("reading", "late"):
+                self._finish(read, "unwanted")
+
     def isolate(self, namespace: bytes) -> None:
         """From now on it has this in common with its peers. Nothing is asked of those it has met; READs go on."""
         self._common = self._common._replace(namespace=namespace)
@@ -160,11 +166,8 @@ class Reader:
         """When `tick` has something to do, half a second ahead at most."""
         due = [now + _ABSENCE_SECONDS / 2, self._watches.next_due()]
         due += [peer.timer.due for peer in self._peers.values() if peer.state == "greeting"]
-        for read in self._reads.values():
-            if read.state != "late":
-                due.append(read.deadline)
-            if read.state in ("asking", "checking"):
-                due.append(read.timer.due)
+        due += [read.deadline for read in self._reads.values() if read.state != "late"]
+        due += [read.timer.due for read in self._reads.values() if read.state in ("asking", "checking")]
         return min(due)
 
     # -- the peers' side ---------------------------------------------------------------------------------------------
@@ -181,10 +184,8 @@ class Reader:
             self.counts["nixl_refused_messages", "other_reader"] += 1
             return
         read = self._reads.get(reply.read)
-        if read is None or read.peer != peer:
-            return  # an answer that came twice, or too late
-        if read.state not in ("asking", "checking"):
-            return  # nothing is asked: a READ that is under way ends by the data plane's word alone
+        if read is None or read.peer != peer or read.state not in ("asking", "checking"):
+            return  # came twice, or too late: a READ that is under way ends by the data plane's word alone
         if reply.epoch != read.epoch:
             self._lost(read.peer, read, "restarted")
         elif isinstance(reply, Grant) and read.state == "asking":
