@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import requests
 
+from tests.sglang.asking import wait_until
 from tests.sglang.server import launch_command, prompts, server_environment
 from tools.server_process import ServerProcess, free_port, members_of
 
@@ -127,11 +128,9 @@ def test_a_prefill_engine_that_stands_still_then_goes_on(
         assert failed.status_code == 500
     finally:
         signal_all(fleet.prefill, signal.SIGCONT)
-    for _ in range(20):
-        again = fleet.ask(mine()[3])
-        if again.status_code == 200:
-            break
-    assert answer(again) == expected[3]
+    # A peer that was silent is asked again after 3 s.
+    wait_until(lambda: fleet.ask(mine()[3]).status_code == 200, "prefill is met again")
+    assert answer(fleet.ask(mine()[3])) == expected[3]
 
 
 def test_a_prefill_engine_that_is_killed_is_an_error_and_decode_lives(fleet: Fleet) -> None:
