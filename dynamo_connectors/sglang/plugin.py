@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from dynamo_connectors.config import flag_of, refuse_tiny
 from dynamo_connectors.errors import DynamoConnectorsError, PluginError
 from dynamo_connectors.host_limits import check_host
-from dynamo_connectors.sglang import chains, compat, live
+from dynamo_connectors.sglang import chains, compat, handoff_plugin, live
 from dynamo_connectors.sglang.settings import (
     BACKEND,
     BACKEND_FLAG,
@@ -50,6 +50,7 @@ def install() -> None:
 def _all_hooks() -> list[tuple[str, Hook, str]]:
     """(target, hook, type). Every target is looked up first, because SGLang only logs one that it cannot find."""
     compat.hook_registry()
+    handoff = handoff_plugin.hooks()
     arguments: list[tuple[str, Hook, str]] = [
         (f"{compat.SERVER_ARGS}.add_cli_args", _add_flags, "AFTER"),
         (f"{compat.SERVER_ARGS}.from_cli_args", _translate_flags, "BEFORE"),
@@ -61,7 +62,7 @@ def _all_hooks() -> list[tuple[str, Hook, str]]:
     if compat.is_scheduler_process():
         weights = [(target, _weights_change, "BEFORE") for target in compat.weight_update_hooks()]
         weights.append((compat.FLUSH_CACHE, _cache_flushed, "AFTER"))
-    return [*arguments, *weights, *_storage_hooks()]
+    return [*arguments, *handoff, *weights, *_storage_hooks()]
 
 
 def _storage_hooks() -> list[tuple[str, Hook, str]]:

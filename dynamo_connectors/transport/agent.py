@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,8 +105,11 @@ class Agent:
         except Exception as error:  # noqa: BLE001 - it is gone, which was the point
             del error
 
-    def post(self, peer: str, local: list[int], remote: list[int], num_bytes: int) -> Any:
-        """Starts a READ of pieces of `num_bytes` each. Raises `TransferEndedError` or `TransferUnknownError`."""
+    def post(self, peer: str, local: Sequence[int], remote: Sequence[int], num_bytes: int | Sequence[int]) -> Any:
+        """Starts a READ of pieces of `num_bytes`, one for all or one each.
+
+        Raises `TransferEndedError` or `TransferUnknownError`.
+        """
         try:
             here = self._agent.get_xfer_descs(_pieces(local, num_bytes), _DRAM)
             there = self._agent.get_xfer_descs(_pieces(remote, num_bytes), _DRAM)
@@ -159,7 +163,7 @@ def _microseconds(duration: Any) -> int:
     return round(duration.total_seconds() * 1e6) if hasattr(duration, "total_seconds") else int(duration)
 
 
-def _pieces(addresses: list[int], num_bytes: int) -> Any:
+def _pieces(addresses: Sequence[int], num_bytes: int | Sequence[int]) -> Any:
     pieces = np.zeros((len(addresses), 3), dtype=np.uint64)
     pieces[:, 0] = addresses
     pieces[:, 1] = num_bytes

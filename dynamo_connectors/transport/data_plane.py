@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from dynamo_connectors.errors import ConfigError, StoreError
 from dynamo_connectors.transport.agent import Agent, Region, TransferEndedError, TransferUnknownError
@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 #: NIXL that does not start again is tried again after so long, and ever more seldom.
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
+
+
+Pieces: TypeAlias = tuple[Sequence[int], Sequence[int], int | Sequence[int]]
 
 
 class _Known(NamedTuple):
@@ -70,11 +73,11 @@ class DataPlane:
         known = self._peers.get(peer)
         if known is None or self._agent is None:
             return "unavailable"
-        if not all(any(region.holds(address, self._row_bytes) for region in self._regions) for address in local):
+        pieces = self._pieces(known.welcome, local, slots)
+        if pieces is None:
             return "internal_error"
-        remote = [known.welcome.base + slot * self._row_bytes for slot in slots]
         try:
-            handle = self._agent.post(known.agent, list(local), remote, self._row_bytes)
+            handle = self._agent.post(known.agent, *pieces)
         except TransferEndedError as error:
             return error.reason
         except TransferUnknownError as error:
@@ -127,6 +130,12 @@ class DataPlane:
     def check(self) -> None:
         """Asserts every invariant."""
         assert self._agent is not None or not self._transfers, "READs are under way without an agent"
+
+    def _pieces(self, welcome: Welcome, local: Sequence[int], slots: Sequence[int]) -> Pieces | None:
+        """What a READ is made of: addresses here and there, and bytes. None for what no region of ours holds."""
+        if not all(any(region.holds(address, self._row_bytes) for region in self._regions) for address in local):
+            return None
+        return local, [welcome.base + slot * self._row_bytes for slot in slots], self._row_bytes
 
     def _start(self) -> None:
         self._agent = Agent(f"{self._name}-{next(self._runs)}", self._regions)

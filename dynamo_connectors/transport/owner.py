@@ -96,7 +96,8 @@ class Owner:
         self._lease_seconds = lease_seconds
         self._shelf = shelf
         self._leases: dict[bytes, _Lease] = {}
-        self._remembered: OrderedDict[bytes, None] = OrderedDict()
+        #: Ended lease -> why.
+        self._remembered: OrderedDict[bytes, str] = OrderedDict()
         self._ended: list[bytes] = []
         #: What happened since the last `take_counts`, by (what, label).
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -117,6 +118,14 @@ class Owner:
         if known.slots is not None:
             raise AssertionError("a lease is exported twice")
         known.slots, known.expires_at = dict(slots), now + self._lease_seconds
+
+    def revoke(self, lease: bytes) -> None:
+        """Its blocks shall not be served any more: a READ of it that is under way ends as stale."""
+        self._end(lease, "revoked")
+
+    def why_ended(self, lease: bytes) -> str | None:
+        """None while it is open."""
+        return None if lease in self._leases else self._remembered.get(lease, "unknown")
 
     def revoke_all(self) -> None:
         """The blocks shall not be served any more: READs under way end as stale."""
@@ -262,7 +271,7 @@ class Owner:
         if lease is None:
             return
         self.counts["nixl_leases_ended", reason] += 1
-        self._remembered[name] = None
+        self._remembered[name] = reason
         if len(self._remembered) > _MOST_REMEMBERED:
             self._remembered.popitem(last=False)
         if lease.slots is not None:

@@ -86,9 +86,9 @@ class PeerTier:
         self._regions = list(regions)
         self._codec = Codec(settings.secret)
         name = os.urandom(8)
-        first = int.from_bytes(os.urandom(8), "big") >> 3
-        self._reader = Reader(Common(name, settings.namespace, settings.row_bytes, settings.quarantine_bytes, first))
-        self._plane = DataPlane(f"dynamo-reader-{name.hex()}", self._regions, settings.row_bytes)
+        first, quarantine = int.from_bytes(os.urandom(8), "big") >> 3, settings.quarantine_bytes
+        self._reader = Reader(self._common(Common(name, settings.namespace, settings.row_bytes, quarantine, first)))
+        self._plane = self._make_plane(f"dynamo-reader-{name.hex()}")
         try:
             self._sockets = PeerSockets(settings.secret)
         except BaseException:
@@ -174,6 +174,12 @@ class PeerTier:
             self._tasks.put(task)
         self._sockets.wake()
         return True
+
+    def _make_plane(self, name: str) -> DataPlane:
+        return DataPlane(name, self._regions, self._settings.row_bytes)
+
+    def _common(self, usual: Common) -> Common:
+        return usual
 
     # -- our thread --------------------------------------------------------------------------------------------------
 

@@ -47,8 +47,6 @@ from dynamo_connectors.transport.reader_state import (
 )
 from dynamo_connectors.transport.watches import Watches
 
-#: An owner that has never heard of a lease may hear of it any moment; after so long it has lost it.
-_UNKNOWN_SECONDS = 1.0
 #: Who has not looked for so long cannot tell whether others were silent.
 _ABSENCE_SECONDS = 1.0
 #: A peer that refused is asked again after so long, one that was silent after so little.
@@ -122,6 +120,12 @@ class Reader:
         self._watches.unwatch(lease, now)
         self.tick(now)
 
+    def abandon(self, lease: bytes) -> None:
+        """Nobody waits for its reads any more: those that are not under way end."""
+        for read in [read for read in self._reads.values() if read.lease == lease]:
+            if read.state not in ("reading", "late"):
+                self._finish(read, "unwanted")
+
     def isolate(self, namespace: bytes) -> None:
         """From now on it has this in common with its peers. Nothing is asked of those it has met; READs go on."""
         self._common = self._common._replace(namespace=namespace)
@@ -162,11 +166,8 @@ class Reader:
         """When `tick` has something to do, half a second ahead at most."""
         due = [now + _ABSENCE_SECONDS / 2, self._watches.next_due()]
         due += [peer.timer.due for peer in self._peers.values() if peer.state == "greeting"]
-        for read in self._reads.values():
-            if read.state != "late":
-                due.append(read.deadline)
-            if read.state in ("asking", "checking"):
-                due.append(read.timer.due)
+        due += [read.deadline for read in self._reads.values() if read.state != "late"]
+        due += [read.timer.due for read in self._reads.values() if read.state in ("asking", "checking")]
         return min(due)
 
     # -- the peers' side ---------------------------------------------------------------------------------------------
@@ -183,10 +184,8 @@ class Reader:
             self.counts["nixl_refused_messages", "other_reader"] += 1
             return
         read = self._reads.get(reply.read)
-        if read is None or read.peer != peer:
-            return  # an answer that came twice, or too late
-        if read.state not in ("asking", "checking"):
-            return  # nothing is asked: a READ that is under way ends by the data plane's word alone
+        if read is None or read.peer != peer or read.state not in ("asking", "checking"):
+            return  # came twice, or too late: a READ that is under way ends by the data plane's word alone
         if reply.epoch != read.epoch:
             self._lost(read.peer, read, "restarted")
         elif isinstance(reply, Grant) and read.state == "asking":
@@ -253,7 +252,7 @@ class Reader:
 
     def _greet(self, name: Peer, now: float) -> str | None:
         """Sees to it that a connection is on its way; the reason when there is none to be had now."""
-        peer = self._peers.setdefault(name, KnownPeer())
+        peer = self._peers.setdefault(name, KnownPeer(silence_seconds=self._common.silence_seconds))
         peer.used_at = now
         if peer.state == "refused":
             if now < peer.retry_at:
@@ -350,7 +349,10 @@ class Reader:
         self._send(read.peer, check)
 
     def _granted(self, read: Read, grant: Grant, now: float) -> None:
-        if grant.status == "pending" or (grant.status == "unknown" and now - read.started < _UNKNOWN_SECONDS):
+        if grant.status == "pending" and self._common.is_patient:
+            read.count_anew(now)
+        is_new = now - read.started < self._common.unknown_seconds
+        if grant.status == "pending" or (grant.status == "unknown" and is_new):
             return  # asked again when the timer says so
         if grant.status != "granted":
             self._finish(read, "gone" if grant.status == "unknown" else grant.status)
@@ -359,10 +361,8 @@ class Reader:
         if peer.state != "ready" or peer.epoch != read.epoch:  # we have met its next run meanwhile
             self._finish(read, "restarted")
             return
-        rows = peer.rows
-        if not len(grant.slots) == len(grant.generations) == len(read.keys) or any(
-            slot >= rows for slot in grant.slots
-        ):
+        known = all(slot < peer.rows for slot in grant.slots)
+        if not (known and len(grant.slots) == len(grant.generations) == len(read.keys)):
             self._finish(read, "bad_answer")
             return
         read.reasons = ["gone" if slot < 0 else None for slot in grant.slots]

@@ -11,8 +11,6 @@ from dynamo_connectors.transport.messages import Request, Welcome
 #: A message is sent again when its answer takes longer.
 FIRST_RESEND_SECONDS = 0.02
 LAST_RESEND_SECONDS = 0.5
-#: A peer of which nothing is heard for so long is not waited for, whatever it was doing.
-_SILENCE_SECONDS = 2.0
 _PING_SECONDS = 0.5
 
 Peer: TypeAlias = str
@@ -78,6 +76,12 @@ class Common(NamedTuple):
     quarantine_bytes: int
     #: Nonces count from here on. Random, so that no answer to another reader or run answers a question of this one.
     first: int
+    #: An owner that has never heard of a lease may hear of it so much later; then it has lost it.
+    unknown_seconds: float = 1.0
+    #: A peer of which nothing is heard for so long is not waited for, whatever it was doing.
+    silence_seconds: float = 2.0
+    #: While the owner says that the blocks are still on their way, the deadline of a read is not counted.
+    is_patient: bool = False
 
 
 @dataclass
@@ -112,6 +116,10 @@ class Read:
     generations: tuple[int, ...] = ()
     late_since: float = 0.0
 
+    def count_anew(self, now: float) -> None:
+        """Its time begins now."""
+        self.started, self.deadline = now, now + self.deadline - self.started
+
 
 @dataclass
 class KnownPeer:
@@ -128,6 +136,7 @@ class KnownPeer:
     #: Something is to come from it, and nothing has since then.
     quiet_since: float | None = None
     ping_at: float = 0.0
+    silence_seconds: float = 2.0
 
     def listen(self, now: float, is_asked: bool, was_away: bool) -> str:
         """`silent` when it owes us a word and says none, `ping` when it shall be asked for one."""
@@ -135,7 +144,7 @@ class KnownPeer:
             self.quiet_since = None
         elif self.quiet_since is None or was_away:
             self.quiet_since = now
-        elif now - self.quiet_since >= _SILENCE_SECONDS:
+        elif now - self.quiet_since >= self.silence_seconds:
             return "silent"
         elif self.state == "ready" and now - self.quiet_since >= _PING_SECONDS and now >= self.ping_at:
             self.ping_at = now + _PING_SECONDS

@@ -7,10 +7,10 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from socket import SOCK_STREAM, getaddrinfo
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -19,8 +19,8 @@ from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import channel
 from dynamo_connectors.transport.agent import Agent, Region
-from dynamo_connectors.transport.messages import Codec, MessageError
-from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Offer, Owner
+from dynamo_connectors.transport.messages import Codec, MessageError, Reply, Request
+from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Holdings, Offer, Owner, Shelf
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,34 @@ class ServerSettings:
     opens_shelf: bool = False
 
 
+def _as_it_is(metadata: bytes) -> bytes:
+    return metadata
+
+
+class Served(NamedTuple):
+    """The memory that peers may read, and how it is told to them."""
+
+    regions: list[Region]
+    base: int
+    rows: int
+    row_bytes: int
+    holdings: Holdings
+    #: NIXL's metadata -> what a welcome says.
+    describe: Callable[[bytes], bytes] = _as_it_is
+    #: Where blocks that nobody exported are found.
+    shelf: Shelf | None = None
+
+
+def host_rows(dram: DramStore) -> Served:
+    region = Region(dram.rows.ctypes.data, dram.rows.nbytes)
+    return Served([region], region.address, dram.capacity_blocks, dram.row_bytes, dram, shelf=dram)
+
+
 class PeerServer:
     """The engine's thread exports leases and hears how they ended; readers are served on a thread of its own."""
 
-    def __init__(self, settings: ServerSettings, dram: DramStore) -> None:
+    def __init__(self, settings: ServerSettings, store: DramStore | Served) -> None:
+        served = store if isinstance(store, Served) else host_rows(store)
         self._codec = Codec(settings.secret)
         epoch = os.urandom(8)
         self._lock = threading.Lock()
@@ -52,15 +76,15 @@ class PeerServer:
         self._context: zmq.Context[Any] = zmq.Context()
         try:
             self._socket = self._bind(settings)
-            region = Region(dram.rows.ctypes.data, dram.rows.nbytes)
-            self._agent: Agent | None = Agent(f"dynamo-owner-{epoch.hex()}", [region])
+            self._agent: Agent | None = Agent(f"dynamo-owner-{epoch.hex()}", served.regions)
         except BaseException:
             self._context.destroy(linger=0)
             raise
-        offer = Offer(
-            epoch, settings.namespace, self._agent.metadata, region.address, dram.capacity_blocks, dram.row_bytes
+        metadata = served.describe(self._agent.metadata)
+        offer = Offer(epoch, settings.namespace, metadata, served.base, served.rows, served.row_bytes)
+        self._owner = Owner(
+            offer, served.holdings, settings.lease_seconds, served.shelf if settings.opens_shelf else None
         )
-        self._owner = Owner(offer, dram, settings.lease_seconds, dram if settings.opens_shelf else None)
         self._thread = threading.Thread(target=self._serve, name="kvbm-peer-server", daemon=True)
         self._thread.start()
 
@@ -124,6 +148,8 @@ class PeerServer:
             if ":" in address:
                 socket.setsockopt(zmq.IPV6, 1)
             socket.bind(f"tcp://[{address}]:{settings.port}" if ":" in address else f"tcp://{address}:{settings.port}")
+            #: Where readers find it; the system chooses a port when that of the settings is 0.
+            self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         except (zmq.ZMQError, OSError) as error:
             raise ConfigError(
                 f"peers cannot be served at {settings.host}:{settings.port} ({error}); "
@@ -160,6 +186,9 @@ class PeerServer:
         if first:
             log.warning("dynamo: a message to the peer port was refused (%s)", what)
 
+    def _heard(self, request: Request, reply: Reply | None) -> None:
+        """Under the lock: for who wants to know what readers have been told."""
+
     def _answer(self, now: float) -> None:
         parts = self._socket.recv_multipart()
         try:
@@ -171,6 +200,7 @@ class PeerServer:
             return
         with self._lock:
             reply = self._owner.receive(request, now)
+            self._heard(request, reply)
         if reply is not None:
             # A reader that reads nothing loses answers, and asks again.
             try:

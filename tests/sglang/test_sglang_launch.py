@@ -80,6 +80,13 @@ def _cases(folder: Path) -> dict[str, list[str] | dict[str, object]]:
         "unknown setting": [*_DYNAMO, *kv, extra, '{"kvbm_host_dram_gb": 1}'],
         "not json": [*_DYNAMO, *kv, extra, "kvbm"],
     }
+    handoff = ["--disaggregation-transfer-backend", "dynamo", "--disaggregation-mode"]
+    cases |= {
+        "hand-off without mode": handoff[:2],
+        "hand-off soon": [*handoff, "decode", "--kvbm-peer-deadline-ms", "soon"],
+        "hand-off of stages": [*handoff, "prefill", "--pp-size", "2"],
+        "hand-off not asked for": ["--kvbm-peer-deadline-ms", "5000"],
+    }
     launches = {name: ["--model-path", "/no/such/model", *arguments] for name, arguments in cases.items()}
     engine_extra = json.dumps({"kvbm_nvme_path": str(folder / "kv"), "kvbm_nvme_gb": 0.1})
     return {
@@ -135,6 +142,10 @@ def test_a_launch_without_us_stays_as_it_was(outcomes: dict[str, Outcome]) -> No
         ("no hierarchical cache", "needs --enable-hierarchical-cache"),
         ("unknown setting", "kvbm_host_dram_gb"),
         ("not json", "cannot be parsed"),
+        ("hand-off without mode", "needs --disaggregation-mode prefill or decode"),
+        ("hand-off soon", "--kvbm-peer-deadline-ms 'soon' must be a number"),
+        ("hand-off of stages", "--pp-size 1 only"),
+        ("hand-off not asked for", "needs --disaggregation-transfer-backend dynamo"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(outcomes: dict[str, Outcome], case: str, words: str) -> None:

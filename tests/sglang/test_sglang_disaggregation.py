@@ -1,0 +1,146 @@
+"""Prefill and decode in two real SGLang servers: the answers of one server, or an error; never another answer."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.sglang.asking import wait_until
+from tests.sglang.server import launch_command, prompts, server_environment
+from tools.server_process import ServerProcess, free_port, members_of
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
+
+_LENGTHS = (5, 16, 33, 100, 300, 700)
+_BOOT_SECONDS = 600.0
+_BACKEND = ["--disaggregation-transfer-backend", "dynamo"]
+
+
+def make(name: str, model: Path, folder: Path, *more: str) -> ServerProcess:
+    port = free_port()
+    command = launch_command(model, "--port", str(port), "--max-total-tokens", "4096", *more)
+    return ServerProcess(name, command, f"http://127.0.0.1:{port}", folder / f"{name}.log", server_environment())
+
+
+def ask(server: ServerProcess, tokens: list[int], **fields: object) -> requests.Response:
+    sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, **fields}
+    return requests.post(f"{server.url}/generate", json=body, timeout=120)
+
+
+def answer(response: requests.Response) -> tuple[list[int], list[Any]]:
+    assert response.status_code == 200, response.text[:500]
+    content = response.json()
+    return content["output_ids"], content["meta_info"]["output_token_logprobs"]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    prefill: ServerProcess
+    decode: ServerProcess
+    bootstrap_port: int
+
+    def room(self) -> dict[str, object]:
+        room = random.getrandbits(62) + 1
+        return {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.bootstrap_port, "bootstrap_room": room}
+
+    def ask(self, tokens: list[int]) -> requests.Response:
+        """Both at once, as SGLang's router does; the answer is decode's."""
+        room = self.room()
+        first = threading.Thread(target=ask, args=(self.prefill, tokens), kwargs=room)
+        first.start()
+        try:
+            return ask(self.decode, tokens, **room)
+        finally:
+            first.join()
+
+
+def mine() -> list[list[int]]:
+    return [prompts(seed, 1, length)[0] for seed, length in enumerate(_LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[list[int], list[Any]]]:
+    """Of one server alone, which is gone again."""
+    alone = make("alone", tiny_model, tmp_path_factory.mktemp("alone"))
+    try:
+        alone.start().wait_ready(_BOOT_SECONDS)
+        return [answer(ask(alone, prompt)) for prompt in mine()]
+    finally:
+        alone.stop()
+
+
+@pytest.fixture(scope="module")
+def fleet(
+    expected: list[tuple[list[int], list[Any]]], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Fleet]:
+    folder, port = tmp_path_factory.mktemp("fleet"), free_port()
+    prefill_flags = ["--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(port)]
+    prefill = make("prefill", tiny_model, folder, *prefill_flags, *_BACKEND)
+    decode = make("decode", tiny_model, folder, "--disaggregation-mode", "decode", *_BACKEND)
+    try:
+        prefill.start()
+        decode.start().wait_ready(_BOOT_SECONDS)
+        prefill.wait_ready(_BOOT_SECONDS)
+        yield Fleet(prefill, decode, port)
+    finally:
+        prefill.stop()
+        decode.stop()
+
+
+def test_answers_are_those_of_one_server(fleet: Fleet, expected: list[tuple[list[int], list[Any]]]) -> None:
+    assert len({tuple(tokens) for tokens, _ in expected}) == len(expected), "the answers do not tell prompts apart"
+    for prompt, wanted in zip(mine(), expected, strict=True):
+        assert answer(fleet.ask(prompt)) == wanted
+
+
+@pytest.mark.parametrize("lack", ["bootstrap_host", "bootstrap_port", "bootstrap_room"])
+def test_a_request_that_ends_a_stock_server_is_refused_in_one_line(fleet: Fleet, lack: str) -> None:
+    fields = fleet.room()
+    fields[lack] = {"bootstrap_host": None, "bootstrap_port": 70_000, "bootstrap_room": 0}[lack]
+    refused = ask(fleet.decode, mine()[0], **fields)
+    assert refused.status_code == 400
+    assert lack in refused.json()["error"]["message"]
+    assert "\n" not in refused.json()["error"]["message"]
+    assert requests.get(f"{fleet.decode.url}/server_info", timeout=60).status_code == 200
+
+
+def test_one_leg_alone_is_an_error_on_either_side(fleet: Fleet) -> None:
+    for server in (fleet.decode, fleet.prefill):
+        assert ask(server, mine()[1], **fleet.room()).status_code == 500
+
+
+def test_a_prefill_engine_that_stands_still_then_goes_on(
+    fleet: Fleet, expected: list[tuple[list[int], list[Any]]]
+) -> None:
+    signal_all(fleet.prefill, signal.SIGSTOP)
+    try:
+        failed = ask(fleet.decode, mine()[2], **fleet.room())
+        assert failed.status_code == 500
+    finally:
+        signal_all(fleet.prefill, signal.SIGCONT)
+    # A peer that was silent is asked again after 3 s.
+    wait_until(lambda: fleet.ask(mine()[3]).status_code == 200, "prefill is met again")
+    assert answer(fleet.ask(mine()[3])) == expected[3]
+
+
+def test_a_prefill_engine_that_is_killed_is_an_error_and_decode_lives(fleet: Fleet) -> None:
+    signal_all(fleet.prefill, signal.SIGKILL)
+    for _ in range(2):
+        assert ask(fleet.decode, mine()[4], **fleet.room()).status_code == 500
+    assert requests.get(f"{fleet.decode.url}/server_info", timeout=60).status_code == 200
+
+
+def signal_all(server: ServerProcess, what: signal.Signals) -> None:
+    assert server.process is not None
+    for process in members_of(server.process.pid):
+        os.kill(process, what)
