@@ -23,8 +23,10 @@ HANDOFF_SETTINGS = {
 }
 #: The launcher tells its schedulers here.
 VARIABLE = "DYNAMO_SGLANG_HANDOFF"
-#: The engine shall hold an aborted request's pages for as long as something may write to them, however long.
+#: The engine shall hold an aborted request's pages for as long as something may write to them, however long; and not
+#: send a cached prefix ahead: all is read at the end, and its CPU engine ends there for want of a CUDA event.
 _ENGINE_VARIABLES = {
+    "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "0",
     "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE": "1",
     "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "1e9",
 }
