@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
@@ -35,20 +35,29 @@ def lease_of(room: int) -> bytes:
 
 
 class _EnginePages:
-    """Pages of a lease are the engine's until the lease ends: the lease alone is the fence."""
+    """Pages of a lease are the engine's until the lease ends. Every offer counts as a filling of its slots."""
+
+    def __init__(self) -> None:
+        self._offers = 0
+        self._generations: dict[int, int] = {}
+
+    def fill(self, slots: Iterable[int]) -> None:
+        self._offers += 1
+        self._generations.update(dict.fromkeys(slots, self._offers))
 
     def holds(self, slot: int, key: BlockKey) -> bool:
         return True
 
     def generation_of(self, slot: int) -> int:
-        return 0
+        return self._generations.get(slot, 0)
 
 
 @dataclass
 class _Room:
     wanted: bool = False
-    offered: int = 0
-    proven: int = 0
+    offered: frozenset[int] = frozenset()
+    #: Slots of which a reader has heard that they held: it may ask twice.
+    proven: set[int] = field(default_factory=set)
 
 
 class PageServer(PeerServer):
@@ -57,21 +66,27 @@ class PageServer(PeerServer):
     def __init__(self, settings: ServerSettings, layout: EngineLayout) -> None:
         self._rooms: dict[bytes, _Room] = {}
         self._layout = layout
+        self._pages = _EnginePages()
         regions = [Region(*region) for region in layout.regions()]
-        served = Served(regions, 0, layout.slots, layout.row_bytes, _EnginePages(), self._describe)
+        served = Served(regions, 0, layout.slots, layout.row_bytes, self._pages, self._describe)
         super().__init__(settings, served)
 
-    def open_room(self, lease: bytes) -> None:
+    def open_room(self, lease: bytes) -> bool:
+        """False when it is another request's, which keeps it."""
         with self._lock:
+            if lease in self._rooms:
+                return False
             self._rooms[lease] = _Room()
             self._owner.announce(lease, time.monotonic())
+            return True
 
     def offer(self, lease: bytes, slots: Mapping[BlockKey, int]) -> None:
         """All of the room's pages. They stay what they are until the room is no more `OFFERED`."""
         with self._lock:
             room = self._rooms.get(lease)
             if room is not None and self._owner.why_ended(lease) is None:
-                room.offered = len(slots)
+                room.offered = frozenset(slots.values())
+                self._pages.fill(room.offered)
                 self._owner.export(lease, slots, time.monotonic())
 
     def look(self, lease: bytes) -> tuple[str | None, str]:
@@ -100,7 +115,7 @@ class PageServer(PeerServer):
         if isinstance(request, Ask):
             room.wanted = True
         elif isinstance(request, Check) and isinstance(reply, Verdict) and reply.held:
-            room.proven += len(request.slots)
+            room.proven.update(request.slots)
 
     def _describe(self, metadata: bytes) -> bytes:
         return LayoutWelcome(metadata, self._layout).encode()

@@ -20,8 +20,11 @@ from dynamo_connectors.sglang.handoff_wire import (
     RoomRead,
     lease_of,
 )
+from dynamo_connectors.transport.messages import Ask, Check, Codec, Grant, Hello, Reply, Verdict, Welcome
+from dynamo_connectors.transport.owner import _MOST_REMEMBERED as _REMEMBERED
 from dynamo_connectors.transport.peer_tier import PeerSettings
 from dynamo_connectors.transport.server import ServerSettings
+from dynamo_connectors.transport.sockets import PeerSockets
 from dynamo_connectors.transport.tickets import Ticket
 
 _PAGES, _ROWS, _PAGE_BYTES, _ROW_BYTES = 32, 4, 4096, 64
@@ -205,3 +208,72 @@ def test_a_slot_beyond_the_engine_is_not_written(pairs: Callable[..., Pair]) -> 
     until(lambda: read.has_ended)
     assert read.failure == "internal_error"
     assert (pair.decode.pages == Engine(2).pages).all()
+
+
+def test_a_room_that_is_open_stays_its_request_s(pairs: Callable[..., Pair]) -> None:
+    pair = pairs()
+    assert pair.server.open_room(pair.lease)
+    pair.server.offer(pair.lease, pair.prefill.slots([5], 0))
+    assert not pair.server.open_room(pair.lease)
+    assert pair.state() == OFFERED
+    pair.server.close_room(pair.lease)
+    assert pair.server.open_room(pair.lease), "its number is free, though its lease is spent"
+
+
+@pytest.fixture
+def talk() -> Iterator[Callable[[Pair, Ask | Check], Reply]]:
+    """A reader's words without a reader."""
+    sockets, codec = PeerSockets(b"s"), Codec(b"s")
+
+    def say(pair: Pair, request: Hello | Ask | Check) -> Reply:
+        sockets.send(f"tcp://127.0.0.1:{pair.server.port}", codec.encode(request))
+        heard: list[tuple[str, bytes]] = []
+        until(lambda: bool(heard.extend(sockets.receive(0.1)) or heard))
+        return codec.reply(heard[0][1])
+
+    yield say
+    sockets.close()
+
+
+def granted(pair: Pair, talk: Callable[..., Reply], pages: int) -> Check:
+    """What a reader asks that has read so many pages, and the metadata."""
+    welcome = talk(pair, Hello(1, b"n", pair.decode.layout.row_bytes))
+    assert isinstance(welcome, Welcome)
+    keys = (*map(page_key, range(pages)), METADATA_KEY)
+    grant = talk(pair, Ask(b"r", 1, welcome.epoch, pair.lease, keys, 4.0))
+    assert isinstance(grant, Grant)
+    assert grant.status == "granted"
+    return Check(b"r", 1, welcome.epoch, pair.lease, grant.slots, grant.generations)
+
+
+def test_a_question_that_comes_twice_delivers_nothing_twice(
+    pairs: Callable[..., Pair], talk: Callable[..., Reply]
+) -> None:
+    pair = pairs()
+    pair.server.open_room(pair.lease)
+    pair.server.offer(pair.lease, pair.prefill.slots([5, 6, 7], 0))
+    part = granted(pair, talk, 1)
+    for _ in range(2):
+        verdict = talk(pair, part)
+        assert isinstance(verdict, Verdict)
+        assert verdict.held
+    assert pair.state() == OFFERED
+
+
+def test_a_room_s_next_life_does_not_vouch_for_its_last_one(
+    pairs: Callable[..., Pair], talk: Callable[..., Reply]
+) -> None:
+    pair = pairs()
+    pair.server.open_room(pair.lease)
+    pair.server.offer(pair.lease, pair.prefill.slots([5], 0))
+    late = granted(pair, talk, 1)
+    pair.server.close_room(pair.lease)
+    for room in range(1, _REMEMBERED + 1):  # so many that it is forgotten
+        pair.server.open_room(lease_of(_ROOM + room))
+        pair.server.close_room(lease_of(_ROOM + room))
+    pair.server.open_room(pair.lease)
+    pair.server.offer(pair.lease, pair.prefill.slots([5], 0))
+    verdict = talk(pair, late)
+    assert isinstance(verdict, Verdict)
+    assert not verdict.held
+    assert pair.state() == OFFERED
