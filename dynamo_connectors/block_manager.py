@@ -201,6 +201,14 @@ class BlockManager:
         if self._stack.commit(self._stack.first, target.slot, (target.key,), parent):
             self._arrived(target.key, parent)
 
+    def commit_all(self, targets: Sequence[Target]) -> None:
+        """`commit` of blocks of one chain, given in its order: the first one becomes the newest."""
+        parents = [self._end_fill(target) for target in targets]
+        kept = self._stack.commit_all([target.slot for target in targets], [target.key for target in targets])
+        for target, parent, is_kept in zip(targets, parents, kept, strict=True):
+            if is_kept:
+                self._arrived(target.key, parent)
+
     def abort(self, target: Target, reason: str) -> None:
         self._end_fill(target)
         self._stack.first.index.abort(target.slot)
