@@ -216,7 +216,7 @@ class BlockManager:
         self.dropped[reason] += 1
 
     def take_moves(self) -> list[Move]:
-        """Copies to start now, side by side what `cascade.jobs_of` keeps together. Each goes back through `end_move`."""
+        """Copies to start, side by side what `cascade.jobs_of` keeps together. Each goes back through `end_move`."""
         return self._cascade.take()
 
     def end_move(self, move: Move, ok: bool, damaged: bool = False, sent: bool = False) -> None:
