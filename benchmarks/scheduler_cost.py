@@ -106,7 +106,7 @@ class _Life:
         )
         limits = Limits(geometry, 1.0, 1, 4 * blocks, 2 << 20, lasting_tiers=())
         self.half = SchedulerHalf(manager, limits, TierEvents(geometry, False), LoadGate(), time.monotonic)
-        self.half.bind_holds(_Holds())
+        self.half.bind_holds(_Holds(), _Holds())
         self.tables = [list(range(1, blocks + 1))]
 
     def run(self) -> None:

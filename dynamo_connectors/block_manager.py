@@ -201,6 +201,14 @@ class BlockManager:
         if self._stack.commit(self._stack.first, target.slot, (target.key,), parent):
             self._arrived(target.key, parent)
 
+    def commit_all(self, targets: Sequence[Target]) -> None:
+        """`commit` of blocks of one chain, given in its order: the first one becomes the newest."""
+        parents = [self._end_fill(target) for target in targets]
+        kept = self._stack.commit_all([target.slot for target in targets], [target.key for target in targets])
+        for target, parent, is_kept in zip(targets, parents, kept, strict=True):
+            if is_kept:
+                self._arrived(target.key, parent)
+
     def abort(self, target: Target, reason: str) -> None:
         self._end_fill(target)
         self._stack.first.index.abort(target.slot)
@@ -208,7 +216,7 @@ class BlockManager:
         self.dropped[reason] += 1
 
     def take_moves(self) -> list[Move]:
-        """Copies to start now, by jobs: see `cascade.jobs_of`. Each one goes back through `end_move`."""
+        """Copies to start, side by side what `cascade.jobs_of` keeps together. Each goes back through `end_move`."""
         return self._cascade.take()
 
     def end_move(self, move: Move, ok: bool, damaged: bool = False, sent: bool = False) -> None:

@@ -38,7 +38,7 @@ class Move(NamedTuple):
 
 
 def jobs_of(moves: Sequence[Move]) -> Iterator[list[Move]]:
-    """`moves` as `BlockManager.take_moves` gave them, split into what belongs into one job."""
+    """`moves` as `BlockManager.take_moves` gave them, split into what belongs together."""
     for (_, _, chunk), group in groupby(moves, key=lambda move: (move.source_tier, move.target_tier, move.chunk)):
         together = list(group)
         yield from ([together] if chunk is not None else ([move] for move in together))

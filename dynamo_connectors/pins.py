@@ -85,6 +85,8 @@ class TimedPins:
 
     def arrived(self, key: BlockKey) -> None:
         """`key` can be read from the first tier now: a pin that waited for it begins."""
+        if not self._pins:
+            return
         first = self._stack.first
         pin = self._pins.get((first.name, key))
         if pin is not None and pin.slot is None:

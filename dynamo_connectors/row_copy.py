@@ -51,7 +51,7 @@ class RowCopy:
     def start_up(self, slots: Sequence[int], blocks: Sequence[int]) -> bool:
         """As `up`, for the current stream only: what that is given from now on sees the bytes.
 
-        False, and nothing is started, where that would wait for another copy.
+        False, and nothing is started, where the host would wait for another call.
         """
         if self._loading is not None:
             return self._loading.start_load(slots, blocks)

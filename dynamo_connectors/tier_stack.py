@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal, NamedTuple
 
-from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.blocks import BlockKey, records
 from dynamo_connectors.tiers.index import TierIndex
 
 #: Blocks of a run that are looked up at once, to begin with: twice as many each time, so a chain of short runs costs no
@@ -152,6 +153,15 @@ class TierStack:
             return False
         self._stored(tier, blocks)
         return True
+
+    def commit_all(self, slots: Sequence[int], chain: Sequence[BlockKey]) -> list[bool]:
+        """The bytes of blocks of one chain are complete in the first tier. False for what was reset meanwhile."""
+        kept = self.first.index.commit_all(slots)
+        here = [key for key, is_kept in zip(chain, kept, strict=True) if is_kept]
+        self.changes += records(Change, repeat("stored"), repeat(self.first.name), here)
+        if len(here) < len(kept):
+            self.dropped["reset"] += len(kept) - len(here)
+        return kept
 
     def spoil(self, tier: NamedTier, slot: int, name: BlockKey) -> None:
         """`slot` was not filled, but bytes of it may lie in the tier: objects are erased, slots are written again.

@@ -243,6 +243,8 @@ class TransferEngine:
             by_tier.setdefault(item.tier, []).append(item)
         if HOST_DRAM in by_tier:
             self._load_from_dram(by_tier.pop(HOST_DRAM), outcome)
+        if not by_tier:
+            self._arrived_at = time.monotonic()  # what ran ahead meanwhile was not under way alone
         for name, items in by_tier.items():
             started, below = time.monotonic(), self._below[name]
             load = LoadFromBelow(below.tier, below.staging, MOST_ROWS * below.scale)

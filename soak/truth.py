@@ -40,6 +40,8 @@ def proven_rows(slab: Path) -> Iterator[tuple[bytes, npt.NDArray[np.float32]]]:
         for slot in range(block.capacity_blocks):
             file.seek(slab_format.PAGE_BYTES + slot * block.slot_bytes)
             whole = file.read(block.slot_bytes)
+            if len(whole) < block.slot_bytes:
+                return  # it was cut, and nobody has made it whole since
             header = whole[: slot_header.HEADER_BYTES]
             key = BlockKey(header[56 : 56 + int.from_bytes(header[12:16], "little")])  # docs/on-disk-format.md
             row = memoryview(whole)[slot_header.HEADER_BYTES : slot_header.HEADER_BYTES + block.row_bytes]

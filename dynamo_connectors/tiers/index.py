@@ -75,9 +75,7 @@ class TierIndex:
 
     def touches(self, key: BlockKey) -> int:
         """How many requests have used a block that is here or on its way here, at most 255; 0 for others."""
-        slot = self._ready.get(key)
-        if slot is None:
-            slot = self._filling.get(key)
+        slot = self._ready.get(key, self._filling.get(key))
         return 0 if slot is None else self._touches[slot]
 
     def readable_touches(self, keys: Sequence[BlockKey]) -> list[int]:
@@ -140,15 +138,15 @@ class TierIndex:
         `parent` is the block before it in its chain: the new one is placed to be evicted right before it, because it
         is worth nothing without it. Without one, or while the parent is read, it counts as just used.
         """
-        self._refuse_pinned(slot, "commit")
-        if self._step("commit", slot) == EVICTING:
-            self._quarantined -= 1
-            self._leave(slot)
-            return False
-        key = self._key(slot)
-        self._ready[key] = self._filling.pop(key)
-        self._order_below(slot, parent)
-        return True
+        if is_kept := self._fill(slot):
+            self._order_below(slot, parent)
+        return is_kept
+
+    def commit_all(self, slots: Sequence[int]) -> list[bool]:
+        """`commit` of the blocks of one chain, given in its order: the first one becomes the newest."""
+        kept = list(map(self._fill, slots))
+        self._order.add_all([slot for slot, is_kept in zip(slots, kept, strict=True) if is_kept][::-1])
+        return kept
 
     def abort(self, slot: int) -> None:
         """The bytes of `slot` never came."""
@@ -214,11 +212,9 @@ class TierIndex:
         """One more request uses each of `keys` that is known here: the last one becomes the newest."""
         ready, filling, touches, slots = self._ready, self._filling, self._touches, []
         for key in keys:
-            slot = ready.get(key)
+            slot = ready.get(key, filling.get(key))
             if slot is None:
-                slot = filling.get(key)
-                if slot is None:
-                    continue
+                continue
             if touches[slot] < MOST_TOUCHES:
                 touches[slot] += 1
             slots.append(slot)
@@ -340,6 +336,16 @@ class TierIndex:
         key = self._key_of[slot]
         assert key is not None, f"slot {slot} is {self.state_of(slot).name} and holds no block"
         return key
+
+    def _fill(self, slot: int) -> bool:
+        self._refuse_pinned(slot, "commit")
+        if self._step("commit", slot) == EVICTING:
+            self._quarantined -= 1
+            self._leave(slot)
+            return False
+        key = self._key(slot)
+        self._ready[key] = self._filling.pop(key)
+        return True
 
     def _order_below(self, slot: int, parent: BlockKey | None) -> None:
         above = None if parent is None else self._ready.get(parent)

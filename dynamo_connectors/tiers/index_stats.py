@@ -19,4 +19,6 @@ class IndexStats:
 
     def times(self, blocks: int) -> IndexStats:
         """Of a tier whose entries hold that many blocks each."""
+        if blocks == 1:
+            return self
         return IndexStats(**{name: blocks * entries for name, entries in asdict(self).items()})

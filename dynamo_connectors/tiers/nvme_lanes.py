@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.lanes import Lane
 from dynamo_connectors.tiers.base import Batch, Buffer, Place
-from dynamo_connectors.tiers.nvme import NvmeStore, slot_bytes
+from dynamo_connectors.tiers.nvme import NvmeStore
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,8 @@ class NvmeTier:
 
     def __init__(self, store: NvmeStore) -> None:
         self.store = store
-        one = slot_bytes(store.row_bytes)
         self._read_slots, self._write_slots = (
-            max(1, min(_MAX_RUN_SLOTS, most // one)) for most in (_READ_BYTES, _WRITE_BYTES)
+            max(1, min(_MAX_RUN_SLOTS, most // store.row_bytes)) for most in (_READ_BYTES, _WRITE_BYTES)
         )
         self._readers = Lane("kvbm-disk-read", QUEUE_DEPTH)
         try:

@@ -70,7 +70,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         if self._scheduler is not None:
-            self._scheduler.bind_holds(HbmHolds(gpu_block_pool))
+            self._scheduler.bind_holds(HbmHolds(gpu_block_pool), HbmHolds(gpu_block_pool))
 
     def on_new_request(self, request: Any) -> None:
         if self._scheduler is not None:

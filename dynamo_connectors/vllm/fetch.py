@@ -55,6 +55,8 @@ def _hinted(params: object, trust: Trust, own_name: str) -> tuple[Offered | None
         ticket = Ticket(host, int(port[:5]), STANDING_LEASE)
         encoded = ticket.encode()
         Ticket.decode(encoded)
+        if port != str(ticket.port):  # one spelling: an engine must know its own name
+            raise ValueError(f"port {port:.10}")
     except (StoreError, ValueError) as error:
         return None, f"{PEER} {name!r:.80} is no name of an engine ({error!s:.80}); it is computed here"
     expected = ticket.signature(trust.secret, 0).hex()

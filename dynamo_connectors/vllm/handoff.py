@@ -18,7 +18,7 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, PEER
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.peer_config import is_this_host
-from dynamo_connectors.transport.messages import LEASE_BYTES
+from dynamo_connectors.transport.messages import LEASE_BYTES, STANDING_LEASE
 from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 
@@ -75,7 +75,8 @@ def offered(params: object, trust: Trust) -> tuple[Offered | None, str]:
     try:
         ticket = Ticket(params.get("remote_host"), params.get("remote_port"), bytes.fromhex(lease))  # type: ignore[arg-type]
         encoded = ticket.encode()
-        Ticket.decode(encoded)
+        if Ticket.decode(encoded).lease == STANDING_LEASE:
+            raise ValueError("it names no lease")
     except (StoreError, ValueError, TypeError, OverflowError) as error:
         return None, f"its ticket cannot be used ({error}); it is computed here"
     signature = params.get(SIGNATURE)

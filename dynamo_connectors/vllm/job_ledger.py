@@ -77,15 +77,20 @@ class JobLedger:
         blocks: Sequence[int],
         missing: Iterable[int],
         may_run_ahead: bool = False,
-    ) -> None:
-        """Fills HBM blocks, each from its source; `missing` are blocks whose source is gone."""
+    ) -> bool:
+        """Fills HBM blocks, each from its source; `missing` are blocks whose source is gone.
+
+        Returns whether the workers may let it run ahead: never what may fail.
+        """
         assert len(sources) == len(blocks), f"{len(sources)} sources for {len(blocks)} blocks"
         # A lease may be thousands of blocks, and its request waits: field by field is the fast way.
         keys, tiers, slots, chunks, rows = zip(*sources, strict=True) if sources else ((), (), (), (), ())
         items = tuple(records(LoadItem, keys, tiers, slots, blocks, chunks, rows))
         job_id = self._start(Running(self._num_workers, loads=tuple(sources), loading=request_id))
         lost = tuple(missing)
-        self._loads.append(LoadJob(job_id, request_id, items, lost, may_run_ahead and not lost))
+        runs_ahead = may_run_ahead and not lost and set(tiers) == {HOST_DRAM}
+        self._loads.append(LoadJob(job_id, request_id, items, lost, runs_ahead))
+        return runs_ahead
 
     def move(self, moves: Sequence[Move]) -> None:
         for parts in _batches(moves):

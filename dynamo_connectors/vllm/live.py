@@ -53,6 +53,8 @@ class Limits:
     max_held_blocks: int
     #: Bytes of one block on one worker.
     block_bytes: int
+    #: Whether copies go on beside compute: not where the engine's own thread makes both.
+    copies_beside: bool = True
     #: Whether the engine's own prefix cache hands loaded blocks on to others; without it nobody need wait for a load.
     shares_loads: bool = True
     #: Tiers that may hold blocks of an earlier run.

@@ -31,7 +31,7 @@ class StepPlan(KVConnectorMetadata):
     forget: bool = False
     #: Nothing is computed in this step, so a worker may wait a moment for a job to end instead of spinning.
     is_idle: bool = False
-    #: It is expected to compute for longer than its loads take: nobody waits for them if it waits for them itself.
+    #: It is expected to compute for longer than its loads take: the engine's stream may wait for them at its end.
     hides_loads: bool = False
 
 

@@ -90,15 +90,17 @@ class Offloading:
             # Between a reset and its end a block may be on its way twice.
             storing = self._storing.get(target.key)
             if storing is not None and storing.slot == target.slot:
-                ended.append(self._storing.pop(target.key).ended_chain)
+                del self._storing[target.key]
+                if storing.ended_chain:
+                    ended.append(storing.ended_chain)
+        for target, _ in job.stores if job.failed else ():
             if target.key in job.failed:
                 self._manager.abort(target, job.failed[target.key])
-            else:
-                self._manager.commit(target)
-                self._counts["offloaded_blocks", HOST_DRAM] += 1
-        self._manager.touch([target.key for target, _ in job.stores])
+        good = [target for target, _ in job.stores if target.key not in job.failed]
+        self._manager.commit_all(good)
+        self._counts["offloaded_blocks", HOST_DRAM] += len(good)
         # A chunk is complete only now, and no request will come back to say so.
-        for chain in filter(None, ended):
+        for chain in ended:
             self._manager.offload(chain)
 
     def on_their_way(self, keys: Sequence[BlockKey]) -> set[BlockKey]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from operator import attrgetter
 
@@ -10,9 +11,9 @@ from dynamo_connectors.block_manager import BlockManager, Source
 from dynamo_connectors.config import PEER
 from dynamo_connectors.verdicts import damaged
 from dynamo_connectors.vllm.compat import NULL_BLOCK_ID, engine_logger
-from dynamo_connectors.vllm.handoff import Reach
+from dynamo_connectors.vllm.handoff import Reach, wants_handoff
 from dynamo_connectors.vllm.job_ledger import JobLedger, Running
-from dynamo_connectors.vllm.live import Gate, Limits, Live, Tables
+from dynamo_connectors.vllm.live import Gate, Holds, Limits, Live, Tables
 from dynamo_connectors.vllm.sharing import SharedLoads
 
 log = engine_logger(__name__)
@@ -38,8 +39,10 @@ class Onboarding:
         self._shared = SharedLoads()
         #: The group whose blocks stand for a prefix: when others ask whether to wait for it, and what it costs to load.
         self._main = next((i for i, group in enumerate(self._geometry.groups) if group.window_tokens is None), 0)
-        #: Whether requests may be computed on while their load is under way, where the workers can keep the order.
-        self.runs_ahead = True
+        self.holds: Holds | None = None
+        #: The HBM blocks of loads that may run ahead. vLLM knows them as loaded, and would give them to anybody when
+        #: their request goes: also to another connector, which waits for no stream.
+        self._held: dict[str, Sequence[int]] = {}
         #: Requests whose blocks count as computed while their bytes are still on the way up.
         self.loading: dict[str, Live] = {}
 
@@ -87,7 +90,10 @@ class Onboarding:
             assert missing, "a load into the null block alone"
             assert names_the_first, "a load into the null block"
             sources, blocks, why_missing = [], [], "internal_error"
-        self._ledger.load(live.request_id, sources, blocks, missing, self.runs_ahead and _outlives_its_load(live))
+        may_run_ahead = self.holds is not None and _outlives_its_load(live)
+        if self._ledger.load(live.request_id, sources, blocks, missing, may_run_ahead) and self.holds is not None:
+            self.holds.hold(blocks)
+            self._held[live.request_id] = blocks
         self.loading[live.request_id] = live
         self._shared.begin(live.request_id, [source.key for source in sources])
         live.is_disappointed = bool(missing)
@@ -97,6 +103,9 @@ class Onboarding:
         if job.loading is None:
             return
         live = self.loading.pop(job.loading)
+        held = self._held.pop(job.loading, ())
+        if self.holds is not None and held:
+            self.holds.release(held)
         live.is_disappointed |= bool(job.failed)
         self._shared.end(job.loading)
         here = [source for source in job.loads if source.tier != PEER]
@@ -142,6 +151,9 @@ class Onboarding:
     def check(self) -> None:
         self._shared.check()
         assert self.loading.keys() == self._ledger.loading_requests(), "loading requests and load jobs differ"
+        held = self.holds.held_blocks if self.holds is not None else 0
+        assert held == sum(map(len, self._held.values())), "HBM holds and loads that may run ahead disagree"
+        assert self._held.keys() <= self.loading.keys(), "HBM is held for a load that has ended"
 
     @property
     def _main_tokens(self) -> int:
@@ -190,5 +202,6 @@ class Onboarding:
 
 
 def _outlives_its_load(live: Live) -> bool:
-    """What a request leaves behind is kept when it ends, unless its load has not ended by then."""
-    return live.request.max_tokens > 1 and not live.hints.pin_ttl_seconds
+    """What a request leaves behind is kept when it ends, unless its load has not ended by then: nobody waits for it."""
+    leaves = live.hints.pin_ttl_seconds or wants_handoff(live.request.kv_transfer_params)
+    return live.request.max_tokens > 1 and not leaves

@@ -27,7 +27,7 @@ from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.offloading import Offloading
 from dynamo_connectors.vllm.onboarding import Onboarding
 from dynamo_connectors.vllm.recovery import Finds, Recovery
-from dynamo_connectors.vllm.step_clock import StepClock
+from dynamo_connectors.vllm.step_clock import FEWEST_PREFILL_TOKENS, StepClock
 
 log = engine_logger(__name__)
 
@@ -73,15 +73,15 @@ class SchedulerHalf:
         #: What requests call this engine that may be answered with its blocks; empty when it serves nobody.
         self._name = ""
 
-    def bind_holds(self, holds: Holds) -> None:
-        self._offloading.holds = holds
+    def bind_holds(self, stored: Holds, loaded: Holds) -> None:
+        """For blocks that are copied from HBM, and for those that are copied to it. Without them nothing is stored."""
+        self._offloading.holds, self._onboarding.holds = stored, loaded
 
     def take_role(self, identity: Identity | None, trust: Trust | None) -> None:
         """`identity`: where peers may read this engine's blocks; `trust`: this engine may read theirs."""
         self._trust = trust
         if identity is not None:
             self._name = name_of(identity)
-            self._onboarding.runs_ahead = False  # a peer waits for what a short request leaves behind
             self._exports = Exports(identity, self._manager, self._ledger, self._counts)
 
     def new_request(self, request: Any) -> None:
@@ -143,10 +143,10 @@ class SchedulerHalf:
             live = self._requests.get(request_id)
             if live is not None:
                 prefill += max(0, min(tokens, live.request.num_prompt_tokens - computed.get(request_id, 0)))
-        if scheduled.keys() & self._onboarding.loading.keys():
-            prefill = 0  # it ran ahead of its load: the step takes as long as that, which says nothing of computing
         self._step_prefill = prefill
         self._steps.planned(self._clock(), prefill, sum(scheduled.values()))
+        if scheduled.keys() & self._onboarding.loading.keys():
+            self._steps.may_wait()
 
     def step_ended(self) -> None:
         prefill = self._steps.ended(self._clock())
@@ -161,7 +161,10 @@ class SchedulerHalf:
             self._ledger.move(self._manager.take_moves())
         self._ledger.erase(self._manager.take_erasures())
         forget, self._forget_next = self._forget_next, False
-        return self._ledger.take_plan(forget, is_idle, not is_idle and self._hides_loads())
+        hides_loads = not is_idle and self._hides_loads()
+        if hides_loads:
+            self._steps.may_wait()
+        return self._ledger.take_plan(forget, is_idle, hides_loads)
 
     def worker_reports(self, reports: WorkerReports) -> None:
         self._recover(reports.finds)
@@ -235,10 +238,12 @@ class SchedulerHalf:
     def _hides_loads(self) -> bool:
         """Whether the step that is being planned will hardly end before those of its loads that may run ahead."""
         blocks = self._ledger.blocks_ahead()
-        if not blocks or self._gate is None:
+        if not blocks or self._gate is None or not self._limits.copies_beside:
             return False
         loading = self._gate.expected_load_seconds(HOST_DRAM, blocks * self._limits.block_bytes)
-        step = max(self._steps.least_seconds, self._gate.expected_step_seconds(self._step_prefill))
+        step = self._steps.least_seconds
+        if self._step_prefill >= FEWEST_PREFILL_TOKENS:
+            step = max(step, self._gate.expected_step_seconds(self._step_prefill))
         return loading is not None and loading <= step
 
     def _live(self, request: Any) -> Live:
@@ -251,7 +256,8 @@ class SchedulerHalf:
             geometry = self._limits.geometry
             chains = Chains(geometry, request.block_hashes, self._adapters.name_of(request))
             live = Live(request, chains, hints, [0] * len(geometry.groups))
-            if self._trust is not None:
+            # After a reset this engine takes nothing from anybody.
+            if self._trust is not None and not self._was_reset:
                 live.offer, problem = what_peers_have(request.kv_transfer_params, self._trust, self._name)
                 self._counts["nixl_peer_hints", ""] += live.offer is not None and not live.offer.is_leased
                 if problem == UNSIGNED:

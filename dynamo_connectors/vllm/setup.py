@@ -89,6 +89,7 @@ def build_scheduler_half(config: KvbmConfig, vllm_config: Any, kv_cache_config: 
         num_workers=num_workers,
         max_held_blocks=max(1, int(kv_cache_config.num_blocks * _MAX_HELD_SHARE)),
         block_bytes=row_bytes,
+        copies_beside=vllm_config.device_config.device_type == "cuda",
         shares_loads=bool(vllm_config.cache_config.enable_prefix_caching),
         lasting_tiers=tuple(name for name in (NVME_SSD, OBJECT_STORE) if name in capacities),
         find_seconds=config.object_deadline_seconds,

@@ -6,7 +6,7 @@ from collections import deque
 from typing import NamedTuple
 
 #: Smaller steps say more about decoding and launch overhead than about prefill.
-_FEWEST_PREFILL_TOKENS = 64
+FEWEST_PREFILL_TOKENS = 64
 _RECENT = 8
 
 
@@ -14,6 +14,8 @@ class _Step(NamedTuple):
     planned_at: float
     prefill_tokens: int
     num_tokens: int
+    #: It may take as long as a load, which says nothing of computing.
+    may_wait: bool = False
 
 
 class Prefill(NamedTuple):
@@ -38,6 +40,11 @@ class StepClock:
     def planned(self, now: float, prefill_tokens: int, num_tokens: int) -> None:
         self._steps.append(_Step(now, prefill_tokens, num_tokens))
 
+    def may_wait(self) -> None:
+        """The step that was planned last may wait for a load."""
+        if self._steps:
+            self._steps[-1] = self._steps[-1]._replace(may_wait=True)
+
     def ended(self, now: float) -> Prefill | None:
         """What the oldest open step says about prefill, if it was mostly prefill."""
         if not self._steps:
@@ -46,8 +53,10 @@ class StepClock:
         # A step that was planned while the one before it ran started when that one ended.
         seconds = now - max(step.planned_at, self._last_end)
         self._last_end = now
+        if step.may_wait:
+            return None
         if step.num_tokens:
             self._recent.append(seconds)
-        if step.prefill_tokens < _FEWEST_PREFILL_TOKENS or 2 * step.prefill_tokens < step.num_tokens or seconds <= 0:
+        if step.prefill_tokens < FEWEST_PREFILL_TOKENS or 2 * step.prefill_tokens < step.num_tokens or seconds <= 0:
             return None
         return Prefill(step.num_tokens, seconds)

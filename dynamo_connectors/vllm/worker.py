@@ -66,15 +66,8 @@ class WorkerHalf:
             self._peers.start(plan)
         if plan.forget:
             self._lasting.forget()
-        begun = self._begun or ComputeFence(self._device)
         for load in plan.loads:
-            self._running[load.job_id] = "onboard"
-            if self._runs_ahead(plan, load, begun):
-                self._ahead.add(load.job_id)
-                self._loaded_requests.add(load.request_id)
-            else:
-                self._loads[load.job_id] = load
-                self._transfers.submit(load, begun)
+            self._start_load(plan, load, self._begun or ComputeFence(self._device))
 
     def start_offloads(self, plan: StepPlan) -> None:
         """Called after the step's compute was enqueued, which may still be filling the blocks to store."""
@@ -137,11 +130,16 @@ class WorkerHalf:
         assert self._loads.keys() | self._ahead <= self._running.keys(), "a load is known that is not running"
         assert self._num_groups > 1 or not self._failed_requests, "a request failed where a block would do"
 
-    def _runs_ahead(self, plan: StepPlan, load: LoadJob, begun: ComputeFence) -> bool:
-        """Whether the engine's stream waits for the load, before this step's end, instead of the request."""
-        if not load.may_run_ahead or not (plan.is_idle or plan.hides_loads):
-            return False
-        return self._transfers.run_ahead(load, beside=None if plan.is_idle else begun)
+    def _start_load(self, plan: StepPlan, load: LoadJob, begun: ComputeFence) -> None:
+        """Its request waits for it; or the engine's stream does, before this step's end."""
+        self._running[load.job_id] = "onboard"
+        may_run_ahead = load.may_run_ahead and (plan.is_idle or plan.hides_loads)
+        if may_run_ahead and self._transfers.run_ahead(load, beside=None if plan.is_idle else begun):
+            self._ahead.add(load.job_id)
+            self._loaded_requests.add(load.request_id)
+        else:
+            self._loads[load.job_id] = load
+            self._transfers.submit(load, begun)
 
     def _start(self, job: StoreJob | MoveJob | EraseJob, what: str) -> None:
         self._running[job.job_id] = what

@@ -98,7 +98,7 @@ class CompressedCopy:
     def start_load(self, row_ids: Sequence[int], page_ids: Sequence[int]) -> bool:
         """As `load`, for what the current stream is given from now on; the host has to wait for it.
 
-        False, and nothing is started, while another call has the buffers.
+        False, and nothing is started, while another call is handing work to the GPU.
         """
         if self._pages.device.type == "cpu":
             self.load(row_ids, page_ids)

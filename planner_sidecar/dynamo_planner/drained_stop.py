@@ -138,4 +138,4 @@ class DrainedStop:
         except ObservationError as error:
             # One that cannot be reached any more has nothing in flight that could be saved.
             return self.around.proxy is None and error.reason == "unreachable"
-        return reading.running + reading.waiting == 0
+        return reading.running + reading.waiting == 0 and self._hand_offs.are_over_in(url, reading)

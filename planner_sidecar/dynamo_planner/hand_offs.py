@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .errors import ObservationError
+from .exposition import EngineReading
 from .peers import Peers
 
 
@@ -20,11 +21,18 @@ class HandOffs:
         self._since: dict[str, float] = {}
 
     async def are_over(self, url: str) -> bool:
-        """What cannot be read is not waited for: the proxy's count has said that nothing is in flight."""
-        now = self._clock()
-        if now - self._since.setdefault(url, now) >= self._limit_seconds:
+        """A reading that fails says nothing about leases: the limit ends the wait for an engine that cannot be read."""
+        if self._is_time_up(url):
             return True
         try:
             return (await self._peers.scrape(url)).open_leases == 0
         except ObservationError:
-            return True
+            return False
+
+    def are_over_in(self, url: str, reading: EngineReading) -> bool:
+        """The same from a reading that the caller has."""
+        return self._is_time_up(url) or reading.open_leases == 0
+
+    def _is_time_up(self, url: str) -> bool:
+        now = self._clock()
+        return now - self._since.setdefault(url, now) >= self._limit_seconds

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 _FIRST_TOKEN, _LAST_TOKEN = 10, 400  # ids that every vocabulary has
+#: A short batch on a small engine is over in a fifth of a second.
+_SCRAPE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class EngineProfiler:
         usage = 0.0
         try:
             while not all(request.done() for request in requests):
-                await asyncio.wait(requests, timeout=0.2)
+                await asyncio.wait(requests, timeout=_SCRAPE_SECONDS)
                 usage = max(usage, await self._kv_usage())
             streams = [await request for request in requests]
         finally:

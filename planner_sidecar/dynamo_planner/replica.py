@@ -41,7 +41,9 @@ class Surroundings:
     sleep: Callable[[float], Awaitable[None]]
 
     def hand_offs(self) -> HandOffs:
-        return HandOffs(self.peers, self.clock, self.limits.lease_seconds)
+        """Half of a drain at most goes to their wait: a number that stands still must not use up every drain."""
+        limits = self.limits
+        return HandOffs(self.peers, self.clock, min(limits.lease_seconds, limits.drain_seconds / 2))
 
 
 class Replica:
@@ -188,5 +190,6 @@ class Replica:
         except ObservationError:
             self._idle_looks = 0
             return None
-        self._idle_looks = self._idle_looks + 1 if reading.running + reading.waiting == 0 else 0
+        is_idle = reading.running + reading.waiting == 0 and self._hand_offs.are_over_in(self.url, reading)
+        self._idle_looks = self._idle_looks + 1 if is_idle else 0
         return Event.IDLE if self._idle_looks >= 2 else None

@@ -31,7 +31,14 @@ from dynamo_planner.wall_clock import WallClock
 from planner_sidecar.kubernetes.cluster import PODS, RUN, Cluster, cluster, workload
 from tests.planner.planner_fakes import FakeProxy, served
 
-LIMITS = Limits(drain_seconds=60, terminate_seconds=60, resume_seconds=30, start_seconds=60, poll_seconds=0.05)
+LIMITS = Limits(
+    drain_seconds=60,
+    terminate_seconds=60,
+    resume_seconds=30,
+    start_seconds=60,
+    lease_seconds=0,  # no engine answers here that could say that its leases are over
+    poll_seconds=0.05,
+)
 
 
 @dataclass

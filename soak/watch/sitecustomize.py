@@ -68,9 +68,9 @@ def _arm(engine: Any) -> None:
         compare_loaded(self, [item for item in job.items if item.key not in outcome.failed])
         return outcome
 
-    def watched_run_ahead(self: Any, job: Any) -> bool:
+    def watched_run_ahead(self: Any, job: Any, **chosen: Any) -> bool:
         # On the CPU the bytes are there when it returns.
-        runs = bool(run_ahead(self, job))
+        runs = bool(run_ahead(self, job, **chosen))
         if runs:
             compare_loaded(self, job.items)
         return runs

@@ -103,14 +103,28 @@ class BlockManagerMachine(RecordingMachine):
     def commit(self, data: st.DataObject) -> None:
         self.commit_at(data.draw(st.integers(0, len(self.targets) - 1)))
 
+    @precondition(lambda self: self.targets)
+    @rule(data=st.data())
+    def commit_all(self, data: st.DataObject) -> None:
+        self.commit_some(sorted(data.draw(st.sets(st.integers(0, len(self.targets) - 1), min_size=1))))
+
     def commit_at(self, place: int) -> None:
-        target, epoch = self.targets.pop(place)
-        self.bytes_in[DRAM, target.slot] = ((target.key, epoch),)
+        self.commit_some([place])
+
+    def commit_some(self, places: list[int]) -> None:
+        some = [self.targets[place] for place in places]
+        self.targets = [entry for place, entry in enumerate(self.targets) if place not in places]
+        for target, epoch in some:
+            self.bytes_in[DRAM, target.slot] = ((target.key, epoch),)
         resets = self.manager.dropped["reset"]
-        self.manager.commit(target)
-        kept = epoch == self.epoch
-        assert self.manager.dropped["reset"] == resets + (not kept)
-        assert not kept or self.index(DRAM).slot_of(target.key) == target.slot
+        if len(some) == 1:
+            self.manager.commit(some[0][0])
+        else:
+            self.manager.commit_all([target for target, _ in some])
+        kept = [target for target, epoch in some if epoch == self.epoch]
+        assert self.manager.dropped["reset"] == resets + len(some) - len(kept)
+        for target in kept:
+            assert self.index(DRAM).slot_of(target.key) == target.slot
 
     @precondition(lambda self: self.targets)
     @rule(data=st.data())

@@ -28,7 +28,8 @@ from dynamo_planner.wall_clock import WallClock
 from tests.planner.fake_kubernetes import FakeCluster
 from tests.planner.planner_fakes import FakeEngine, FakeProxy, served
 
-QUICK = Limits(drain_seconds=20.0, terminate_seconds=20.0, resume_seconds=20.0, poll_seconds=0.01)
+# No engine answers behind the stand's pods, so none can say that its leases are over.
+QUICK = Limits(drain_seconds=20.0, terminate_seconds=20.0, resume_seconds=20.0, lease_seconds=0.0, poll_seconds=0.01)
 LEASE_SECONDS = 30.0
 
 

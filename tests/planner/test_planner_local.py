@@ -120,6 +120,26 @@ def test_a_prefill_worker_whose_kv_is_still_read_is_not_stopped(tmp_path: Path) 
     asyncio.run(story())
 
 
+def test_without_a_proxy_too_a_lease_is_waited_for(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, **actuate(tmp_path)) as stand:
+            await stand.planner.order(2)
+            await stand.eventually(lambda: two_ready(stand))
+            urls = list(replicas(stand).states())
+            for url in urls:
+                await get(stand.session, f"{url}/lease")
+            await stand.planner.order(1)
+            victim = next(url for url, state in replicas(stand).states().items() if state == "draining")
+            await asyncio.sleep(0.2)  # many polls, none of which may stop it
+            assert replicas(stand).states()[victim] == "draining"
+            assert not replicas(stand)._replicas[victim].child.gone()
+            for url in urls:
+                await get(stand.session, f"{url}/lease")
+            await stand.until(f"stopped {victim}")
+
+    asyncio.run(story())
+
+
 def test_without_a_proxy_the_engines_own_gauges_are_waited_for(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, **actuate(tmp_path)) as stand:

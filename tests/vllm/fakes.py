@@ -102,7 +102,7 @@ def make(**chosen: Any) -> tuple[SchedulerHalf, FakeHolds]:
     manager = BlockManager(tiers, setting.min_touches)
     half = SchedulerHalf(manager, limits, NoEvents(), setting.gate, lambda: NOW[0])
     holds = FakeHolds()
-    half.bind_holds(holds)
+    half.bind_holds(holds, FakeHolds())
     return half, holds
 
 

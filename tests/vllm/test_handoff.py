@@ -243,6 +243,7 @@ def test_a_reset_lets_go_of_what_queued_requests_were_offered() -> None:
     [
         {"dynamo_lease": None},
         {"dynamo_lease": "not hex"},
+        {"dynamo_lease": "00" * 16},
         {"dynamo_lease": "ab"},
         {"remote_host": "a b\n"},
         {"remote_host": None},

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 def test_a_real_engine_is_measured(engine: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "profile.json"
-    asked = ["--prompt-tokens", "32,256,896,100000", "--batches", "1,4", "--output-tokens", "16"]
+    asked = ["--prompt-tokens", "32,256,896,100000", "--batches", "1,4", "--output-tokens", "96"]
     assert main(["profile", "--engine", engine.url, "--out", str(out), *asked]) == 0
     profile = read_profile(out)
     assert [tokens for tokens, _ in profile.prefill] == [32, 256, 896], "the engine refuses 100,000 tokens"

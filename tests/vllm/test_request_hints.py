@@ -110,6 +110,8 @@ def test_a_step_hides_loads_that_are_expected_to_end_before_it() -> None:
     gate = FixedGate()
     half, _ = make(gate=gate)
     keep(half, "a", [1, 2])
+    half.new_request(request("computed", 10))
+    half.step_planned({}, {"computed": 10 * BLOCK})
     for name, load_seconds, step_seconds, hidden in (
         ("unknown", None, 1.0, False),
         ("short", 0.4, 1.0, True),
@@ -120,6 +122,11 @@ def test_a_step_hides_loads_that_are_expected_to_end_before_it() -> None:
         assert plan.hides_loads is hidden, name
         end(half, plan)
     gate.load_seconds = 0.1
+    half.step_planned({"computed": 10 * BLOCK}, {"computed": 1})
+    plan = load(half, request("decoding", 2, "a"), [8, 9])
+    assert not plan.hides_loads, "what prefill takes at least says nothing of a step that only decodes"
+    end(half, plan)
+    half.step_planned({}, {"computed": 10 * BLOCK})
     assert not load(half, request("pins", 2, "a", kvbm_pin_ttl_seconds=9), [8, 9]).hides_loads, "it may not run ahead"
 
 

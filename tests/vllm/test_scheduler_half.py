@@ -64,6 +64,22 @@ def test_blocks_whose_load_is_running_are_never_offered() -> None:
     end(half, plan)
 
 
+def test_hbm_that_a_load_may_still_write_to_is_nobody_elses() -> None:
+    """vLLM was told that the load has ended, so that it would give the blocks away when the request goes."""
+    half, _ = make()
+    keep(half, "a", [1, 2])
+    what = request("b", 2, prefix="a")
+    plan = load(half, what, [8, 9])
+    holds = half._onboarding.holds
+    assert holds is not None
+    assert holds.held_blocks == 2
+    half.finished(what, [[8, 9]], 2 * BLOCK)
+    assert holds.held_blocks == 2
+    end(half, plan)
+    assert holds.held_blocks == 0
+    half.check()
+
+
 def test_who_may_run_ahead_of_its_load() -> None:
     half, _ = make()
     keep(half, "a", [1, 2])

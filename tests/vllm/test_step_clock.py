@@ -32,6 +32,18 @@ def test_decoding_and_tiny_steps_say_nothing() -> None:
     assert clock.ended(9.0) is None
 
 
+def test_a_step_that_may_wait_for_a_load_says_nothing() -> None:
+    clock, now = StepClock(), 0.0
+    for _ in range(8):
+        clock.planned(now, 512, 512)
+        clock.may_wait()
+        now += 0.5
+        assert clock.ended(now) is None
+    assert clock.least_seconds == 0.0
+    clock.planned(now, 512, 512)
+    assert clock.ended(now + 0.5) == Prefill(512, 0.5)
+
+
 def test_a_step_takes_at_least_what_the_quickest_of_the_last_few_took() -> None:
     clock, now = StepClock(), 0.0
     for number, seconds in enumerate((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)):
