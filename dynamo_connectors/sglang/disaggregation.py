@@ -6,15 +6,11 @@ still write to a page is known where the page is: SGLang holds an aborted reques
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any
 
-import requests
 from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferDestination
 from sglang.srt.disaggregation.common.conn import (
     CommonKVBootstrapServer,
@@ -30,6 +26,7 @@ from dynamo_connectors.errors import ConfigError, StoreError
 from dynamo_connectors.peer_config import is_this_host
 from dynamo_connectors.sglang import compat
 from dynamo_connectors.sglang.handoff_layout import METADATA_KEY, EngineLayout, layout_of, page_key
+from dynamo_connectors.sglang.handoff_lookup import Lookups, ask
 from dynamo_connectors.sglang.handoff_settings import BACKEND, BACKEND_FLAG, told_handoff
 from dynamo_connectors.sglang.handoff_wire import (
     DELIVERED,
@@ -45,13 +42,9 @@ from dynamo_connectors.transport.peer_tier import PeerSettings
 from dynamo_connectors.transport.server import ServerSettings
 from dynamo_connectors.transport.tickets import Ticket
 
-logger = logging.getLogger(__name__)
-
 _HERE = "127.0.0.1"
 #: Readers renew a lease every 5 s.
 _LEAST_LEASE_SECONDS = 10.0
-#: The scheduler waits for a prefill engine's answer at bootstrap so long at a time.
-_PATIENCE_SECONDS = 0.2
 #: Late READs may hold this part of the pages before they are ended by force.
 _QUARANTINE_PART = 8
 _STATES = {
@@ -60,8 +53,9 @@ _STATES = {
     OFFERED: KVPoll.Transferring,
     DELIVERED: KVPoll.Success,
 }
+_IN_USE = "its bootstrap_room is in use by another request; give every attempt a new one"
 #: After these the prefill engine is looked up anew.
-_GONE = ("unreachable", "unavailable", "restarted", "refused", "disconnected", "closed")
+_GONE = ("unreachable", "unavailable", "restarted", "refused", "disconnected", "closed", "gone")
 
 
 class DynamoKVManager(CommonKVManager):
@@ -77,9 +71,7 @@ class DynamoKVManager(CommonKVManager):
         self.page_server: PageServer | None = None
         self.page_reader: PageReader | None = None
         self._owners: dict[str, tuple[str, int]] = {}
-        self._lookups: dict[str, Future[None]] = {}
-        #: Prefill engines that the log names already.
-        self._complained: set[str] = set()
+        self._lookups = Lookups(self._look_up)
         self._held: dict[int, list[RoomRead]] = {}
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         # The engine's own control socket believes everybody, and nobody of ours talks to it.
@@ -111,26 +103,9 @@ class DynamoKVManager(CommonKVManager):
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """As the engine's, but a prefill engine that stands still, or does not fit, harms its own requests only."""
-        if bootstrap_addr in self.prefill_info_table:
-            return True
-        lookup = self._lookups.get(bootstrap_addr)
-        if lookup is None:
-            lookup = self._lookups[bootstrap_addr] = Future()
-            threading.Thread(
-                target=self._look_up, args=(bootstrap_addr, lookup), name="kvbm-bootstrap", daemon=True
-            ).start()
-        try:
-            lookup.result(_PATIENCE_SECONDS)
-        except TimeoutError:
-            return False
-        except Exception as error:  # noqa: BLE001 - whatever it was, these requests alone have failed
-            if bootstrap_addr not in self._complained:
-                logger.warning("dynamo: prefill engine %s cannot be used: %s", bootstrap_addr, error)
-            self._complained.add(bootstrap_addr)
-        else:
-            self._complained.discard(bootstrap_addr)
-        del self._lookups[bootstrap_addr]
-        return bootstrap_addr in self.prefill_info_table
+        if not self._is_known(bootstrap_addr):
+            self._lookups.attempt(bootstrap_addr)
+        return self._is_known(bootstrap_addr)
 
     def owner_of(self, bootstrap_addr: str) -> tuple[str, int] | None:
         return self._owners.get(bootstrap_addr)
@@ -152,27 +127,36 @@ class DynamoKVManager(CommonKVManager):
     def clear_deferred_abort_state(self, bootstrap_room: int) -> None:
         self._held.pop(bootstrap_room, None)
 
-    def _look_up(self, bootstrap_addr: str, outcome: Future[None]) -> None:
+    def _is_known(self, bootstrap_addr: str) -> bool:
+        return bootstrap_addr in self._owners and bootstrap_addr in self.prefill_info_table
+
+    def _look_up(self, bootstrap_addr: str) -> None:
         try:
-            self._owners[bootstrap_addr] = self._find_owner(bootstrap_addr)
+            host = bootstrap_addr.rpartition(":")[0].strip("[]")
+            if self.config.is_local and not is_this_host(host):
+                raise ConfigError("without --kvbm-peer-secret-file no other host is asked")
             super().try_ensure_parallel_info(bootstrap_addr)
-            outcome.set_result(None)
-        except Exception as error:  # noqa: BLE001 - told to who waits for it
-            outcome.set_exception(error)
+            self._owners[bootstrap_addr] = self._find_owner(bootstrap_addr)
+        except Exception:
+            self.prefill_info_table.pop(bootstrap_addr, None)
+            raise
 
     def _find_owner(self, bootstrap_addr: str) -> tuple[str, int]:
         """Where the prefill worker of our rank listens."""
         url = f"http://{bootstrap_addr}/route"
-        whole = dict.fromkeys(("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"), -1)
-        facts = _ask(url, whole)
+        facts = self.prefill_info_table.get(bootstrap_addr)
+        if facts is None:
+            raise StoreError("unreachable", "its bootstrap server does not say what it is")
         shape = {"attn_tp_size": self.attn_tp_size, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1}
         for name, wanted in shape.items():
-            if int(facts[name]) != wanted:
-                raise ConfigError(f"its {name} is {facts[name]}, and must be {wanted}; start both engines alike")
-        rank = _ask(url, {**dict.fromkeys(whole, 0), "target_tp_rank": self.attn_tp_rank})
+            if getattr(facts, name) != wanted:
+                raise ConfigError(f"its {name} is not {wanted}; start both engines alike")
+        others = dict.fromkeys(("prefill_dp_rank", "prefill_cp_rank", "target_pp_rank"), 0)
+        rank = ask(url, {**others, "target_tp_rank": self.attn_tp_rank})
         host, port = str(rank["rank_ip"]), int(rank["rank_port"])
         if self.config.is_local and not is_this_host(host):
             raise ConfigError(f"it lies at {host}, and without --kvbm-peer-secret-file no other host is asked")
+        Ticket.decode(Ticket(host, port, lease_of(0)).encode())  # raises for what no ticket can say
         return host, port
 
     def _namespace(self) -> bytes:
@@ -201,7 +185,11 @@ class DynamoKVSender(CommonKVSender):
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *more, **options)
         self._lease = lease_of(bootstrap_room)
         self._pages: list[int] = []
-        mgr.page_server.open_room(self._lease)
+        #: A room serves one request; another one's is neither offered nor ended from here.
+        self._is_ours = self._is_open = mgr.page_server.open_room(self._lease)
+        if not self._is_ours:
+            mgr.record_failure(bootstrap_room, _IN_USE)
+            self.conclude_state = KVPoll.Failed
 
     def send(self, kv_indices: Any, state_indices: Any = None, *_: Any, **__: Any) -> None:
         if self.conclude_state is not None:
@@ -232,12 +220,20 @@ class DynamoKVSender(CommonKVSender):
         return KVPoll.Failed if state is None else _STATES[state]
 
     def clear(self) -> None:
-        self.kv_mgr.page_server.close_room(self._lease)
-        super().clear()
+        self._close()
+        if self._is_ours:
+            super().clear()
 
     def abort(self) -> None:
-        self.kv_mgr.page_server.close_room(self._lease)
-        super().abort()
+        self._close()
+        if self._is_ours:
+            super().abort()
+
+    def _close(self) -> None:
+        """Once: by now the room may be a later request's."""
+        if self._is_open:
+            self._is_open = False
+            self.kv_mgr.page_server.close_room(self._lease)
 
 
 class DynamoKVReceiver(CommonKVReceiver):
@@ -255,13 +251,14 @@ class DynamoKVReceiver(CommonKVReceiver):
         #: The room of another request is not ours to end.
         self._owns_bootstrap_room = not is_taken
         if is_taken:
-            self._fail("its bootstrap_room is in use by another request; give every attempt a new one")
+            self._fail(_IN_USE)
 
     def init(self, prefill_dp_rank: int) -> None:
         owner = self.kv_mgr.owner_of(self.bootstrap_addr)
         if self.conclude_state is not None:
             return
         if owner is None:
+            self.kv_mgr.forget(self.bootstrap_addr)
             self._fail("the prefill engine is gone")
             return
         self._ticket = Ticket(owner[0], owner[1], lease_of(self.bootstrap_room))
@@ -355,14 +352,6 @@ def _layout(args: Any) -> EngineLayout:
         buffers(args.kv_data_ptrs, args.kv_data_lens, args.kv_item_lens),
         buffers(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens),
     )
-
-
-def _ask(url: str, question: dict[str, int]) -> dict[str, Any]:
-    response = requests.get(url, params=question, timeout=5)
-    if response.status_code != 200:
-        raise StoreError("unreachable", f"its bootstrap server answered {response.status_code}")
-    answer: dict[str, Any] = response.json()
-    return answer
 
 
 def _why_no_room(why: str) -> str:

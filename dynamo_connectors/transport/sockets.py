@@ -97,8 +97,8 @@ class PeerSockets:
             socket.setsockopt(zmq.SNDHWM, _MOST_WAITING)
             socket.setsockopt(zmq.IPV6, 1)
             socket.connect(peer)
-        except zmq.ZMQError as error:  # no address, or no descriptor left: the protocol finds that nobody answers
-            if error.errno == errno.EMFILE:
+        except (zmq.ZMQError, ValueError) as error:  # no address, no descriptor left: the protocol finds nobody there
+            if getattr(error, "errno", None) == errno.EMFILE:
                 log.warning("dynamo: no connection to peer %s (%s); raise the limit of open files", peer, error)
             if socket is not None:
                 socket.close(linger=0)

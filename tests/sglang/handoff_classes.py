@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace as Facts
 from typing import Any
 
@@ -175,6 +177,69 @@ def a_room_that_is_in_use_is_refused_alone(world: World) -> None:
     sender.clear()
 
 
+def a_room_that_prefill_has_stays_its_request_s(world: World) -> None:
+    sender, receiver = world.wanted(13, [5])
+    seconds = [world.sender(world.prefill, world.address, 13, False) for _ in range(2)]
+    for second in seconds:
+        assert second.poll() == 0
+        second.init(1, 1)
+        second.send(np.array([12], dtype=np.int32))
+        second.abort()
+    assert "in use" in why(seconds[0])
+    sender.init(1, 1)
+    sender.send(np.array([10], dtype=np.int32))
+    late = world.sender(world.prefill, world.address, 13, False)
+    assert late.poll() == 0
+    late.clear()
+    until(lambda: receiver.poll() == 4 and sender.poll() == 4)
+    assert (world.d.pages[:, [5]] == world.p.pages[:, [10]]).all()
+    sender.clear()
+    receiver.clear()
+
+
+def liar(whole: dict[str, Any], rank: dict[str, Any]) -> type[BaseHTTPRequestHandler]:
+    """A bootstrap server that says this of itself and of the worker of a rank."""
+
+    class Liar(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(whole if "target_pp_rank=-1" in self.path else rank).encode())
+
+        def log_message(self, *_: Any) -> None:
+            """It is quiet about it."""
+
+    return Liar
+
+
+def a_bootstrap_server_that_lies_harms_its_own_requests_only(world: World) -> None:
+    answers = {"attn_tp_size": 1, "attn_cp_size": 1, "dp_size": 1, "pp_size": 1, "page_size": 16}
+    answers |= {"kv_cache_dtype": None, "follow_bootstrap_room": False}
+    for number, lies in enumerate(
+        ({"rank_port": 10**30}, {"rank_ip": "\ud800"}, {"rank_ip": "10.0.0.7"}, {"dp_size": 0}, {"attn_tp_size": "x"})
+    ):
+        answer = {"rank_ip": "127.0.0.1", "rank_port": 1, **answers, **lies}
+        whole = {name: answer[name] for name in answers}
+        rank = {name: answer[name] for name in ("rank_ip", "rank_port")}
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), liar(whole, rank)) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            address = f"127.0.0.1:{server.server_port}"
+            receiver = world.receiver(world.decode, address, 100 + number)
+
+            def failed(address: str = address, receiver: Any = receiver) -> bool:
+                assert not world.decode.try_ensure_parallel_info(address), "it is believed"
+                return bool(receiver.poll() == 0)
+
+            until(failed)
+            assert "does not fit" in why(receiver)
+            server.shutdown()
+    receiver = world.receiver(world.decode, "10.0.0.7:80", 120)
+    assert not world.decode.try_ensure_parallel_info("10.0.0.7:80")
+    receiver.abort()
+    why(receiver)
+
+
 def a_room_is_not_used_twice(world: World) -> None:
     sender, receiver = world.room(5)
     receiver.send_metadata(np.array([3], dtype=np.int32), 2)
@@ -206,6 +271,8 @@ CASES = (
     an_abort_of_prefill_ends_decode,
     pages_are_held_while_a_read_is_under_way,
     a_room_that_is_in_use_is_refused_alone,
+    a_room_that_prefill_has_stays_its_request_s,
+    a_bootstrap_server_that_lies_harms_its_own_requests_only,
     a_room_is_not_used_twice,
     nobody_at_the_other_end_is_a_failure,
     a_decode_engine_that_never_comes_is_a_failure,
