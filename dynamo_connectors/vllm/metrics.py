@@ -30,14 +30,6 @@ _COUNTERS = {
     "early_requests": ("dynamo_kvbm_early_requests", None, "Requests that came before a store had told what it holds."),
     "nixl_read_bytes": ("dynamo_nixl_read_bytes", None, "Bytes of peers that were read and proven."),
     "nixl_read_blocks": ("dynamo_nixl_read_blocks", None, "Blocks of peers that were read and proven."),
-    "nixl_transferred_bytes": (
-        "dynamo_nixl_transferred_bytes",
-        None,
-        "Bytes that NIXL says it has read, proven or not.",
-    ),
-    "nixl_descriptors": ("dynamo_nixl_descriptors", None, "Pieces of memory in READs, as NIXL tells it."),
-    "nixl_post_microseconds": ("dynamo_nixl_post_seconds", None, "Time NIXL took to start READs, as it tells it."),
-    "nixl_transfer_microseconds": ("dynamo_nixl_transfer_seconds", None, "Time READs took, as NIXL tells it."),
     "nixl_reads": ("dynamo_nixl_reads", None, "READs of peers that ended, well or badly."),
     "nixl_late_reads": ("dynamo_nixl_late_reads", None, "READs that were not over at their deadline."),
     "nixl_fences_refused": ("dynamo_nixl_fences_refused", "reason", "READs whose bytes were not what was granted."),
@@ -162,8 +154,7 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
         for key, amount in transfer_stats_data.get("counts", {}).items():
             what, label = key.split("|", 1)
             labels = [*engine, label] if _COUNTERS[what][1] else engine
-            # Counts are whole numbers; seconds are told in millionths.
-            self._counters[what].labels(*labels).inc(amount / 1e6 if what.endswith("_microseconds") else amount)
+            self._counters[what].labels(*labels).inc(amount)
         for key, transfers in transfer_stats_data.get("transfers", {}).items():
             what, tier = key.split("|", 1)
             for num_bytes, seconds in transfers:
