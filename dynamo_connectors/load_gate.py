@@ -146,8 +146,9 @@ class LoadGate:
         return tokens * self._prefill.slope if self._prefill.has_samples else math.inf
 
     def expected_load_seconds(self, tier: str, num_bytes: int) -> float | None:
-        """What loading so many bytes takes; None when nothing was ever loaded from there."""
-        return self._loading(tier, num_bytes)
+        """What loading so many bytes takes; None when there is nothing to go by."""
+        line = self._loads.get(tier)
+        return None if line is None else line.seconds(num_bytes)
 
     def expected_step_seconds(self, tokens: int) -> float:
         """What a step takes at least that computes so many prompt tokens; 0 when not known."""
@@ -172,7 +173,7 @@ class LoadGate:
             end += count
             computing, loading = (
                 self.expected_prefill_seconds(count * block_tokens),
-                self._loading(tier, count * block_bytes),
+                self.expected_load_seconds(tier, count * block_bytes),
             )
             if loading is None:
                 saved += computing
@@ -184,10 +185,6 @@ class LoadGate:
             if saved >= best_saved:
                 best, best_saved = end, saved
         return best
-
-    def _loading(self, tier: str, num_bytes: int) -> float | None:
-        line = self._loads.get(tier)
-        return None if line is None else line.seconds(num_bytes)
 
     def _is_sure_of(self, tier: str) -> bool:
         return self._loads[tier].is_known and self._prefill.is_known

@@ -45,7 +45,7 @@ def admit(gate: LoadGate, *run: tuple[str, int]) -> int:
 
 def expected_load_seconds(gate: LoadGate, run: list[str]) -> float:
     """A tier met twice is waited for once; tiers that nothing is known of count as free."""
-    return sum(gate._loading(tier, run.count(tier) * BLOCK_BYTES) or 0.0 for tier in dict.fromkeys(run))
+    return sum(gate.expected_load_seconds(tier, run.count(tier) * BLOCK_BYTES) or 0.0 for tier in dict.fromkeys(run))
 
 
 def test_before_anything_is_learnt_everything_is_admitted() -> None:
