@@ -119,7 +119,7 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
         (
             ["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-nvme-path",
              "/proc/nothing", "--kvbm-nvme-gb", "1"],
-            ["--kvbm-nvme-path /proc/nothing", "cannot be used"],
+            ["--kvbm-nvme-path /proc/nothing does not exist", "mkdir -p /proc/nothing"],
         ),
         ([*DYNAMO, "--pipeline-parallel-size", "2"], ["--pipeline-parallel-size above 1"]),
         ([*DYNAMO, "--kvbm-host-dram-gb", "1e-9"], ["--kvbm-host-dram-gb", "less than a megabyte"]),
