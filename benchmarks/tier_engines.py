@@ -139,6 +139,7 @@ class Sglang(Engine):
 
 
 def _disk_flags(directory: Path) -> list[str]:
+    directory.mkdir(parents=True, exist_ok=True)
     return ["--kvbm-nvme-path", str(directory), "--kvbm-nvme-gb", "0.2"]
 
 

@@ -8,7 +8,8 @@ import shlex
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,11 +25,11 @@ STREAMS, STREAM_TOKENS = 6, 300
 
 @dataclass(frozen=True)
 class Advice:
-    """Equal decisions in a row, told once."""
+    """Equal decisions in a row, told once. `after_seconds` is when the first of them was made."""
 
+    after_seconds: float
     current: int
     desired: int
-    reason: str
     explanation: str
     times: int
 
@@ -43,17 +44,23 @@ class ScalingResult:
 
 
 def advice(log: Path) -> list[Advice]:
+    """What an advisory planner asks for it asks for once a minute until somebody does it: one advice."""
     told: list[Advice] = []
+    begun: datetime | None = None
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         if entry["kind"] != "decision":
             continue
-        decision, times = entry["decision"], 1
-        if told and (told[-1].reason, told[-1].desired) == (decision["reason"], decision["desired"]):
-            times = told.pop().times + 1
-        told.append(
-            Advice(decision["current"], decision["desired"], decision["reason"], decision["explanation"], times)
-        )
+        decision, at = entry["decision"], datetime.fromisoformat(entry["at"])
+        begun = begun or at
+        after = (at - begun).total_seconds()
+        made = Advice(after, decision["current"], decision["desired"], decision["explanation"], 1)
+        if told and told[-1].current == made.current and decision["reason"] == "rate_limited":
+            made = replace(made, desired=told[-1].desired, explanation=told[-1].explanation)
+        if told and (told[-1].current, told[-1].desired) == (made.current, made.desired):
+            last = told.pop()
+            made = replace(made, after_seconds=last.after_seconds, times=last.times + 1)
+        told.append(made)
     return told
 
 

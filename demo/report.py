@@ -40,10 +40,12 @@ def show(
         )
     _print(console, "2. Multi-turn chat through dynamo-proxy, two replicas", table)
 
-    table = Table("replicas", "reason", "times", "why")
+    table = Table("from second", "replicas", "advice", "decisions", "why (the latest)")
     for advice in advised:
-        table.add_row(f"{advice.current} -> {advice.desired}", advice.reason, str(advice.times), advice.explanation)
-    _print(console, "3. dynamo-planner, advisory mode", table)
+        said = "keep" if advice.desired == advice.current else f"run {advice.desired}"
+        after = f"{advice.after_seconds:.0f}"
+        table.add_row(after, str(advice.current), said, str(advice.times), advice.explanation)
+    _print(console, "3. dynamo-planner, advisory mode: what it would do, and nobody did", table)
 
     table = Table("step", "result")
     table.add_row("one replica more, by order", f"{scaling.started} ready after {scaling.start_seconds:.0f} s")

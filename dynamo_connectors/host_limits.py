@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from dynamo_connectors.config import GIGABYTE, KvbmConfig
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.host_room import memory_bytes, refuse_unusable, slab_room_bytes
 from dynamo_connectors.peer_config import PeerConfig
 from dynamo_connectors.transport.agent import require_nixl
 from dynamo_connectors.transport.channel import require_curve
@@ -16,13 +14,9 @@ from dynamo_connectors.transport.channel import require_curve
 _LEAST_SECRET_BYTES = 16
 
 
-def physical_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def check_host(config: KvbmConfig) -> None:
     """Raises `ConfigError` with one line when this machine cannot hold what `config` asks for."""
-    memory = physical_memory_bytes()
+    memory = memory_bytes()
     if config.host_dram_bytes > memory:
         raise ConfigError(
             f"--kvbm-host-dram-gb {config.host_dram_bytes / GIGABYTE:g} is more than this host's "
@@ -56,27 +50,10 @@ def read_secret(peer: PeerConfig) -> bytes:
 
 
 def _check_directory(directory: Path, wanted_bytes: int) -> None:
-    is_new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            free = shutil.disk_usage(directory).free
-    except OSError as error:
+    refuse_unusable(directory)
+    room = slab_room_bytes(directory)
+    if wanted_bytes > room:
         raise ConfigError(
-            f"--kvbm-nvme-path {directory} cannot be used ({error.strerror}); name a directory this user may write to"
-        ) from error
-    # Slabs of engines that have died are taken over, so their space counts as free.
-    reusable = sum(_disk_bytes(path) for path in directory.glob("kvbm-*.slab"))
-    if wanted_bytes > free + reusable:
-        if is_new:
-            directory.rmdir()
-        raise ConfigError(
-            f"--kvbm-nvme-gb {wanted_bytes / GIGABYTE:g} is more than the {free / GIGABYTE:.1f} GB free in {directory}"
+            f"--kvbm-nvme-gb {wanted_bytes / GIGABYTE:g} is more than the {room / GIGABYTE:.1f} GB free in {directory}"
+            "; lower it or free space there"
         )
-
-
-def _disk_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_blocks * 512
-    except FileNotFoundError:  # its engine has just closed it
-        return 0

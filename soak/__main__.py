@@ -84,6 +84,7 @@ def right_answers(model: Path, folder: Path) -> list[Answer]:
 def right_blocks(model: Path, folder: Path) -> Path:
     """The KV of every block, from an engine that is left in peace, as a file of rows."""
     slabs, rows = folder / "right-kv", folder / "rows.npz"
+    slabs.mkdir(exist_ok=True)
     tiers = ["--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-host-dram-gb", "0.3", "--kvbm-nvme-gb", "0.2"]
     disk = ["--kvbm-nvme-path", str(slabs), "--kvbm-nvme-min-touches", "1"]
     extra = ["--dtype", "float32", "--kv-connector", "dynamo", *tiers, *disk]
@@ -117,6 +118,7 @@ def told(watched: Path) -> list[str]:
 
 def tiered_engine(model: Path, folder: Path, s3_url: str) -> ServerProcess:
     """Each tier too small for all prompts, so that blocks keep sinking and rising."""
+    (folder / "kv").mkdir(exist_ok=True)
     extra = ["--dtype", "float32", "--kv-connector", "dynamo"]
     extra += ["--kvbm-storage-tiers", ",".join(TIERS), "--kvbm-host-dram-gb", "0.03"]
     extra += ["--kvbm-nvme-path", str(folder / "kv"), "--kvbm-nvme-gb", "0.06", "--kvbm-nvme-min-touches", "1"]

@@ -38,6 +38,8 @@ class Plan:
     host_dram_gb: float | None = None
     nvme_path: Path | None = None
     nvme_gb: float | None = None
+    object_url: str | None = None
+    object_endpoint_url: str | None = None
 
 
 def is_healthy(findings: Sequence[Finding]) -> bool:

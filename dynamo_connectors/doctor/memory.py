@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 from dynamo_connectors.doctor.finding import Finding, Level, in_gb
+from dynamo_connectors.host_room import container_limit_bytes
 
 GIGABYTE = 10**9
 CAP_IPC_LOCK = 14
@@ -19,18 +20,6 @@ def meminfo(text: str) -> dict[str, int]:
     """/proc/meminfo as bytes."""
     rows = (line.split() for line in text.splitlines())
     return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows if len(row) >= 2}
-
-
-def container_limit_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The memory limit of this control group (version 2 or 1), None without one."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            text = (root / name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 2**60:
-            return int(text)
-    return None
 
 
 def judge_memory(total_bytes: int, available_bytes: int, wanted_gb: float | None) -> Finding:

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dynamo_connectors.doctor.finding import Finding, Level, in_gb
+from dynamo_connectors.host_room import slab_room_bytes
 
 NAME = "nvme_ssd"
 PAGE_BYTES = 4096
@@ -47,7 +48,7 @@ def try_direct(folder: Path) -> Finding:
 
 
 def judge_space(folder: Path, free_bytes: int, wanted_gb: float | None) -> Finding:
-    name, detail = f"{NAME} space", f"{in_gb(free_bytes)} free in {folder}"
+    name, detail = f"{NAME} space", f"{in_gb(free_bytes)} free or in slabs in {folder}"
     wanted_bytes = (wanted_gb if wanted_gb is not None else 1.0) * GIGABYTE
     if free_bytes < wanted_bytes:
         remedy = "free space there, or choose a smaller --kvbm-nvme-gb or another --kvbm-nvme-path"
@@ -59,11 +60,10 @@ def examine_nvme(folder: Path | None, wanted_gb: float | None) -> list[Finding]:
     if folder is None:
         return []
     if not folder.is_dir():
-        what = "is not a directory" if folder.exists() else "does not exist"
-        remedy = f"mkdir -p {folder}, or choose another --kvbm-nvme-path"
-        return [Finding(Level.FAIL, NAME, f"{folder} {what}", remedy)]
+        if folder.exists():
+            return [Finding(Level.FAIL, NAME, f"{folder} is not a directory", "name a directory in --kvbm-nvme-path")]
+        return [Finding(Level.FAIL, NAME, f"{folder} does not exist", f"mount its disk, or mkdir -p {folder}")]
     written = try_direct(folder)
     if written.level is Level.FAIL:
         return [written]
-    room = os.statvfs(folder)
-    return [written, judge_space(folder, room.f_bavail * room.f_frsize, wanted_gb)]
+    return [written, judge_space(folder, slab_room_bytes(folder), wanted_gb)]

@@ -42,8 +42,8 @@ class DramStore:
                 "lower --kvbm-host-dram-gb"
             ) from error
         self._keys: list[BlockKey | None] = [None] * capacity_blocks
-        #: Where to look for a key first: `_keys` says whether it is there.
-        self._slots: dict[BlockKey, int] = {}
+        #: Where to look for a key first: `_keys` says whether it is there. None until `keep_places`.
+        self._slots: dict[BlockKey, int] | None = None
         #: How often each slot was filled: who reads it from outside (`transport`) sees whether it changed meanwhile.
         self._generations = [0] * capacity_blocks
         #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
@@ -62,7 +62,7 @@ class DramStore:
     def set_key(self, slot: int, key: BlockKey | None) -> None:
         """Names what `slot` holds: None while the copy engine fills the row, the key when it is complete."""
         held = self._keys[slot]
-        if held is not None and self._slots.get(held) == slot:
+        if self._slots is not None and held is not None and self._slots.get(held) == slot:
             self._slots.pop(held, None)  # another thread may have put the block elsewhere just now
         if key is None:
             # In this order: who sees the new generation (`transport.owner`) must not see the old key beside it.
@@ -70,11 +70,16 @@ class DramStore:
             self._generations[slot] += 1
             return
         self._keys[slot] = key
-        self._slots[key] = slot
+        if self._slots is not None:
+            self._slots[key] = slot
+
+    def keep_places(self) -> None:
+        """From now on blocks are found by key, for peers: a dict entry per block. Call it before any copy starts."""
+        self._slots = {key: slot for slot, key in enumerate(self._keys) if key is not None}
 
     def slot_of(self, key: BlockKey) -> int | None:
         """A slot that holds it, or did a moment ago. None when none is known, as after a race between two copies."""
-        return self._slots.get(key)
+        return None if self._slots is None else self._slots.get(key)
 
     def holds(self, slot: int, key: BlockKey) -> bool:
         return self._keys[slot] == key
@@ -106,6 +111,7 @@ class DramStore:
             self._unpin()
             self._unpin = None
         self._keys = [None] * self.capacity_blocks
-        self._slots.clear()
+        if self._slots is not None:
+            self._slots.clear()
         # The mapping goes with its last view: here, unless one is alive somewhere, which must not dangle.
         self.rows = np.empty((0, self.row_bytes), dtype=np.uint8)

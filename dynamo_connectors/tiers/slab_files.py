@@ -32,7 +32,6 @@ def log_path(slab: Path) -> Path:
 def claim_slab(directory: Path, namespace: bytes) -> tuple[int, Path]:
     """Opens and locks the first slab of `namespace` that no living engine holds; makes one if need be."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         with _alone_in(directory):
             for number in range(_MAX_SLABS):
                 path = directory / f"kvbm-{namespace.hex()[:16]}-{number}.slab"

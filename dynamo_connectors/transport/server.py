@@ -58,6 +58,7 @@ class Served(NamedTuple):
 
 
 def host_rows(dram: DramStore) -> Served:
+    dram.keep_places()
     region = Region(dram.rows.ctypes.data, dram.rows.nbytes)
     return Served([region], region.address, dram.capacity_blocks, dram.row_bytes, dram, shelf=dram)
 

@@ -36,10 +36,15 @@ def doctor(
     ] = None,
     kvbm_nvme_path: Annotated[Path | None, typer.Option(help="Directory of the nvme_ssd tier.")] = None,
     kvbm_nvme_gb: Annotated[float | None, typer.Option(min=0, help="Disk space for KV, in GB.")] = None,
+    kvbm_object_url: Annotated[str | None, typer.Option(help="s3://bucket/prefix of the object_store tier.")] = None,
+    kvbm_object_endpoint_url: Annotated[str | None, typer.Option(help="Its S3 service, http://host:port.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Machine-readable report.")] = False,
 ) -> None:
-    """Looks at engines, plugins, NIXL, GPU, memory and disk. Exits 1 when something would not work."""
-    plan = Plan(kvbm_host_dram_gb, kvbm_nvme_path, kvbm_nvme_gb)
+    """Looks at engines, plugins, NIXL, GPU, memory, disk and bucket. Exits 1 when something would not work.
+
+    Most of its time an installed engine imports itself: that proves that it finds us.
+    """
+    plan = Plan(kvbm_host_dram_gb, kvbm_nvme_path, kvbm_nvme_gb, kvbm_object_url, kvbm_object_endpoint_url)
     with Console(stderr=True).status("looking at this machine (an engine takes a while to import)"):
         findings = examine(plan, os.environ)
     if json_:

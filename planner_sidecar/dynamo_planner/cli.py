@@ -94,16 +94,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import typer
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    # Plain help: rich's tables cut the names of flags at 80 columns.
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    program = "dynamo-planner"
     if given[:1] == ["profile"]:
-        arguments = given[1:]
+        arguments, program = given[1:], "dynamo-planner profile"
         app.command(help=_PROFILE_HELP)(_command(_PROFILE_FLAGS, _profile))
     else:
-        app.command(help=_HELP)(_command(_FLAGS, _run))
+        app.command(help=_HELP, epilog=_EPILOG)(_command(_FLAGS, _run))
     # typer carries its own copy of click since 0.29 and imports click before; the class is the same by name.
     mistake: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
-        code = app(args=arguments, prog_name="dynamo-planner", standalone_mode=False)
+        code = app(args=arguments, prog_name=program, standalone_mode=False)
     except (PlannerError, mistake) as error:
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         sys.stderr.write(f"dynamo-planner: {' '.join(text.split())}\n")
@@ -114,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _PROFILE_HELP = "Measure one idle engine and write its step times to a file that --profile reads, with plots beside it."
+_EPILOG = "Step times of one idle engine: dynamo-planner profile --engine URL (flags: dynamo-planner profile --help)"
 _HELP = "Size a fleet of vLLM or SGLang replicas from what they publish; advise, or start and drain-stop them."
 
 

@@ -137,7 +137,8 @@ def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, ne
     said = f"{need.why}; at most {floor} of {current} replicas were needed in the last {window:g} s"
     last = memory.last_down_seconds
     if last is not None and 0 <= now - last < policy.down_period_seconds:
-        return _Verdict(current, "rate_limited", f"{said}; the last was given up {now - last:.0f} s ago")
+        period = f"the next may follow after {policy.down_period_seconds:g} s"
+        return _Verdict(current, "rate_limited", f"{said}; one fewer was decided {now - last:.0f} s ago, {period}")
     step = max(1, math.floor(current * policy.max_down_share))
     return _Verdict(max(floor, current - step), "idle_window", said)
 

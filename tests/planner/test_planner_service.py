@@ -211,6 +211,22 @@ def test_a_taken_port_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "choose another --port" in err
 
 
+def test_help_fits_a_terminal_and_names_everything(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 80 columns no flag is cut, and whoever reads the help learns of the other command."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for flag in ("--max-running-per-replica", "--keep-replicas / --stop-replicas", "--scale-to-zero-seconds"):
+        assert flag in shown
+    assert "dynamo-planner profile --engine" in " ".join(shown.split())
+    assert main(["profile", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Usage: dynamo-planner profile" in shown
+    assert "--prompt-tokens" in shown
+
+
 def test_flags_win_over_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "planner.yaml"
     file.write_text("engine: http://a:1\nmin-replicas: 3\nmax-replicas: 5\n")

@@ -38,6 +38,7 @@ def storage_config(directory: Path, **changes: Any) -> SimpleNamespace:
 @pytest.fixture
 def make_backend(tmp_path: Path) -> Iterator[MakeBackend]:
     made: list[HiCacheBackend] = []
+    (tmp_path / "kv").mkdir()
 
     def make(
         pool: FakeHostPool | None = None, kind: type[HiCacheBackend] = HiCacheBackend, **changes: Any

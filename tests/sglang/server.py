@@ -84,6 +84,7 @@ def make_server(model: Path, folder: Path, *more: str, name: str = "sglang") -> 
     """Not started. Its first two levels hold 512 and 1024 tokens: a handful of prompts flushes them."""
     port, events_port, replay_port = free_port(), free_port(), free_port()
     nvme = folder / "kv"
+    nvme.mkdir(exist_ok=True)
     levels = ["--max-total-tokens", "512", "--enable-hierarchical-cache", "--hicache-ratio", "2"]
     tier = ["--hicache-storage-backend", "dynamo", "--kvbm-nvme-path", str(nvme), "--kvbm-nvme-gb", "0.05"]
     patience = ["--hicache-storage-prefetch-policy", "wait_complete"]

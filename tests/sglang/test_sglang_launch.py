@@ -49,7 +49,9 @@ def the_line(ended: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("launches")
+    folder = tmp_path_factory.mktemp("launches")
+    (folder / "kv").mkdir()
+    return folder
 
 
 def _cases(folder: Path) -> dict[str, list[str] | dict[str, object]]:
@@ -70,7 +72,8 @@ def _cases(folder: Path) -> dict[str, list[str] | dict[str, object]]:
         "by settings file": [*_DYNAMO, extra, f"@{settings}"],
         "without us": ["--enable-hierarchical-cache", "--hicache-storage-backend", "file"],
         "no path": _DYNAMO,
-        "not writable": [*_DYNAMO, "--kvbm-nvme-path", "/proc/kv"],
+        "not there": [*_DYNAMO, "--kvbm-nvme-path", "/proc/kv"],
+        "not writable": [*_DYNAMO, "--kvbm-nvme-path", "/proc"],
         "no space": [*_DYNAMO, *kv, "--kvbm-nvme-gb", "0"],
         "negative": [*_DYNAMO, *kv, "--kvbm-nvme-gb=-3"],
         "too much": [*_DYNAMO, *kv, "--kvbm-nvme-gb", "1e9"],
@@ -133,7 +136,8 @@ def test_a_launch_without_us_stays_as_it_was(outcomes: dict[str, Outcome]) -> No
     ("case", "words"),
     [
         ("no path", "needs --kvbm-nvme-path"),
-        ("not writable", "--kvbm-nvme-path /proc/kv cannot be used"),
+        ("not there", "--kvbm-nvme-path /proc/kv does not exist"),
+        ("not writable", "--kvbm-nvme-path /proc cannot be used"),
         ("no space", "--kvbm-nvme-gb 0 must be"),
         ("negative", "--kvbm-nvme-gb -3 must be"),
         ("too much", "GB free in"),
@@ -165,7 +169,7 @@ def test_the_engine_class_takes_us_too(outcomes: dict[str, Outcome]) -> None:
 @pytest.mark.engine
 @pytest.mark.timeout(_SECONDS)
 def test_a_mistake_stops_a_real_launch() -> None:
-    assert "/proc/kv cannot be used" in the_line(launch(*_DYNAMO, "--kvbm-nvme-path", "/proc/kv"))
+    assert "/proc/kv does not exist" in the_line(launch(*_DYNAMO, "--kvbm-nvme-path", "/proc/kv"))
 
 
 @pytest.mark.engine

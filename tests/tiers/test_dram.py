@@ -41,6 +41,8 @@ def test_a_row_is_served_only_under_the_key_it_was_named() -> None:
 def test_a_block_is_found_by_its_key_while_it_is_there() -> None:
     store = DramStore(3, ROW)
     store.set_key(1, A)
+    assert store.slot_of(A) is None, "nobody asked for it: the index of an engine that serves no peer is not paid for"
+    store.keep_places()
     assert (store.slot_of(A), store.slot_of(B)) == (1, None)
     store.set_key(2, A)  # the same block again
     store.set_key(1, None)

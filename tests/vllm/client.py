@@ -6,12 +6,14 @@ import json
 import random
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from tools.server_process import ServerProcess
 from tools.vllm_server import CHUNK_TOKENS, MODEL_NAME
 
 
@@ -31,6 +33,17 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) 
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain until {what}"
         time.sleep(0.05)
+
+
+@contextmanager
+def serving(server: ServerProcess) -> Iterator[VllmClient]:
+    """Started, asked, stopped; what it logged meanwhile has no traceback. Two engines may start in this time."""
+    try:
+        server.start().wait_ready(600)
+        yield VllmClient(server.url)
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.stop()
 
 
 class VllmClient:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from http.client import HTTPResponse
 from pathlib import Path
 
 import msgspec
@@ -162,6 +164,48 @@ def test_hints_reach_the_tiers_and_bad_ones_hurt_nobody(client: VllmClient) -> N
     bad = {"kvbm_pin_ttl_seconds": "soon", "kvbm_prefetch": [], "kvbm_whatever": None}
     assert client.complete(prompt(8200), kv_transfer_params=bad) == hidden
     assert client.metric("dynamo_kvbm_ignored_hints_total") - ignored_before == 3
+
+
+def test_a_hinted_request_comes_up_to_host_memory_before_it_is_scheduled(client: VllmClient) -> None:
+    """It waits behind requests that fill HBM; meanwhile its blocks go from disk to host memory and are found there."""
+    cold = fill(client, 8600, 20)[0]
+    wait_idle(client)
+
+    def came_up() -> float:
+        return client.metric("dynamo_kvbm_prefetched_blocks_total", tier="host_dram")
+
+    came_before, dram_before, disk_before = came_up(), hits(client, "host_dram"), hits(client, "nvme_ssd")
+    with ExitStack() as others, ThreadPoolExecutor(1) as pool:
+        for seed in range(8700, 8705):
+            others.enter_context(_endless(client, prompt(seed)))
+        # So little is free that 28 blocks do not fit.
+        wait_until(lambda: client.metric("vllm:kv_cache_usage_perc") > 0.84, "HBM is full", 120)
+        hint = {"kvbm_prefetch": True}
+        asked = pool.submit(client.complete, prompt(8600), max_tokens=1, kv_transfer_params=hint)
+        try:
+            wait_until(
+                lambda: came_up() - came_before >= BLOCKS_PER_PROMPT, "the disk's blocks are in host memory", 120
+            )
+            assert not asked.done(), "it was scheduled before"
+            assert hits(client, "host_dram") + hits(client, "nvme_ssd") == dram_before + disk_before
+        finally:
+            others.close()
+        hinted = asked.result()
+    # A batch rounds differently from a single request, on stock vLLM too; another prompt's KV is far off.
+    assert abs(hinted.logprobs[0] - cold.logprobs[0]) < 0.2
+    assert hits(client, "host_dram") - dram_before == BLOCKS_PER_PROMPT
+    assert hits(client, "nvme_ssd") == disk_before
+
+
+def _endless(client: VllmClient, tokens: list[int]) -> HTTPResponse:
+    """A request that goes on until its stream is closed, and stores nothing."""
+    body = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 2000, "stream": True, "ignore_eos": True}
+    body["kv_transfer_params"] = {"kvbm_no_store": True}
+    request = urllib.request.Request(
+        client.url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    answer: HTTPResponse = urllib.request.urlopen(request, timeout=60)
+    return answer
 
 
 @pytest.mark.parametrize("level", [1, 2])

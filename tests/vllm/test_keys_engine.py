@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.vllm.client import Answer, VllmClient, prompt
+from tests.vllm.client import Answer, VllmClient, prompt, serving
 from tests.vllm.image_model import IMAGE_PIXELS, IMAGE_TOKENS, make_adapter, make_image_model
 from tools.vllm_server import CHUNK_TOKENS, MODEL_NAME, VllmOptions, vllm_server
 
@@ -32,13 +32,9 @@ def client(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vll
     adapters = [f"{name}={make_adapter(folder / name, seed)}" for seed, name in enumerate(ADAPTERS)]
     tiers = ["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,host_dram", "--kvbm-host-dram-gb", "0.1"]
     lora = ["--kvbm-load-gate", "off", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules"]
-    server = vllm_server("vllm-keys", model, logs / "vllm-keys.log", VllmOptions(extra=[*tiers, *lora, *adapters]))
-    try:
-        server.start().wait_ready(600)
-        yield VllmClient(server.url)
-        assert "Traceback" not in server.log.read_text()
-    finally:
-        server.stop()
+    options = VllmOptions(extra=[*tiers, *lora, *adapters])
+    with serving(vllm_server("vllm-keys", model, logs / "vllm-keys.log", options)) as started:
+        yield started
 
 
 def picture(seed: int) -> str:

@@ -57,6 +57,21 @@ def test_yaml_native_spelling_and_two_api_servers(tiny_model: Path, logs: Path, 
         server.stop()
 
 
+@pytest.mark.timeout(600)
+def test_a_mistake_ends_a_real_start_with_one_line(tiny_model: Path, tmp_path: Path) -> None:
+    """Before anything is loaded; which mistakes there are, `test_launch_flags` has."""
+    missing = tmp_path / "not-mounted" / "kv"
+    disk = ["--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-nvme-path", str(missing), "--kvbm-nvme-gb", "1"]
+    vllm = Path(sys.executable).parent / "vllm"
+    command = [str(vllm), "serve", str(tiny_model), "--kv-connector", "dynamo", *disk]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr + run.stdout
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"vllm: error: --kvbm-nvme-path {missing} does not exist; mount its disk, or mkdir -p")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_python_api(tiny_model: Path, tmp_path: Path) -> None:
     script = tmp_path / "offline.py"
     script.write_text(OFFLINE_SCRIPT)

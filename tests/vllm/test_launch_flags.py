@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("vllm")
 
 DYNAMO = ["--kv-connector", "dynamo"]
+DISK = [*DYNAMO, "--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-nvme-path"]
 NATIVE = {"kv_connector": "dynamo", "kv_role": "kv_both"}
 
 
@@ -117,10 +118,13 @@ def test_vllm_without_our_flags_is_untouched(parse: Any) -> None:
         (["--kv-connector", "dynamo", "--kvbm-offload-ratio", "1.5"], ["--kvbm-offload-ratio"]),
         (["--kv-connector", "dynamo", "--kvbm-nvme-path", "/x"], ["--kvbm-nvme-path", "nvme_ssd"]),
         (
-            ["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-nvme-path",
-             "/proc/nothing", "--kvbm-nvme-gb", "1"],
-            ["--kvbm-nvme-path /proc/nothing", "cannot be used"],
+            [*DISK, "/proc/nothing", "--kvbm-nvme-gb", "1"],
+            ["--kvbm-nvme-path /proc/nothing does not exist", "mkdir -p /proc/nothing"],
         ),
+        ([*DISK, "/etc/hostname", "--kvbm-nvme-gb", "1"], ["/etc/hostname cannot be used (Not a directory)"]),
+        ([*DISK, "/proc", "--kvbm-nvme-gb", "1"], ["--kvbm-nvme-path /proc cannot be used", "may write to"]),
+        ([*DISK, "/var", "--kvbm-nvme-gb", "1e7"], ["--kvbm-nvme-gb 1e+07 is more than", "free in /var"]),
+        ([*DYNAMO, "--kvbm-storage-tiers", ""], ["--kvbm-storage-tiers", "unknown tier ''", "host_dram"]),
         ([*DYNAMO, "--pipeline-parallel-size", "2"], ["--pipeline-parallel-size above 1"]),
         ([*DYNAMO, "--kvbm-host-dram-gb", "1e-9"], ["--kvbm-host-dram-gb", "less than a megabyte"]),
         (

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.vllm.client import Answer, VllmClient, prompt, wait_until
+from tests.vllm.client import Answer, VllmClient, prompt, serving, wait_until
 from tests.vllm.slab_damage import damage_every_payload
+from tools.server_process import ServerProcess
 from tools.vllm_server import MODEL_NAME, VllmOptions, vllm_server
 
 #: Two engines start in the time that one is given elsewhere.
@@ -23,8 +22,7 @@ BLOCKS_PER_PROMPT = 28
 SHARD_BYTES = 32768
 
 
-@contextmanager
-def serving(model: Path, log: Path, disk: Path, sizes: tuple[str, str], *ranks: str) -> Iterator[VllmClient]:
+def ranks_of(model: Path, log: Path, disk: Path, sizes: tuple[str, str], *ranks: str) -> ServerProcess:
     """HBM holds two prompts."""
     tiers = ["--kv-connector", "dynamo", "--kvbm-storage-tiers", "hbm,host_dram,nvme_ssd", "--kvbm-host-dram-gb"]
     tiers += [sizes[0], "--kvbm-nvme-gb", sizes[1], "--kvbm-nvme-path", str(disk)]
@@ -32,13 +30,7 @@ def serving(model: Path, log: Path, disk: Path, sizes: tuple[str, str], *ranks: 
     options = VllmOptions(hbm_blocks=64, max_model_tokens=1024, extra=[*tiers, *rules, *ranks])
     server = vllm_server("vllm-ranks", model, log, options)
     # By itself vLLM binds each rank to a NUMA node of its own, and refuses to start where there are fewer.
-    server = replace(server, env={**server.env, "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
-    try:
-        server.start().wait_ready(600)
-        yield VllmClient(server.url)
-        assert "Traceback" not in server.log.read_text()
-    finally:
-        server.stop()
+    return replace(server, env={**server.env, "VLLM_CPU_OMP_THREADS_BIND": "nobind"})
 
 
 def hits(client: VllmClient, tier: str, **labels: str) -> float:
@@ -63,7 +55,8 @@ def store(client: VllmClient, seed: int) -> Answer:
 
 def test_shards_of_two_workers_come_back_together_or_not_at_all(tiny_model: Path, logs: Path, tmp_path: Path) -> None:
     # On each worker: 61 blocks in DRAM, two prompts; 271 on disk, nine.
-    with serving(tiny_model, logs / "tp.log", tmp_path, ("0.004", "0.02"), "--tensor-parallel-size", "2") as client:
+    server = ranks_of(tiny_model, logs / "tp.log", tmp_path, ("0.004", "0.02"), "--tensor-parallel-size", "2")
+    with serving(server) as client:
         cold = [store(client, seed) for seed in range(5)]
         client.empty_hbm()
         assert client.complete(prompt(4)) == cold[4]
@@ -86,7 +79,7 @@ def test_data_parallel_engines_keep_apart(tiny_model: Path, logs: Path, tmp_path
     Host memory is smaller than one prompt here: 22 blocks of 28, its head.
     """
     ranks = ["--data-parallel-size", "2", "--api-server-count", "1"]
-    with serving(tiny_model, logs / "dp.log", tmp_path, ("0.0015", "0.04"), *ranks) as client:
+    with serving(ranks_of(tiny_model, logs / "dp.log", tmp_path, ("0.0015", "0.04"), *ranks)) as client:
         cold = [ask_rank(client, 0, seed) for seed in range(2)]
         assert len(list(tmp_path.glob("*.slab"))) == 2
         # The other engine computes them too, though its neighbour has them all.
