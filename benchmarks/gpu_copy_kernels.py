@@ -10,10 +10,11 @@ import ctypes
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -163,89 +164,59 @@ def compile_without_gpu(library: str, source: str) -> bytes:
 
 
 #: A line of a descriptor is what one swizzle spans, 128 bytes; a tile is one bulk tensor copy of 128 lines.
-LINE_WORDS, TILE_LINES = 16, 128
+LINE_BYTES, TILE_LINES = 128, 128
+_LINES = tl.constexpr(TILE_LINES)
+
+
+def tiles_of(field: Field, tile_bytes: int, unit: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(source, destination) and, on the device, at which `unit` of them each tile begins (2, tiles), int32."""
+    sides = [field.host, field.hbm] if field.loads else [field.hbm, field.host]
+    steps = np.arange(0, field.fragment, tile_bytes)
+    starts = [
+        (table[:, None] - side.data_ptr() + steps).ravel() // unit
+        for table, side in zip(field.addresses(), sides, strict=True)
+    ]
+    return sides, torch.from_numpy(np.stack(starts).astype(np.int32)).to(field.hbm.device)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def tma_tiles(src, dst, sources, targets, tiles, per_fragment, LINES: tl.constexpr, STAGES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`src` and `dst` are descriptors over lines of 128 bytes; the tables say at which line a fragment begins."""
+def tma_tiles(src, dst, starts, tiles, STAGES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`src` and `dst` are descriptors over lines of 128 bytes; `starts` says at which line a tile begins."""
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        fragment = tile // per_fragment
-        inside = (tile - fragment * per_fragment) * LINES
-        words = src.load([tl.load(sources + fragment) + inside, 0])
-        dst.store([tl.load(targets + fragment) + inside, 0], words)
-
-
-def descriptors(src: torch.Tensor, dst: torch.Tensor) -> tuple[Any, Any]:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    made = (
-        TensorDescriptor.from_tensor(each.view(torch.int64).view(-1, LINE_WORDS), [TILE_LINES, LINE_WORDS])
-        for each in (src, dst)
-    )
-    return next(made), next(made)
-
-
-def tma_copy(src: torch.Tensor, dst: torch.Tensor, lines: tuple[Any, Any], per_fragment: int) -> Callable[..., None]:
-    """The launch: `lines` says for both sides at which line each fragment begins (int32, on the device)."""
-    views = descriptors(src, dst)
-
-    def copy(ctas: int, stages: int, warps: int) -> None:
-        tiles = len(lines[0]) * per_fragment
-        tma_tiles[(ctas,)](
-            *views, *lines, tiles, per_fragment, LINES=TILE_LINES, STAGES=stages, num_warps=warps
-        )  # fmt: skip
-
-    return copy
+        words = src.load([tl.load(starts + tile), 0])
+        dst.store([tl.load(starts + tiles + tile), 0], words)
 
 
 def tma_descriptors(ctas: int, stages: int, warps: int = 4) -> Callable[[Field], Copy]:
     """TMA as Triton offers it. Fragments of at least 16 KiB."""
 
     def build(field: Field) -> Copy:
-        src, dst = (field.host, field.hbm) if field.loads else (field.hbm, field.host)
-        line_bytes = LINE_WORDS * 8
-        lines = [
-            torch.from_numpy((table - side.data_ptr()) // line_bytes).to(field.hbm.device, torch.int32)
-            for table, side in zip(field.addresses(), (src, dst), strict=True)
-        ]
-        copy = tma_copy(src, dst, (lines[0], lines[1]), field.fragment // (TILE_LINES * line_bytes))
-        return lambda: copy(ctas, stages, warps)
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        sides, starts = tiles_of(field, TILE_LINES * LINE_BYTES, LINE_BYTES)
+        lines = [side.view(torch.int64).view(-1, LINE_BYTES // 8) for side in sides]
+        views = [TensorDescriptor.from_tensor(each, [TILE_LINES, LINE_BYTES // 8]) for each in lines]
+        return partial(tma_tiles[(ctas,)], *views, starts, starts.shape[1], STAGES=stages, num_warps=warps)
 
     return build
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def words_through_registers(  # type: ignore[no-untyped-def]
-    src, dst, sources, targets, tiles, per_fragment, WORDS: tl.constexpr, MODIFIER: tl.constexpr
-):  # fmt: skip
-    """No shared memory, so that it may lie beside decode's CTAs; stores with a cache hint. Tables count 16 bytes."""
+def words_through_registers(src, dst, starts, tiles, WORDS: tl.constexpr, MODIFIER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """No shared memory, so that it may lie beside decode's CTAs; stores with a cache hint. `starts` counts 16 bytes."""
     column = tl.arange(0, WORDS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
-        fragment = tile // per_fragment
-        inside = (tile - fragment * per_fragment).to(tl.int64) * WORDS
-        source = tl.load(sources + fragment) * 2 + inside
-        target = tl.load(targets + fragment) * 2 + inside
+        source = tl.load(starts + tile).to(tl.int64) * 2
+        target = tl.load(starts + tiles + tile).to(tl.int64) * 2
         words = tl.load(src + source + column, cache_modifier=".cg")
         tl.store(dst + target + column, words, cache_modifier=MODIFIER)
 
 
 def registers(ctas: int, tile: int, warps: int, modifier: str = "") -> Callable[[Field], Copy]:
     def build(field: Field) -> Copy:
-        src, dst = (field.host, field.hbm) if field.loads else (field.hbm, field.host)
-        words = [
-            torch.from_numpy((table - side.data_ptr()) // 16).to(field.hbm.device)
-            for table, side in zip(field.addresses(), (src, dst), strict=True)
-        ]
-        views = [each.view(torch.int64) for each in (src, dst)]
-        per_fragment = field.fragment // tile
-        tiles = len(words[0]) * per_fragment
-
-        def copy() -> None:
-            words_through_registers[(ctas,)](
-                *views, *words, tiles, per_fragment, WORDS=tile // 8, MODIFIER=modifier, num_warps=warps
-            )  # fmt: skip
-
-        return copy
+        sides, starts = tiles_of(field, tile, 16)
+        src, dst = (side.view(torch.int64) for side in sides)
+        settings = {"WORDS": tile // 8, "MODIFIER": modifier, "num_warps": warps}
+        return partial(words_through_registers[(ctas,)], src, dst, starts, starts.shape[1], **settings)
 
     return build

@@ -155,7 +155,7 @@ def bulk_shapes() -> dict[str, Build]:
 def tensor_shapes() -> dict[str, Build]:
     return {
         f"TMA descriptor 16 KiB x {stages}, {ctas} CTAs": tma_descriptors(ctas, stages)
-        for ctas, stages in ((2, 6), (4, 4), (6, 3))
+        for ctas, stages in ((2, 12), (4, 8), (6, 6))
     }
 
 
