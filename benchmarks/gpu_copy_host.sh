@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs on a GPU host that has torch and Triton, from a checkout or from a folder with `benchmarks` and `kernels` of one:
-#   benchmarks/gpu_copy_host.sh OUT
-# Shapes of the copy, what slows decode, and loads layer by layer, in about 270 s; each bench may fail alone.
+#   benchmarks/gpu_copy_host.sh OUT [tma]
+# Shapes of the copy, what slows decode, and loads layer by layer, in about 270 s; with `tma` the stores by TMA alone, in
+# about 120 s. Each bench may fail alone.
 set -uo pipefail
 cd "$(dirname "$0")/.." && mkdir -p "$1"
 OUT=$(cd "$1" && pwd); export OUT PYTHONPATH=$PWD:$PWD/kernels PYTHONUNBUFFERED=1
@@ -12,6 +13,12 @@ bench() { # SECONDS NAME FILE [option ...]
   timeout -k 5 "$seconds" python3 -m benchmarks "$name" "$@" 2>&1 | tee "$OUT/$file.txt"
   echo "-- $file ended with ${PIPESTATUS[0]} at $SECONDS s"
 }
+if [ "${2:-}" = tma ]; then
+  export XDG_CACHE_HOME=$OUT/cache
+  bench 80 gpu_copy_tma gpu_copy_tma
+  bench 70 gpu_copy_shapes gpu_copy_shapes-tma kinds=tma only=d2h rounds=3 seconds=50
+  exit
+fi
 bench 40 gpu_contention gpu_contention
 bench 95 gpu_copy_shapes gpu_copy_shapes-ours kinds=ours seconds=75
 bench 60 gpu_copy_shapes gpu_copy_shapes-bulk kinds=bulk seconds=45

@@ -36,12 +36,16 @@ class Direction(str, Enum):
 
 
 class Path(str, Enum):
-    """`SPLIT` gives the copy engines one share of the blocks and the kernel the rest, at the same time."""
+    """`SPLIT` gives the copy engines one share of the blocks and the kernel the rest, at the same time.
+
+    `TMA` is the zero-copy kernel by way of the tensor memory accelerator: stores only, loads reach half of the rate.
+    """
 
     DMA = "dma"
     ZERO_COPY = "zero_copy"
     SPLIT = "split"
     STAGED = "staged"
+    TMA = "tma"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Choice:
     """A path with its settings, and the sentence that explains it to a person."""
 
     path: Path
-    #: CTAs of the zero-copy kernel (ZERO_COPY, SPLIT).
+    #: CTAs of the zero-copy kernel (ZERO_COPY, SPLIT, TMA).
     ctas: int = 2
     #: Share of the blocks that the copy engines take (SPLIT).
     dma_share: float = 1.0
@@ -69,8 +73,12 @@ class Case:
     has_lines: bool = True
     #: The parts of a host row touch, so that staging in HBM makes longer host fragments.
     has_rows: bool = True
+    #: The GPU has TMA, and it reaches everything (`Band.for_tma`).
+    for_tma: bool = True
 
     def allows(self, path: Path) -> bool:
+        if path is Path.TMA:
+            return self.for_tma and self.for_kernels and self.direction is Direction.D2H
         if path is Path.STAGED:
             return self.for_kernels and self.has_rows
         return path is Path.DMA or self.for_kernels
