@@ -1,7 +1,8 @@
 """Which path copies a case, and why: pure rules over figures, measured here (`calibration`) or once on an H200.
 
 A load is waited for: the fastest path wins, and within `SAME_RATE` of it the one that slows decode least. A store is
-background work: of the paths within `STORE_RATE` of the fastest, the one that slows decode least wins.
+background work: of the paths within `STORE_RATE` of the fastest, the one that slows decode least wins. Slow-downs
+within `SAME_SLOWDOWN` of the least are the same, then the faster path wins.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dynamo_kernels.errors import CopyError
 
 SAME_RATE = 0.97
 STORE_RATE = 0.9
+#: So much the slow-down of one path differs from round to round (H200, 2026-11-28: split +1.6 % and +2.4 %).
+SAME_SLOWDOWN = 0.005
 #: From here on the copy engines alone reach the link's rate (H200, 2026-11-22).
 ENGINES_ALONE_BYTES = 64 << 10
 
@@ -125,7 +128,9 @@ def best(figures: Sequence[Figure], case: Case) -> Choice | None:
     fastest = max(figure.bytes_per_second for figure in possible)
     share = SAME_RATE if case.direction is Direction.H2D else STORE_RATE
     near = [figure for figure in possible if figure.bytes_per_second >= share * fastest]
-    winner = min(near, key=lambda figure: (figure.slowdown or 0.0, -figure.bytes_per_second))
+    most = min(figure.slowdown or 0.0 for figure in near) + SAME_SLOWDOWN
+    quiet = [figure for figure in near if (figure.slowdown or 0.0) <= most]
+    winner = max(quiet, key=lambda figure: figure.bytes_per_second)
     slower = "" if winner.slowdown is None else f", decode {winner.slowdown:+.1%}"
     of = f"fastest of {len(possible)} {fastest / 1e9:.1f}"
     why = f"measured: {winner.bytes_per_second / 1e9:.1f} GB/s{slower} ({of})"

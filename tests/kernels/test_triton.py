@@ -52,7 +52,7 @@ def test_all_kv_moves_sixteen_bytes_at_a_time() -> None:
 
 
 def test_tma_moves_all_kv() -> None:
-    """No thread loads or stores KV: tensor copies both ways, no scratch memory (for which Triton wants an allocator)."""
+    """No thread loads or stores KV: tensor copies both ways; no scratch memory (Triton wants an allocator for it)."""
     done = child("tests.kernels.compiled", "tma")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
