@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on a GPU host that has torch and Triton, from a checkout or from a folder with `benchmarks` and `kernels` of one:
-#   benchmarks/gpu_copy_host.sh OUT [tma]
+#   benchmarks/gpu_copy_host.sh OUT [tma [h2d]]
 # Shapes of the copy, what slows decode, and loads layer by layer, in about 270 s; with `tma` the stores by TMA alone, in
 # about 120 s. Each bench may fail alone.
 set -uo pipefail
@@ -16,7 +16,7 @@ bench() { # SECONDS NAME FILE [option ...]
 if [ "${2:-}" = tma ]; then
   export XDG_CACHE_HOME=$OUT/cache
   bench 80 gpu_copy_tma gpu_copy_tma
-  bench 70 gpu_copy_shapes gpu_copy_shapes-tma kinds=tma only=d2h rounds=3 seconds=50
+  bench 70 gpu_copy_shapes gpu_copy_shapes-tma kinds=tma only="${3:-d2h}" rounds=3 seconds=50
   exit
 fi
 bench 40 gpu_contention gpu_contention

@@ -148,7 +148,7 @@ def launch(copy: KernelCopy, src: Any, dst: Any) -> None:
 def _as_lines(at: Any, lines: int) -> Any:
     """A side as TMA sees it, described once (14 us). Triton has the driver encode it when it launches, for which the
     calling thread must have a context: uploading the ids has given it one."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped, unused-ignore]
 
     words = LINE_BYTES // 8
     return TensorDescriptor(at, [lines, words], [words, 1], [TILE_BYTES // LINE_BYTES, words])
