@@ -79,8 +79,17 @@ def rate(copy: Copy, stream: Any, num_bytes: int) -> float:
 def beside_decode(copy: Copy, stream: Any, num_bytes: int, decode: Decode) -> tuple[float, float]:
     """(slow-down of a decode step, GB/s of the copies meanwhile): another thread keeps `IN_FLIGHT` copies queued."""
     stop, begun, ends = threading.Event(), threading.Event(), []
+    failed: list[BaseException] = []
 
     def work() -> None:
+        try:
+            copy_until_stopped()
+        except BaseException as error:  # noqa: BLE001 - raised below; waiting for a copy that never ends took 5 s each
+            failed.append(error)
+            begun.set()
+
+    def copy_until_stopped() -> None:
+        torch.zeros(1, device="cuda")  # a new thread has no context before its first launch, and tensor maps want one
         queued: list[Any] = []
         while not stop.is_set():
             with torch.cuda.stream(stream):
@@ -101,6 +110,8 @@ def beside_decode(copy: Copy, stream: Any, num_bytes: int, decode: Decode) -> tu
     until = time.perf_counter()
     stop.set()
     worker.join()
+    if failed:
+        raise failed[0]
     alone = min(before, decode.step())
     inside = [end for end in ends if since <= end <= until]
     moved = (len(inside) - 1) * num_bytes / (inside[-1] - inside[0]) / 1e9 if len(inside) > 1 else 0.0

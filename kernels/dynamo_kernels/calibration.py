@@ -24,7 +24,7 @@ from dynamo_kernels.plan import Chooser
 log = logging.getLogger(__name__)
 
 #: Changes when the figures of an older version must not be used any more.
-_FORMAT = 1
+_FORMAT = 2
 
 Figures = Mapping[Point, tuple[Figure, ...]]
 #: Measures points in their order, as far as time goes.
@@ -173,8 +173,8 @@ def _same(one: Choice, other: Choice) -> bool:
 
 
 def _describe(choice: Choice) -> str:
-    if choice.path is Path.ZERO_COPY:
-        return f"zero_copy, {choice.ctas} CTAs"
+    if choice.path in (Path.ZERO_COPY, Path.TMA):
+        return f"{choice.path.value}, {choice.ctas} CTAs"
     if choice.path is Path.SPLIT:
         return f"split, {choice.dma_share:.0%} engines, {choice.ctas} CTAs"
     return str(choice.path.value)

@@ -22,6 +22,9 @@ WORD_BYTES = 16
 TILE_BYTES = 16 << 10
 #: Fragments whose power-of-two share is smaller waste the kernels' loads; the copy engines take them.
 _SMALLEST_CHUNK_BYTES = 128
+#: What TMA counts in: a row of its widest swizzle. It moves whole tiles of them, and its coordinates are int32.
+LINE_BYTES = 128
+_MOST_LINES = 2**31 - 1
 #: The driver takes a larger pitch (3.4 GiB: rc 0) and writes elsewhere (H200, driver 13.0, 2026-11-22).
 MAX_PITCH_BYTES = 2**31 - 1
 
@@ -32,6 +35,8 @@ class Side:
 
     bases: tuple[int, ...]
     stride: int
+    #: 0 where nobody needs to know (staging).
+    blocks: int = 0
 
     @property
     def first(self) -> int:
@@ -80,6 +85,21 @@ class Band:
         return all(place % WORD_BYTES == 0 for place in places) and self.chunk_bytes >= _SMALLEST_CHUNK_BYTES
 
     @property
+    def for_tma(self) -> bool:
+        """Whether TMA reaches everything: whole tiles, at whole lines from the first part of a side."""
+        sides = (self.src, self.dst)
+        distances = (self.part_bytes % TILE_BYTES, *(side.stride % LINE_BYTES for side in sides))
+        apart = any((side.offsets % LINE_BYTES).any() for side in sides)
+        return self.for_kernels and not any(distances) and not apart and all(map(self._has_lines_for_tma, sides))
+
+    def _has_lines_for_tma(self, side: Side) -> bool:
+        return side.blocks > 0 and self.lines(side) <= _MOST_LINES
+
+    def lines(self, side: Side) -> int:
+        """Lines from a side's first byte to its last."""
+        return (max(side.bases) - side.first + (side.blocks - 1) * side.stride + self.part_bytes) // LINE_BYTES
+
+    @property
     def pitches(self) -> tuple[int, int] | None:
         """The spacing of both sides when one block is one two-dimensional copy, else None."""
         src, dst = self.src.spacing, self.dst.spacing
@@ -106,6 +126,10 @@ def bands(src: BlockView, dst: BlockView) -> tuple[Band, ...]:
     for part in joined:
         alike.setdefault((part[4], part[1], part[3]), []).append(part)
     return tuple(
-        Band(size, Side(tuple(part[0] for part in parts), src_stride), Side(tuple(p[2] for p in parts), dst_stride))
+        Band(
+            size,
+            Side(tuple(part[0] for part in parts), src_stride, src.num_blocks),
+            Side(tuple(part[2] for part in parts), dst_stride, dst.num_blocks),
+        )
         for (size, src_stride, dst_stride), parts in alike.items()
     )

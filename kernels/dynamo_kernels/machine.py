@@ -9,7 +9,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Protocol
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +19,14 @@ from numpy.typing import NDArray
 
 from dynamo_kernels.dma import Fragments
 from dynamo_kernels.driver import copy_driver
-from dynamo_kernels.geometry import TILE_BYTES, WORD_BYTES, Addresses, Band
+from dynamo_kernels.geometry import LINE_BYTES, TILE_BYTES, WORD_BYTES, Addresses, Band
 
 
 class Kernel(Enum):
-    """Which copy kernel: the pipeline across PCIe, or the burst inside HBM."""
+    """Which copy kernel: the pipeline across PCIe, the same by TMA, or the burst inside HBM."""
 
     PIPELINED = "pipelined"
+    TMA = "through_tma"
     DIRECT = "direct"
 
 
@@ -44,6 +47,7 @@ class Machine(Protocol):
 
     dma: Any
     kernels: Any
+    has_tma: bool
 
     def current(self) -> Any: ...
     def copy_fragments(self, table: Fragments, stream: Any) -> None: ...
@@ -54,16 +58,19 @@ class Machine(Protocol):
     def staging(self, size: int) -> tuple[int, Any]: ...
 
 
+@dataclass(frozen=True)
 class _Address:
     """A bare address where Triton expects a tensor; pinned host memory has the same one on both sides."""
 
-    dtype = torch.int64
-
-    def __init__(self, address: int) -> None:
-        self._address = address
+    address: int
+    dtype: ClassVar[torch.dtype] = torch.int64
 
     def data_ptr(self) -> int:
-        return self._address
+        return self.address
+
+
+#: The first with a tensor memory accelerator (Hopper).
+_FIRST_WITH_TMA = (9, 0)
 
 
 class CudaMachine:
@@ -75,6 +82,8 @@ class CudaMachine:
         # The engine's stream keeps the lower priority value 0: a copy that few CTAs make must not wait for slots.
         self.dma: Any = torch.cuda.Stream(device, priority=-1)
         self.kernels: Any = torch.cuda.Stream(device, priority=-1)
+        capable = torch.cuda.get_device_capability(device) >= _FIRST_WITH_TMA
+        self.has_tma = capable and find_spec("triton.tools.tensor_descriptor") is not None
         self.multiprocessors = int(torch.cuda.get_device_properties(device).multi_processor_count)
 
     def current(self) -> Any:
@@ -110,7 +119,7 @@ class CudaMachine:
 
 
 #: Tiles in flight plus one. 80 KiB from each CTA; 13 stages were no faster (H200, 2026-11-22).
-_STAGES = 6
+_STAGES = {Kernel.PIPELINED: 6, Kernel.TMA: 6, Kernel.DIRECT: 1}
 
 
 def launch(copy: KernelCopy, src: Any, dst: Any) -> None:
@@ -123,10 +132,23 @@ def launch(copy: KernelCopy, src: Any, dst: Any) -> None:
     chunks = copy.ids.shape[1] * band.parts * per_part
     rows = TILE_BYTES // chunk_bytes
     grid = (min(copy.ctas, -(-chunks // rows)),)
-    pipelined = copy.kernel is Kernel.PIPELINED
-    kernel = triton_copy.pipelined if pipelined else triton_copy.direct
+    kernel, stages = getattr(triton_copy, copy.kernel.value), _STAGES[copy.kernel]
+    if copy.kernel is Kernel.TMA:
+        src, dst = (_as_lines(at, band.lines(side)) for at, side in ((src, band.src), (dst, band.dst)))
+        settings = {"LINES": TILE_BYTES // LINE_BYTES, "num_warps": 4}
+    else:
+        settings = {"ROWS": rows, "WORDS": chunk_bytes // 8, "num_warps": 8}
     kernel[grid](
         src, dst, copy.tables[0], copy.tables[1], copy.ids[0], copy.ids[1], chunks, band.parts, per_part,
-        band.src.stride // WORD_BYTES, band.dst.stride // WORD_BYTES,
-        ROWS=rows, WORDS=chunk_bytes // 8, STAGES=_STAGES if pipelined else 1, num_warps=8,
+        band.src.stride // WORD_BYTES, band.dst.stride // WORD_BYTES, STAGES=stages, **settings,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _as_lines(at: Any, lines: int) -> Any:
+    """A side as TMA sees it, described once (14 us). Triton has the driver encode it when it launches, for which the
+    calling thread must have a context: uploading the ids has given it one."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped, unused-ignore]
+
+    words = LINE_BYTES // 8
+    return TensorDescriptor(at, [lines, words], [words, 1], [TILE_BYTES // LINE_BYTES, words])

@@ -48,6 +48,10 @@ class CopyPlan:
         self._lock = threading.Lock()
         self.decisions: tuple[Decision, ...] = ()
 
+    def cases(self, blocks: int) -> tuple[Case, ...]:
+        """What copying so many blocks is to the chooser, band by band."""
+        return tuple(band.case(blocks) for band in self._bands)
+
     def enqueue(self, src_ids: Sequence[int] | NDArray[Any], dst_ids: Sequence[int] | NDArray[Any]) -> None:
         """Starts the copy of block `src_ids[i]` over block `dst_ids[i]`.
 
@@ -81,6 +85,7 @@ class _Prepared:
         self._tables = machine.tables(band) if band.for_kernels else None
         host = band.src if direction is Direction.H2D else band.dst
         self._rows_touch = band.parts > 1 and host.spacing == band.part_bytes
+        self._for_tma = machine.has_tma and band.for_tma
         self._staging: _Staging | None = None
 
     def case(self, blocks: int) -> Case:
@@ -92,6 +97,7 @@ class _Prepared:
             for_kernels=band.for_kernels,
             has_lines=band.pitches is not None,
             has_rows=self._rows_touch,
+            for_tma=self._for_tma,
         )
 
     def copy(self, choice: Choice, src_ids: Addresses, dst_ids: Addresses) -> None:
@@ -99,6 +105,8 @@ class _Prepared:
             self._by_engines(src_ids, dst_ids)
         elif choice.path is Path.ZERO_COPY:
             self._by_kernel(choice.ctas, src_ids, dst_ids)
+        elif choice.path is Path.TMA:
+            self._by_kernel(choice.ctas, src_ids, dst_ids, Kernel.TMA)
         elif choice.path is Path.SPLIT:
             share = round(len(src_ids) * choice.dma_share)
             # The kernel first: it runs while the host is still handing the engines their work.
@@ -118,10 +126,10 @@ class _Prepared:
         else:
             machine.copy_fragments(dma.fragments(band, src_ids, dst_ids), machine.dma)
 
-    def _by_kernel(self, ctas: int, src_ids: Addresses, dst_ids: Addresses) -> None:
+    def _by_kernel(self, ctas: int, src_ids: Addresses, dst_ids: Addresses, kernel: Kernel = Kernel.PIPELINED) -> None:
         machine = self._machine
         ids = machine.upload(src_ids, dst_ids, machine.kernels)
-        machine.launch(KernelCopy(Kernel.PIPELINED, self._band, self._tables, ids, ctas), machine.kernels)
+        machine.launch(KernelCopy(kernel, self._band, self._tables, ids, ctas), machine.kernels)
 
 
 class _Staging:

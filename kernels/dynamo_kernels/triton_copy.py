@@ -53,3 +53,28 @@ def direct(  # type: ignore[no-untyped-def]
         source = _word(src_ids, src_offsets, chunk, parts, chunks_per_part, src_stride, WORDS)
         target = _word(dst_ids, dst_offsets, chunk, parts, chunks_per_part, dst_stride, WORDS)
         tl.store(dst + target[:, None] + column[None, :], tl.load(src + source[:, None] + column[None, :]))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _line(ids, offsets, chunk, parts, chunks_per_part, stride, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first line of 128 bytes of a chunk. The launcher proves that int32 counts them."""
+    fragment = chunk // chunks_per_part
+    block = fragment // parts
+    part = fragment - block * parts
+    word = tl.load(ids + block).to(tl.int64) * stride + tl.load(offsets + part)
+    return (word // 8).to(tl.int32) + (chunk - fragment * chunks_per_part) * LINES
+
+
+@triton.jit(do_not_specialize=_PLAIN)  # type: ignore[untyped-decorator, unused-ignore]
+def through_tma(  # type: ignore[no-untyped-def]
+    src, dst, src_offsets, dst_offsets, src_ids, dst_ids, chunks, parts, chunks_per_part, src_stride, dst_stride,
+    LINES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Zero-copy by the tensor memory accelerator: one thread of a CTA moves a tile, no store passes the load units.
+
+    `src` and `dst` are descriptors of a whole side as lines of 128 bytes; what lies outside of it is never written.
+    """
+    for chunk in tl.range(tl.program_id(0), chunks, tl.num_programs(0), num_stages=STAGES):
+        source = _line(src_ids, src_offsets, chunk, parts, chunks_per_part, src_stride, LINES)
+        target = _line(dst_ids, dst_offsets, chunk, parts, chunks_per_part, dst_stride, LINES)
+        dst.store([target, 0], src.load([source, 0]))

@@ -11,7 +11,7 @@ from itertools import product
 warnings.simplefilter("ignore")
 
 import triton  # noqa: E402
-from dynamo_kernels import triton_compression, triton_copy  # noqa: E402
+from dynamo_kernels import machine, triton_compression, triton_copy  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -49,6 +49,32 @@ def instructions(name: str, rows: int, words: int, stages: int) -> dict[str, obj
     }
 
 
+def tma(stages: int) -> dict[str, object]:
+    constants = {"LINES": 128, "STAGES": stages}
+    pointers = {name: kind for name, kind in POINTERS.items() if name not in ("src", "dst")}
+    source = ASTSource(
+        fn=triton_copy.through_tma,
+        signature={
+            **dict.fromkeys(("src", "dst"), "tensordesc<i64[128, 16]>"),
+            **pointers,
+            **NUMBERS,
+            **dict.fromkeys(constants, "constexpr"),
+        },
+        constexprs=constants,
+        attrs={(index,): ALIGNED for index in range(2, 2 + len(pointers))},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    ptx = made.asm["ptx"]
+    return {
+        "shared_bytes": made.metadata.shared,
+        "bulk_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared::(?:cta|cluster)\.global", ptx)),
+        "bulk_stores": len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta", ptx)),
+        "stores": re.findall(r"st\.global(\.\S+)", ptx),
+        "loads": re.findall(r"ld\.global(\.\S+)", ptx),
+        "scratch": made.metadata.global_scratch_size,
+    }
+
+
 def compression(name: str, levels: tuple[int, int, int, int], fp8: bool) -> dict[str, object]:
     """Of bfloat16 pages and rows that begin at multiples of 16 bytes, as engines' do."""
     outer, middle, inner, width = levels
@@ -78,6 +104,9 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["compression"]:
         names, all_levels = ("quantise_pages", "dequantise_pages"), ((2, 16, 8, 128), (1, 16, 8, 128), (8, 16, 2, 128))
         print(json.dumps([compression(*case) for case in product(names, all_levels, (True, False))]))
+        sys.exit()
+    if sys.argv[1:] == ["tma"]:
+        print(json.dumps(tma(machine._STAGES[machine.Kernel.TMA])))
         sys.exit()
     shapes = [("pipelined", 16384 // 8 // words, words, 6) for words in (2048, 512, 256, 16)]
     shapes += [("direct", 1, 2048, 1), ("direct", 4, 512, 1)]

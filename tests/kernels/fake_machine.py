@@ -26,6 +26,7 @@ class FakeMachine:
         self.tape = tape or Tape()
         self.compute, self.dma, self.kernels = self.tape.stream(), self.tape.stream(), self.tape.stream()
         self.calls: list[str] = []
+        self.has_tma = True
         self._run_kernel = run_kernel or copy_plainly
 
     def current(self) -> Stream:

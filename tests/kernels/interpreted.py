@@ -1,6 +1,6 @@
 """Run with TRITON_INTERPRET=1, as a child of the tests: the real kernels, in Triton's interpreter, over host memory.
 
-`python -m tests.kernels.interpreted copy|compression|staged` prints the cases that are wrong, and how many ran.
+`python -m tests.kernels.interpreted copy|tma|compression|staged` prints the cases that are wrong, and how many ran.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 warnings.simplefilter("ignore")
 
 from dynamo_kernels import BlockView, compressed_copy  # noqa: E402
-from dynamo_kernels.choices import Choice, Direction, Path  # noqa: E402
+from dynamo_kernels.choices import Case, Choice, Direction, Path  # noqa: E402
 from dynamo_kernels.compressed_copy import CompressedCopy  # noqa: E402
 from dynamo_kernels.compression import Codec, Compression, HeadLayout, compress_blocks, expand_blocks  # noqa: E402
 from dynamo_kernels.machine import KernelCopy, launch  # noqa: E402
 from dynamo_kernels.plan import CopyPlan  # noqa: E402
 
 from tests.kernels.fake_machine import FakeMachine, fragment_addresses, memory_at  # noqa: E402
-from tests.kernels.memory import arena, naive_copy  # noqa: E402
+from tests.kernels.memory import CANARY, arena, naive_copy  # noqa: E402
 
 #: Powers of two, what MLA and odd heads make, one chunk, several tiles.
 SIZES = [128, 144 * 16, 4096, 18432, 16384, 36864, 65536]
@@ -62,6 +62,58 @@ def copies() -> int:
             wrong += 1
     print(len(cases), "copies")
     return wrong
+
+
+def tma() -> int:
+    """Whole tiles at whole lines: TMA copies. Anything else: it is not offered, and the copy is right all the same."""
+    wrong = taken = 0
+    # (fragment, its part of a page beyond it, how far parts lie apart, CTAs)
+    cases = [
+        (16384, 0, 16384, 1), (16384, 128, 5 * 16512, 2), (49152, 256, 5 * 49408, 3), (65536, 0, 65536, 2),
+        (1 << 20, 0, 1 << 20, 7), (16384, 16, 5 * 16400, 2), (16384, 0, 16384 + 64, 2), (20480, 0, 20480, 2),
+    ]  # fmt: skip
+    for size, gap, apart, ctas in cases:
+        src, dst = Spread(4, size, gap, apart, 1), Spread(3, size, 2 * gap, apart, 2)
+        machine = FakeMachine(run_kernel=run_kernel)
+
+        def chosen(case: Case, ctas: int = ctas) -> Choice:
+            return Choice(Path.TMA if case.allows(Path.TMA) else Path.ZERO_COPY, ctas)
+
+        expected = dst.after(src, [3, 0, 3], [1, 2, 0])
+        CopyPlan(src.view, dst.view, Direction.D2H, machine, chosen).enqueue([3, 0, 3], [1, 2, 0])
+        taken += machine.calls.count("through_tma")
+        if dst.memory.numpy().tobytes() != expected:
+            print("wrong:", size, gap, apart, ctas)
+            wrong += 1
+    print(len(cases), "stores,", taken, "by TMA")
+    return wrong
+
+
+class Spread:
+    """Blocks of two parts in one allocation, canaries everywhere else."""
+
+    def __init__(self, blocks: int, size: int, gap: int, apart: int, seed: int) -> None:
+        self._stride = max(size, 0 if apart > 2 * size else apart + size) + gap
+        self._size, self._apart = size, apart
+        whole = torch.full((256 + blocks * self._stride + 2 * apart,), CANARY, dtype=torch.uint8)
+        self.memory = whole[-whole.data_ptr() % 128 :]
+        first = self.memory.storage_offset() + 16
+        parts = [self.memory.as_strided((blocks, size), (self._stride, 1), first + part * apart) for part in range(2)]
+        generator = torch.Generator().manual_seed(seed)
+        for part in parts:
+            part.copy_(torch.randint(0, 256, (blocks, size), dtype=torch.uint8, generator=generator))
+        self.view = BlockView(tuple(parts))
+
+    def after(self, source: Spread, source_ids: list[int], target_ids: list[int]) -> bytes:
+        made, source_bytes = bytearray(self.memory.numpy().tobytes()), source.memory.numpy().tobytes()
+        for part in range(2):
+            for source_id, target_id in zip(source_ids, target_ids, strict=True):
+                start, end = (
+                    16 + part * each._apart + number * each._stride
+                    for each, number in ((source, source_id), (self, target_id))
+                )
+                made[end : end + self._size] = source_bytes[start : start + self._size]
+        return bytes(made)
 
 
 def compression() -> int:
@@ -138,4 +190,4 @@ def same_values(dtype: torch.dtype, one: list[torch.Tensor], other: list[torch.T
 
 
 if __name__ == "__main__":
-    sys.exit({"copy": copies, "compression": compression, "staged": staged}[sys.argv[1]]())
+    sys.exit({"copy": copies, "tma": tma, "compression": compression, "staged": staged}[sys.argv[1]]())

@@ -34,6 +34,31 @@ def test_a_store_takes_the_quietest_of_the_fast_ones() -> None:
     assert chosen.path is Path.SPLIT
 
 
+def test_tma_takes_stores_where_it_is_the_quietest() -> None:
+    """docs/benchmarks.md, one H200, 2026-11-28; TMA as bulk copies of 16 KiB."""
+    measured = figures(
+        dma=(43.0, 0.006), zero_copy=(50.2, 0.034), split=(48.4, 0.020), staged=(51.2, 0.054), tma=(51.7, 0.018)
+    )
+    chosen = best(measured, STORE)
+    assert chosen is not None
+    assert (chosen.path, chosen.ctas) == (Path.TMA, 2)
+    for impossible in (replace(STORE, for_tma=False), replace(STORE, direction=Direction.H2D)):
+        other = best(measured, impossible)
+        assert other is not None
+        assert other.path is not Path.TMA
+    # At 64 KiB the engines alone are as fast and quieter.
+    longer = best(figures(dma=(52.5, 0.010), tma=(51.7, 0.018)), replace(STORE, fragment_bytes=64 << 10))
+    assert longer is not None
+    assert longer.path is Path.DMA
+
+
+def test_of_equally_quiet_stores_the_fast_one_is_taken() -> None:
+    for slowdown, path in ((0.024, Path.TMA), (0.026, Path.SPLIT)):
+        chosen = best(figures(split=(48.4, 0.020), tma=(51.7, slowdown)), STORE)
+        assert chosen is not None
+        assert chosen.path is path
+
+
 def test_of_equally_fast_loads_the_quiet_one_is_taken() -> None:
     chosen = best(figures(dma=(53.0, 0.06), staged=(53.1, 0.12)), LOAD)
     assert chosen is not None
@@ -96,10 +121,12 @@ def test_the_nearest_point_decides_by_size_then_by_count_never_by_the_other_dire
 def test_the_setting_wins_where_it_is_possible() -> None:
     assert choose(LOAD, forced=Path.ZERO_COPY).path is Path.ZERO_COPY
     assert choose(LOAD, forced=Path.ZERO_COPY).why == "set by DYNAMO_KERNELS_COPY_PATH"
+    assert choose(STORE, forced=Path.TMA).path is Path.TMA
+    assert choose(LOAD, forced=Path.TMA).path is Path.STAGED
     assert choose(replace(LOAD, for_kernels=False), forced=Path.STAGED).path is Path.DMA
 
 
 def test_the_setting_is_a_path_or_auto() -> None:
     assert (parse_path(""), parse_path("auto"), parse_path("staged")) == (None, None, Path.STAGED)
-    with pytest.raises(CopyError, match="use auto or one of dma, zero_copy, split, staged"):
+    with pytest.raises(CopyError, match="use auto or one of dma, zero_copy, split, staged, tma"):
         parse_path("fast")

@@ -55,6 +55,37 @@ def test_kernels_need_sixteen_byte_addresses_and_worthwhile_chunks() -> None:
     assert band(4 << 20, (0,), (16,)).chunk_bytes == 16 << 10
 
 
+def test_tma_needs_whole_tiles_at_whole_lines_and_knows_where_a_side_ends() -> None:
+    tile = 16 << 10
+
+    def sides(
+        size: int,
+        src: tuple[int, ...],
+        dst: tuple[int, ...],
+        strides: tuple[int, int] = (1 << 20, 1 << 20),
+        blocks: int = 9,
+    ) -> Band:
+        return Band(size, Side(src, strides[0], blocks), Side(dst, strides[1], blocks))
+
+    assert sides(tile, (16, 16 + 256), (48, 48 + 128)).for_tma, "lines count from the first part"
+    assert sides(3 * tile, (0,), (16,)).for_tma
+    assert not sides(tile + 128, (0,), (16,)).for_tma, "no whole tiles"
+    assert not sides(tile, (8,), (16,)).for_tma, "TMA wants 16-byte addresses too"
+    assert not sides(tile, (0, 16), (16, 16 + 128)).for_tma, "a part between lines"
+    assert not sides(tile, (0,), (16,), (1 << 20, tile + 64)).for_tma
+    assert not sides(tile, (0,), (16,), blocks=0).for_tma, "nobody said where it ends"
+    found = sides(tile, (64, 64 + 1024), (0, tile))
+    assert found.lines(found.src) * 128 == 1024 + 8 * (1 << 20) + tile
+    most = 2**31 - 1
+    assert sides(tile, (0,), (0,), (128, 128), blocks=most - 127).for_tma
+    assert not sides(tile, (0,), (0,), (128, 128), blocks=most - 126).for_tma, "int32 counts the lines"
+
+
+def test_views_say_how_many_blocks_a_side_has() -> None:
+    (found,) = bands(rows_of([16 << 10], slots=5), rows_of([16 << 10], slots=3))
+    assert (found.src.blocks, found.dst.blocks, found.lines(found.dst)) == (5, 3, 3 * 128)
+
+
 def test_fragments_that_touch_on_both_sides_are_one_copy() -> None:
     table = fragments(band(16, (1000,), (5000,), (16, 16)), np.array([0, 1, 2, 5, 6]), np.array([3, 4, 5, 6, 8]))
     assert table.srcs.tolist() == [1000, 1080, 1096]

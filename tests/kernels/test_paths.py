@@ -20,6 +20,8 @@ from tests.kernels.fake_machine import FakeMachine
 from tests.kernels.memory import Arena, arena, naive_copy
 
 KINDS = [Choice(Path.DMA), Choice(Path.ZERO_COPY), Choice(Path.SPLIT, 1, 0.5), Choice(Path.STAGED)]
+#: What only stores of whole tiles take.
+TMA = Choice(Path.TMA, 2)
 SIZES = [1, 16, 17, 144, 4096, 4097, 18432, 65536, 65552]
 
 
@@ -69,6 +71,24 @@ def test_any_layout(
 ) -> None:
     src, dst = arena(5, sizes, places[0], places[1], 1), arena(5, sizes, places[2], places[3], 2)
     copied(choice, direction, src, ids, dst)
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(16 << 10, "through_tma"), (48 << 10, "through_tma"), (20 << 10, "none")])
+def test_stores_of_whole_tiles_go_by_tma(size: int, kernel: str) -> None:
+    for has_tma in (True, False):
+        src, dst = layers(4, size, 2), contiguous(4, size, 2)
+        machine = FakeMachine()
+        machine.has_tma = has_tma
+        plan = CopyPlan(src.view, dst.view, Direction.D2H, machine, lambda case: allowed(TMA, case))
+        plan.enqueue([3, 0, 2], [0, 1, 3])
+        assert (kernel in machine.calls) == (has_tma and kernel != "none")
+        assert machine.tape.races() == []
+        for part, target in zip(src.view.parts, dst.view.parts, strict=True):
+            assert (part[[3, 0, 2]] == target[[0, 1, 3]]).all()
+        (case,) = plan.cases(3)
+        assert case == plan.decisions[0].case
+        loading = CopyPlan(dst.view, src.view, Direction.H2D, machine, lambda case: Choice(Path.DMA))
+        assert not loading.cases(3)[0].allows(Path.TMA)
 
 
 def test_short_parts_at_one_distance_are_lines_and_long_ones_are_not() -> None:

@@ -18,7 +18,13 @@ def child(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.parametrize(
-    ("part", "ran"), [("copy", "42 copies"), ("compression", "42 codecs"), ("staged", "4 copies each way")]
+    ("part", "ran"),
+    [
+        ("copy", "42 copies"),
+        ("tma", "8 stores, 5 by TMA"),
+        ("compression", "42 codecs"),
+        ("staged", "4 copies each way"),
+    ],
 )
 def test_every_kernel_in_the_interpreter(part: str, ran: str) -> None:
     done = child("tests.kernels.interpreted", part, TRITON_INTERPRET="1")
@@ -43,6 +49,16 @@ def test_all_kv_moves_sixteen_bytes_at_a_time() -> None:
         else:
             assert len(wide) == len(kernel["stores"]), "as many bytes come as go; the rest are ids and offsets"
             assert kernel["async_bytes"] == []
+
+
+def test_tma_moves_all_kv() -> None:
+    """No thread loads or stores KV: tensor copies both ways; no scratch memory (Triton wants an allocator for it)."""
+    done = child("tests.kernels.compiled", "tma")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert (found["loads"], found["stores"], found["bulk_stores"], found["scratch"]) == ([], [], 1, 0)
+    assert found["bulk_loads"] == 6, "five tiles before the loop"
+    assert 6 * (16 << 10) <= found["shared_bytes"] <= 100 << 10
 
 
 def test_compression_moves_values_sixteen_bytes_at_a_time() -> None:
