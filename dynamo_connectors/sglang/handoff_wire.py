@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 
@@ -18,7 +17,7 @@ from dynamo_connectors.sglang.handoff_layout import Welcome as LayoutWelcome
 from dynamo_connectors.transport.agent import Region
 from dynamo_connectors.transport.data_plane import DataPlane, Pieces
 from dynamo_connectors.transport.messages import LEASE_BYTES, Ask, Check, Reply, Request, Verdict, Welcome
-from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier, _Call
+from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
 from dynamo_connectors.transport.reader_state import Common
 from dynamo_connectors.transport.server import PeerServer, Served, ServerSettings
 from dynamo_connectors.transport.tickets import Ticket
@@ -158,13 +157,9 @@ class PageReader(PeerTier):
         keys, into = list(slots), list(slots.values())
         reads = []
         for first in range(0, len(keys), MOST_PAGES):
-            outcome: Future[Sequence[StoreError | None]] = Future()
-            outcome.set_running_or_notify_cancel()
             part = slice(first, first + MOST_PAGES)
-            call = _Call(keys[part], into[part], outcome, time.monotonic())
-            if not self._submit(partial(self._start, ticket.encode(), call)):
-                outcome.set_result([StoreError("closed", "the engine ends")] * len(call.keys))
-            reads.append(RoomRead(outcome, call.given_up))
+            call = self._begin(ticket.encode(), keys[part], into[part])
+            reads.append(RoomRead(call.outcome, call.given_up))
         return reads
 
     def abandon(self, ticket: Ticket) -> None:

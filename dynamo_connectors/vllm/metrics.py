@@ -37,6 +37,7 @@ _COUNTERS = {
     "nixl_refused_peers": ("dynamo_nixl_refused_peers", "reason", "Handshakes that were refused."),
     "nixl_refused_messages": ("dynamo_nixl_refused_messages", "reason", "Messages that were hostile, old or garbled."),
     "nixl_silent_peers": ("dynamo_nixl_silent_peers", None, "Times that a peer answered no more."),
+    "nixl_stalls": ("dynamo_nixl_stalls", None, "Times that reads were given up under a call of NIXL that hung."),
     "nixl_unexported_blocks": (
         "dynamo_nixl_unexported_blocks",
         None,

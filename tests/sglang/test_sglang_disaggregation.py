@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ import requests
 
 from tests.sglang.asking import wait_until
 from tests.sglang.server import launch_command, prompts, server_environment
-from tools.server_process import ServerProcess, free_port, members_of
+from tools.server_process import ServerProcess, free_port
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
@@ -122,25 +120,19 @@ def test_one_leg_alone_is_an_error_on_either_side(fleet: Fleet) -> None:
 def test_a_prefill_engine_that_stands_still_then_goes_on(
     fleet: Fleet, expected: list[tuple[list[int], list[Any]]]
 ) -> None:
-    signal_all(fleet.prefill, signal.SIGSTOP)
+    fleet.prefill.stand_still()
     try:
         failed = ask(fleet.decode, mine()[2], **fleet.room())
         assert failed.status_code == 500
     finally:
-        signal_all(fleet.prefill, signal.SIGCONT)
+        fleet.prefill.go_on()
     # A peer that was silent is asked again after 3 s.
     wait_until(lambda: fleet.ask(mine()[3]).status_code == 200, "prefill is met again")
     assert answer(fleet.ask(mine()[3])) == expected[3]
 
 
 def test_a_prefill_engine_that_is_killed_is_an_error_and_decode_lives(fleet: Fleet) -> None:
-    signal_all(fleet.prefill, signal.SIGKILL)
+    fleet.prefill.kill()
     for _ in range(2):
         assert ask(fleet.decode, mine()[4], **fleet.room()).status_code == 500
     assert requests.get(f"{fleet.decode.url}/server_info", timeout=60).status_code == 200
-
-
-def signal_all(server: ServerProcess, what: signal.Signals) -> None:
-    assert server.process is not None
-    for process in members_of(server.process.pid):
-        os.kill(process, what)
