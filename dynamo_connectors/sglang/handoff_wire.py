@@ -14,6 +14,7 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.sglang.handoff_layout import EngineLayout, pieces
 from dynamo_connectors.sglang.handoff_layout import Welcome as LayoutWelcome
+from dynamo_connectors.sglang.handoff_metrics import HandoffMeter
 from dynamo_connectors.transport.agent import Region
 from dynamo_connectors.transport.data_plane import DataPlane, Pieces
 from dynamo_connectors.transport.messages import LEASE_BYTES, Ask, Check, Reply, Request, Verdict, Welcome
@@ -62,7 +63,8 @@ class _Room:
 class PageServer(PeerServer):
     """Serves a prefill worker's pages. The scheduler's thread opens rooms, offers, looks, and closes them."""
 
-    def __init__(self, settings: ServerSettings, layout: EngineLayout) -> None:
+    def __init__(self, settings: ServerSettings, layout: EngineLayout, meter: HandoffMeter | None = None) -> None:
+        self._meter = meter
         self._rooms: dict[bytes, _Room] = {}
         self._layout = layout
         self._pages = _EnginePages()
@@ -107,6 +109,11 @@ class PageServer(PeerServer):
             self._owner.revoke(lease)
             self._owner.take_ended()
 
+    def _tell(self) -> None:
+        if self._meter is not None:
+            self._meter.add(self.take_counts())
+            self._meter.set("nixl_open_leases", self.open_leases)
+
     def _heard(self, request: Request, reply: Reply | None) -> None:
         room = self._rooms.get(request.lease) if isinstance(request, (Ask, Check)) else None
         if room is None:
@@ -148,8 +155,9 @@ class _PagePlane(DataPlane):
 class PageReader(PeerTier):
     """Reads prefill workers' pages into a decode worker's."""
 
-    def __init__(self, settings: PeerSettings, layout: EngineLayout) -> None:
+    def __init__(self, settings: PeerSettings, layout: EngineLayout, meter: HandoffMeter | None = None) -> None:
         self._layout = layout
+        self._meter = meter
         super().__init__(settings, [])
 
     def read_room(self, ticket: Ticket, slots: Mapping[BlockKey, int]) -> list[RoomRead]:
@@ -166,6 +174,12 @@ class PageReader(PeerTier):
         """The request is over: the owner may have its pages back once no READ of them is under way."""
         self._submit(lambda: self._reader.abandon(ticket.lease))
         self.unwatch(ticket)
+
+    def _tell(self) -> None:
+        super()._tell()
+        if self._meter is not None:
+            self._meter.add(self.take_counts())
+            self._meter.set("nixl_quarantined_bytes", self.quarantined_bytes)
 
     def _make_plane(self, name: str) -> DataPlane:
         return _PagePlane(name, self._layout)
