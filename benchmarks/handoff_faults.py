@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -93,11 +92,11 @@ class Table:
     def stopped(self) -> str:
         tokens = self.prompt()
         alone, ticket = self._pair.prefill.complete(tokens).tokens, self._pair.ticket(tokens)
-        self._pair.signal_prefill(signal.SIGSTOP)
+        self._pair.prefill_server.stand_still()
         try:
             return self.judge(tokens, ticket, alone)
         finally:
-            self._pair.signal_prefill(signal.SIGCONT)
+            self._pair.prefill_server.go_on()
 
     def stale(self) -> str:
         tokens = self.prompt()

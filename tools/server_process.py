@@ -135,6 +135,26 @@ class ServerProcess:
         self.process = None
         remove_orphans(segments)
 
+    def stand_still(self, seconds: float = 60.0) -> None:
+        """SIGSTOP to everything of the server; returns when all of it stands.
+
+        Until then, on a busy machine, it may answer what comes after the signal.
+        """
+        assert self.process is not None
+        deadline = time.monotonic() + seconds
+        while running := [each for each in members_of(self.process.pid) if not _stands_still(each)]:
+            if time.monotonic() > deadline:
+                raise ServerError(f"processes {running} of {self.name} do not stop")
+            for each in running:
+                _signal(each, signal.SIGSTOP)
+            time.sleep(0.01)
+
+    def go_on(self) -> None:
+        """After `stand_still`."""
+        assert self.process is not None
+        for each in members_of(self.process.pid):
+            _signal(each, signal.SIGCONT)
+
 
 def first_error(log: Path) -> str:
     """The first line of a log that names an exception (later ones only repeat it), and where the rest is."""
@@ -156,6 +176,14 @@ def members_of(session: int) -> list[int]:
         if int(after_name[3]) == session and after_name[0] != "Z":
             members.append(int(entry.name))
     return members
+
+
+def _stands_still(process: int) -> bool:
+    try:
+        threads = list(Path(f"/proc/{process}/task").iterdir())
+        return all((thread / "stat").read_text().rsplit(")", 1)[1].split()[0] in "TtZX" for thread in threads)
+    except OSError:
+        return False  # it, or one of its threads, has just ended: looked at again
 
 
 def _end_session(session: int, seconds: float) -> None:

@@ -27,6 +27,7 @@ from dynamo_connectors.peer_config import is_this_host
 from dynamo_connectors.sglang import compat
 from dynamo_connectors.sglang.handoff_layout import METADATA_KEY, EngineLayout, layout_of, page_key
 from dynamo_connectors.sglang.handoff_lookup import Lookups, ask
+from dynamo_connectors.sglang.handoff_metrics import HandoffMeter
 from dynamo_connectors.sglang.handoff_settings import BACKEND, BACKEND_FLAG, told_handoff
 from dynamo_connectors.sglang.handoff_wire import (
     DELIVERED,
@@ -70,6 +71,7 @@ class DynamoKVManager(CommonKVManager):
         self.layout = _layout(args)
         self.page_server: PageServer | None = None
         self.page_reader: PageReader | None = None
+        self._meter = HandoffMeter() if getattr(server_args, "enable_metrics", False) else None
         self._owners: dict[str, tuple[str, int]] = {}
         self._lookups = Lookups(self._look_up)
         self._held: dict[int, list[RoomRead]] = {}
@@ -85,7 +87,7 @@ class DynamoKVManager(CommonKVManager):
                 deadline_seconds=self.config.deadline_seconds,
                 quarantine_bytes=self.layout.row_bytes * self.layout.pages // _QUARANTINE_PART,
             )
-            self.page_reader = PageReader(settings, self.layout)
+            self.page_reader = PageReader(settings, self.layout, self._meter)
 
     # -- prefill -----------------------------------------------------------------------------------------------------
 
@@ -95,7 +97,7 @@ class DynamoKVManager(CommonKVManager):
             self.local_ip = _HERE
         lease_seconds = max(self.config.deadline_seconds, _LEAST_LEASE_SECONDS)
         settings = ServerSettings(self.local_ip, 0, self._namespace(), self.config.secret(), lease_seconds)
-        self.page_server = PageServer(settings, self.layout)
+        self.page_server = PageServer(settings, self.layout, self._meter)
         self.rank_port = self.page_server.port
         super().register_to_bootstrap()
 

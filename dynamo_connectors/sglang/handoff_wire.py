@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 
@@ -15,10 +14,11 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.sglang.handoff_layout import EngineLayout, pieces
 from dynamo_connectors.sglang.handoff_layout import Welcome as LayoutWelcome
+from dynamo_connectors.sglang.handoff_metrics import HandoffMeter
 from dynamo_connectors.transport.agent import Region
 from dynamo_connectors.transport.data_plane import DataPlane, Pieces
 from dynamo_connectors.transport.messages import LEASE_BYTES, Ask, Check, Reply, Request, Verdict, Welcome
-from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier, _Call
+from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
 from dynamo_connectors.transport.reader_state import Common
 from dynamo_connectors.transport.server import PeerServer, Served, ServerSettings
 from dynamo_connectors.transport.tickets import Ticket
@@ -63,7 +63,8 @@ class _Room:
 class PageServer(PeerServer):
     """Serves a prefill worker's pages. The scheduler's thread opens rooms, offers, looks, and closes them."""
 
-    def __init__(self, settings: ServerSettings, layout: EngineLayout) -> None:
+    def __init__(self, settings: ServerSettings, layout: EngineLayout, meter: HandoffMeter | None = None) -> None:
+        self._meter = meter
         self._rooms: dict[bytes, _Room] = {}
         self._layout = layout
         self._pages = _EnginePages()
@@ -108,6 +109,11 @@ class PageServer(PeerServer):
             self._owner.revoke(lease)
             self._owner.take_ended()
 
+    def _tell(self) -> None:
+        if self._meter is not None:
+            self._meter.add(self.take_counts())
+            self._meter.set("nixl_open_leases", self.open_leases)
+
     def _heard(self, request: Request, reply: Reply | None) -> None:
         room = self._rooms.get(request.lease) if isinstance(request, (Ask, Check)) else None
         if room is None:
@@ -149,8 +155,9 @@ class _PagePlane(DataPlane):
 class PageReader(PeerTier):
     """Reads prefill workers' pages into a decode worker's."""
 
-    def __init__(self, settings: PeerSettings, layout: EngineLayout) -> None:
+    def __init__(self, settings: PeerSettings, layout: EngineLayout, meter: HandoffMeter | None = None) -> None:
         self._layout = layout
+        self._meter = meter
         super().__init__(settings, [])
 
     def read_room(self, ticket: Ticket, slots: Mapping[BlockKey, int]) -> list[RoomRead]:
@@ -158,19 +165,21 @@ class PageReader(PeerTier):
         keys, into = list(slots), list(slots.values())
         reads = []
         for first in range(0, len(keys), MOST_PAGES):
-            outcome: Future[Sequence[StoreError | None]] = Future()
-            outcome.set_running_or_notify_cancel()
             part = slice(first, first + MOST_PAGES)
-            call = _Call(keys[part], into[part], outcome, time.monotonic())
-            if not self._submit(partial(self._start, ticket.encode(), call)):
-                outcome.set_result([StoreError("closed", "the engine ends")] * len(call.keys))
-            reads.append(RoomRead(outcome, call.given_up))
+            call = self._begin(ticket.encode(), keys[part], into[part])
+            reads.append(RoomRead(call.outcome, call.given_up))
         return reads
 
     def abandon(self, ticket: Ticket) -> None:
         """The request is over: the owner may have its pages back once no READ of them is under way."""
         self._submit(lambda: self._reader.abandon(ticket.lease))
         self.unwatch(ticket)
+
+    def _tell(self) -> None:
+        super()._tell()
+        if self._meter is not None:
+            self._meter.add(self.take_counts())
+            self._meter.set("nixl_quarantined_bytes", self.quarantined_bytes)
 
     def _make_plane(self, name: str) -> DataPlane:
         return _PagePlane(name, self._layout)

@@ -40,6 +40,7 @@ from dynamo_connectors.transport.reader_state import (
 )
 from dynamo_connectors.transport.sockets import PeerSockets
 from dynamo_connectors.transport.tickets import Ticket
+from dynamo_connectors.transport.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +63,21 @@ class PeerSettings:
     quarantine_bytes: int = 16 << 20
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """A read as its caller sees it."""
 
     keys: list[BlockKey]
     addresses: list[int]
-    outcome: Future[Sequence[StoreError | None]]
-    started: float
+    outcome: Future[Sequence[StoreError | None]] = field(default_factory=Future)
+    started: float = field(default_factory=time.monotonic)
     given_up: Future[str] = field(default_factory=Future)
 
+    def __post_init__(self) -> None:
+        self.outcome.set_running_or_notify_cancel()
 
-def _closed(blocks: int) -> list[StoreError | None]:
-    return [StoreError("closed", "the peer tier is closed")] * blocks
+    def end(self, reason: str, why: str) -> None:
+        self.outcome.set_result([StoreError(reason, why)] * len(self.keys))
 
 
 class PeerTier:
@@ -87,7 +90,8 @@ class PeerTier:
         self._codec = Codec(settings.secret)
         name = os.urandom(8)
         first, quarantine = int.from_bytes(os.urandom(8), "big") >> 3, settings.quarantine_bytes
-        self._reader = Reader(self._common(Common(name, settings.namespace, settings.row_bytes, quarantine, first)))
+        common = self._common(Common(name, settings.namespace, settings.row_bytes, quarantine, first))
+        self._reader = Reader(common)
         self._plane = self._make_plane(f"dynamo-reader-{name.hex()}")
         try:
             self._sockets = PeerSockets(settings.secret)
@@ -98,6 +102,8 @@ class PeerTier:
         #: What the engine's threads ask of ours.
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._calls: dict[int, _Call] = {}
+        #: Under `_lock`: calls that have neither ended nor been given up.
+        self._awaited: set[_Call] = set()
         self._lock = threading.Lock()
         self._closed = False
         #: Under `_lock`: nobody takes tasks any more.
@@ -105,6 +111,7 @@ class PeerTier:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._quarantined_bytes = 0
         self._thread = threading.Thread(target=self._run, name="kvbm-peer", daemon=True)
+        self._watchdog = Watchdog(common.silence_seconds, self._give_all_up)
         self._thread.start()
 
     # -- any thread --------------------------------------------------------------------------------------------------
@@ -116,14 +123,10 @@ class PeerTier:
             by_ticket.setdefault(bytes(place.chunk or b""), []).append(at)
         batches: list[Batch] = []
         for encoded, positions in by_ticket.items():
-            outcome: Future[Sequence[StoreError | None]] = Future()
-            outcome.set_running_or_notify_cancel()
             keys = [places[at].key for at in positions]
             addresses = [np.frombuffer(into[at], dtype=np.uint8).ctypes.data for at in positions]
-            call = _Call(keys, addresses, outcome, time.monotonic())
-            if not self._submit(partial(self._start, encoded, call)):
-                outcome.set_result(_closed(len(keys)))
-            batches.append(Batch(positions, outcome, given_up=call.given_up))
+            call = self._begin(encoded, keys, addresses)
+            batches.append(Batch(positions, call.outcome, given_up=call.given_up))
         return batches
 
     def write(self, places: Sequence[Place], rows: Sequence[Buffer]) -> list[Batch]:
@@ -160,17 +163,49 @@ class PeerTier:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             return False
+        self._watchdog.close()
         self._sockets.close()
         return True
 
     def check(self) -> None:
         assert self._quarantined_bytes >= 0, "a negative number of bytes is quarantined"
+        self._watchdog.check()
+        with self._lock:
+            assert not any(call.given_up.done() for call in self._awaited), "a call is awaited that was given up"
 
-    def _submit(self, task: Callable[[], None]) -> bool:
+    def _begin(self, encoded: bytes, keys: list[BlockKey], addresses: list[int]) -> _Call:
+        """Starts a read, or ends it at once."""
+        call = _Call(keys, addresses)
+        if self._watchdog.is_alarmed and not self._closed:
+            call.end("unavailable", "NIXL keeps the thread that reads from peers")
+        elif not self._submit(partial(self._start, encoded, call), call):
+            call.end("closed", "the peer tier is closed")
+        return call
+
+    def _give_up(self, call: _Call, reason: str) -> None:
+        """Nobody waits for it any more; its buffers are in use all the same."""
+        with self._lock:
+            if call in self._awaited:
+                self._awaited.remove(call)
+                call.given_up.set_result(reason)
+
+    def _give_all_up(self) -> None:
+        """Our thread stands in a call of NIXL, or gets no share of this machine: nobody shall wait for it."""
+        with self._lock:
+            calls = list(self._awaited)
+        if calls:
+            log.warning("dynamo: a call of NIXL does not return; what it was to read from peers is computed here")
+            self._count("nixl_stalls", "")
+        for call in calls:
+            self._give_up(call, "unavailable")
+
+    def _submit(self, task: Callable[[], None], call: _Call | None = None) -> bool:
         """False when it will never be done."""
         with self._lock:
             if self._ended:
                 return False
+            if call is not None:
+                self._awaited.add(call)
             self._tasks.put(task)
         self._sockets.wake()
         return True
@@ -196,10 +231,12 @@ class PeerTier:
             self._ended = True
         self._drain_tasks()
         for call in self._calls.values():
-            call.outcome.set_result(_closed(len(call.keys)))
+            self._leave(call)
+            call.end("closed", "the peer tier is closed")
         self._calls.clear()
 
     def _step(self) -> None:
+        self._watchdog.beat()
         now = time.monotonic()
         wait = _POLL_SECONDS if self._reader.is_reading else self._reader.next_due(now) - now
         if self._plane.transfers_under_way:
@@ -237,6 +274,9 @@ class PeerTier:
         self._calls[number] = call
         if self._closed:
             return  # ended with all others
+        if call.given_up.done():
+            self._finish(number, ["unavailable"] * len(call.keys))
+            return
         try:
             ticket = Ticket.decode(encoded)
         except StoreError as error:
@@ -266,7 +306,7 @@ class PeerTier:
         elif isinstance(step, Finish):
             self._finish(step.read, step.reasons)
         elif isinstance(step, GiveUp):
-            self._calls[step.read].given_up.set_result("unreachable")
+            self._give_up(self._calls[step.read], "unreachable")
         elif isinstance(step, Forget):
             self._plane.disconnect(step.peer)
             self._sockets.drop(step.peer)
@@ -283,6 +323,7 @@ class PeerTier:
 
     def _finish(self, number: int, reasons: Sequence[str | None]) -> None:
         call = self._calls.pop(number)
+        self._leave(call)
         good = sum(reason is None for reason in reasons)
         with self._lock:
             self._counts["nixl_read_bytes", ""] += good * self._settings.row_bytes
@@ -291,6 +332,10 @@ class PeerTier:
         call.outcome.set_result(
             [None if reason is None else StoreError(reason, "a peer's block did not arrive") for reason in reasons]
         )
+
+    def _leave(self, call: _Call) -> None:
+        with self._lock:
+            self._awaited.discard(call)
 
     def _count(self, what: str, label: str) -> None:
         with self._lock:

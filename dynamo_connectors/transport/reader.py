@@ -290,18 +290,16 @@ class Reader:
 
     def _lost(self, name: Peer, read: Read, reason: str) -> None:
         """The peer is not who it was, or gone: the next read meets it anew."""
+        self._finish(read, reason)  # first: whoever waits for it does not wait for NIXL's leave-taking
         peer = self._peers[name]
         if peer.state == "ready" and peer.epoch == read.epoch:
             peer.state = "absent"
             self._out.append(Disconnect(name))
-        self._finish(read, reason)
 
     def _silent(self, name: Peer, now: float) -> None:
         """It is asked again soon, but requests do not wait for it meanwhile."""
         peer = self._peers[name]
         was_ready = peer.state == "ready"
-        if was_ready:
-            self._out.append(Disconnect(name))
         peer.state, peer.reason, peer.retry_at = "refused", "unreachable", now + _SILENT_SECONDS
         peer.quiet_since = None
         self.counts["nixl_silent_peers", ""] += 1
@@ -317,6 +315,8 @@ class Reader:
                 self._out_of_time(read, now)
             else:
                 self._finish(read, "unreachable")
+        if was_ready:  # last: whoever waits does not wait for NIXL's leave-taking
+            self._out.append(Disconnect(name))
 
     def _forget(self, now: float) -> None:
         """Addresses come and go with a fleet's engines."""

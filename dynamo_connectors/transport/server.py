@@ -171,6 +171,7 @@ class PeerServer:
                     expiry = now + _TICK_SECONDS
                     with self._lock:
                         self._owner.expire(now)
+                    self._tell()
                 if self._monitor in ready:
                     for reason in channel.refusals(self._monitor):
                         self._refuse(reason, "a connection without the fleet's secret")
@@ -186,6 +187,9 @@ class PeerServer:
             self._refused["nixl_refused_messages", reason] += 1
         if first:
             log.warning("dynamo: a message to the peer port was refused (%s)", what)
+
+    def _tell(self) -> None:
+        """On the server's thread, a few times a second: for who wants to pass counts on."""
 
     def _heard(self, request: Request, reply: Reply | None) -> None:
         """Under the lock: for who wants to know what readers have been told."""

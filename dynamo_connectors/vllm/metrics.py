@@ -12,9 +12,10 @@ from prometheus_client import Histogram as PromHistogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from dynamo_connectors.tiers.index_stats import IndexStats
+from dynamo_connectors.transport.metric_names import NIXL_COUNTERS, NIXL_LEVELS
 
 #: Count -> (metric name, label, help).
-_COUNTERS = {
+_COUNTERS: dict[str, tuple[str, str | None, str]] = {
     "wanted_blocks": ("dynamo_kvbm_wanted_blocks", None, "Blocks of admitted prompts that HBM did not hold."),
     "hit_blocks": ("dynamo_kvbm_hit_blocks", "tier", "Blocks given to requests, by the tier they came from."),
     "offloaded_blocks": ("dynamo_kvbm_offloaded_blocks", "tier", "Blocks that arrived in a tier from above."),
@@ -28,28 +29,14 @@ _COUNTERS = {
     "refused_blocks": ("dynamo_kvbm_gate_refused_blocks", None, "Blocks computed again because that is faster."),
     "shared_loads": ("dynamo_kvbm_shared_loads", None, "Requests that waited for another request's load."),
     "early_requests": ("dynamo_kvbm_early_requests", None, "Requests that came before a store had told what it holds."),
-    "nixl_read_bytes": ("dynamo_nixl_read_bytes", None, "Bytes of peers that were read and proven."),
-    "nixl_read_blocks": ("dynamo_nixl_read_blocks", None, "Blocks of peers that were read and proven."),
-    "nixl_reads": ("dynamo_nixl_reads", None, "READs of peers that ended, well or badly."),
-    "nixl_late_reads": ("dynamo_nixl_late_reads", None, "READs that were not over at their deadline."),
-    "nixl_fences_refused": ("dynamo_nixl_fences_refused", "reason", "READs whose bytes were not what was granted."),
-    "nixl_leases_ended": ("dynamo_nixl_leases_ended", "reason", "Leases of this engine's blocks that ended."),
-    "nixl_refused_peers": ("dynamo_nixl_refused_peers", "reason", "Handshakes that were refused."),
-    "nixl_refused_messages": ("dynamo_nixl_refused_messages", "reason", "Messages that were hostile, old or garbled."),
-    "nixl_silent_peers": ("dynamo_nixl_silent_peers", None, "Times that a peer answered no more."),
+    **NIXL_COUNTERS,
     "nixl_unexported_blocks": (
         "dynamo_nixl_unexported_blocks",
         None,
         "Blocks not handed over because leases hold their share of host memory.",
     ),
-    "nixl_restarts": ("dynamo_nixl_restarts", None, "Times the NIXL agent was made anew to fence late READs."),
     "nixl_peer_hints": ("dynamo_nixl_peer_hints", None, "Requests that named a peer which holds their prefix."),
     "ignored_hints": ("dynamo_kvbm_ignored_hints", None, "Hints in kv_transfer_params that made no sense."),
-}
-#: What stands at a level on a worker -> (metric name, help). Summed over workers.
-_LEVELS = {
-    "nixl_open_leases": ("dynamo_nixl_open_leases", "Leases that peers hold on this engine's blocks."),
-    "nixl_quarantined_bytes": ("dynamo_nixl_quarantined_bytes", "Host memory that late READs may still write to."),
 }
 #: What a transfer does -> (metric name, help). Labelled with the tier it reads (up) or writes (down).
 _BYTES = {
@@ -67,7 +54,7 @@ class KvbmStats(KVConnectorStats):
     """Keys of `data`, each of them optional and a dict whose keys are "what|label":
 
     counts: amounts to add. transfers: lists of [bytes, seconds]. used: share of a tier, 0 to 1. pinned: blocks there.
-    levels: see `_LEVELS`.
+    levels: see `NIXL_LEVELS`.
     """
 
     data: dict[str, Any]
@@ -146,7 +133,7 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
         )
         self._levels = {
             what: gauge(name=name, documentation=text, multiprocess_mode="mostrecent", labelnames=labelnames)
-            for what, (name, text) in _LEVELS.items()
+            for what, (name, text) in NIXL_LEVELS.items()
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

@@ -76,6 +76,21 @@ def test_the_first_error_of_a_log_is_the_one_that_matters(tmp_path: Path) -> Non
     assert first_error(tmp_path / "absent").startswith("it said nothing")
 
 
+def test_a_server_that_stands_still_answers_nobody_until_it_goes_on(tmp_path: Path) -> None:
+    running, _ = server(tmp_path)
+    running.start().wait_ready(20)
+    try:
+        assert running.process is not None
+        running.stand_still()
+        states = [Path(f"/proc/{each}/stat").read_text().rsplit(")", 1)[1] for each in members_of(running.process.pid)]
+        assert len(states) >= 2
+        assert all(state.split()[0] == "T" for state in states)
+        running.go_on()
+        running.wait_ready(20)
+    finally:
+        running.stop()
+
+
 def test_stopping_is_idempotent(tmp_path: Path) -> None:
     running, _ = server(tmp_path)
     running.start().wait_ready(20)

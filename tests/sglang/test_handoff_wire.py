@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.sglang.handoff_layout import METADATA_KEY, EngineLayout, layout_of, page_key
+from dynamo_connectors.sglang.handoff_metrics import HandoffMeter
 from dynamo_connectors.sglang.handoff_wire import (
     DELIVERED,
     OFFERED,
@@ -50,15 +52,20 @@ class Engine:
 class Pair:
     def __init__(self, reader_engine: Engine, secret: bytes = b"s", namespace: bytes = b"n") -> None:
         self.prefill, self.decode = Engine(1), reader_engine
-        self.server = PageServer(ServerSettings("127.0.0.1", 0, b"n", b"s", 10.0), self.prefill.layout)
+        self.registry = CollectorRegistry()
+        meter = HandoffMeter(self.registry)
+        self.server = PageServer(ServerSettings("127.0.0.1", 0, b"n", b"s", 10.0), self.prefill.layout, meter)
         settings = PeerSettings(0, namespace, self.decode.layout.row_bytes, secret, deadline_seconds=4.0)
-        self.reader = PageReader(settings, self.decode.layout)
+        self.reader = PageReader(settings, self.decode.layout, meter)
         self.lease = lease_of(_ROOM)
         self.ticket = Ticket("127.0.0.1", self.server.port, self.lease)
 
     def read(self, pages: list[int], row: int = 0) -> RoomRead:
         (read,) = self.reader.read_room(self.ticket, self.decode.slots(pages, row))
         return read
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"dynamo_nixl_{name}", labels) or 0.0
 
     def state(self) -> str | None:
         return self.server.look(self.lease)[0]
@@ -104,7 +111,12 @@ def test_a_room_from_its_opening_to_its_end(pairs: Callable[..., Pair]) -> None:
     assert (pair.decode.rows[2] == pair.prefill.rows[1]).all()
     untouched = [page for page in range(_PAGES) if page not in (7, 8, 9, 3)]
     assert (pair.decode.pages[:, untouched] == Engine(2).pages[:, untouched]).all()
+    until(lambda: pair.metric("read_blocks_total") == 5 and pair.metric("open_leases") == 1)
+    assert pair.metric("read_bytes_total") > 0
+    assert pair.metric("reads_total") == 1
     pair.server.close_room(pair.lease)
+    until(lambda: pair.metric("leases_ended_total", reason="revoked") == 1)
+    assert pair.metric("open_leases") == 0
 
 
 def test_prefill_may_take_longer_than_the_deadline(pairs: Callable[..., Pair]) -> None:

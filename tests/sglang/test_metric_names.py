@@ -9,6 +9,7 @@ from prometheus_client import Counter as PromCounter
 from prometheus_client import Gauge as PromGauge
 from prometheus_client import Histogram as PromHistogram
 
+from dynamo_connectors.sglang.handoff_metrics import HandoffMeter
 from dynamo_connectors.sglang.metrics import StorageMeter
 from dynamo_connectors.vllm.metrics import KvbmPromMetrics
 
@@ -20,6 +21,7 @@ def labels_by_name(registry: CollectorRegistry) -> dict[str, tuple[str, ...]]:
 def test_each_metric_has_the_name_and_the_labels_of_vllms() -> None:
     ours, vllms = CollectorRegistry(), CollectorRegistry()
     StorageMeter(ours).check()
+    HandoffMeter(ours)
 
     def kind(of: type) -> object:
         def make(**settings: object) -> object:

@@ -2,66 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
+from tests.sglang.apart import BOOT_SECONDS, Fleet, answer, ask, make, metric, started_fleet
 from tests.sglang.asking import wait_until
-from tests.sglang.server import launch_command, prompts, server_environment
-from tools.server_process import ServerProcess, free_port, members_of
+from tests.sglang.server import prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 _LENGTHS = (5, 16, 33, 100, 300, 700)
-_BOOT_SECONDS = 600.0
-_BACKEND = ["--disaggregation-transfer-backend", "dynamo"]
-
-
-def make(name: str, model: Path, folder: Path, *more: str) -> ServerProcess:
-    port = free_port()
-    command = launch_command(model, "--port", str(port), "--max-total-tokens", "4096", *more)
-    return ServerProcess(name, command, f"http://127.0.0.1:{port}", folder / f"{name}.log", server_environment())
-
-
-def ask(server: ServerProcess, tokens: list[int], **fields: object) -> requests.Response:
-    sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
-    body = {"input_ids": tokens, "sampling_params": sampling, "return_logprob": True, **fields}
-    return requests.post(f"{server.url}/generate", json=body, timeout=120)
-
-
-def answer(response: requests.Response) -> tuple[list[int], list[Any]]:
-    assert response.status_code == 200, response.text[:500]
-    content = response.json()
-    return content["output_ids"], content["meta_info"]["output_token_logprobs"]
-
-
-@dataclass(frozen=True)
-class Fleet:
-    prefill: ServerProcess
-    decode: ServerProcess
-    bootstrap_port: int
-
-    def room(self) -> dict[str, object]:
-        room = random.getrandbits(62) + 1
-        return {"bootstrap_host": "127.0.0.1", "bootstrap_port": self.bootstrap_port, "bootstrap_room": room}
-
-    def ask(self, tokens: list[int]) -> requests.Response:
-        """Both at once, as SGLang's router does; the answer is decode's."""
-        room = self.room()
-        first = threading.Thread(target=ask, args=(self.prefill, tokens), kwargs=room)
-        first.start()
-        try:
-            return ask(self.decode, tokens, **room)
-        finally:
-            first.join()
 
 
 def mine() -> list[list[int]]:
@@ -73,7 +27,7 @@ def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     """Of one server alone, which is gone again."""
     alone = make("alone", tiny_model, tmp_path_factory.mktemp("alone"))
     try:
-        alone.start().wait_ready(_BOOT_SECONDS)
+        alone.start().wait_ready(BOOT_SECONDS)
         return [answer(ask(alone, prompt)) for prompt in mine()]
     finally:
         alone.stop()
@@ -83,24 +37,16 @@ def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 def fleet(
     expected: list[tuple[list[int], list[Any]]], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Fleet]:
-    folder, port = tmp_path_factory.mktemp("fleet"), free_port()
-    prefill_flags = ["--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(port)]
-    prefill = make("prefill", tiny_model, folder, *prefill_flags, *_BACKEND)
-    decode = make("decode", tiny_model, folder, "--disaggregation-mode", "decode", *_BACKEND)
-    try:
-        prefill.start()
-        decode.start().wait_ready(_BOOT_SECONDS)
-        prefill.wait_ready(_BOOT_SECONDS)
-        yield Fleet(prefill, decode, port)
-    finally:
-        prefill.stop()
-        decode.stop()
+    with started_fleet(tiny_model, tmp_path_factory.mktemp("fleet")) as fleet:
+        yield fleet
 
 
 def test_answers_are_those_of_one_server(fleet: Fleet, expected: list[tuple[list[int], list[Any]]]) -> None:
     assert len({tuple(tokens) for tokens, _ in expected}) == len(expected), "the answers do not tell prompts apart"
     for prompt, wanted in zip(mine(), expected, strict=True):
         assert answer(fleet.ask(prompt)) == wanted
+    wait_until(lambda: metric(fleet.decode, "dynamo_nixl_read_blocks_total") > len(expected), "/metrics tells of READs")
+    wait_until(lambda: metric(fleet.prefill, "dynamo_nixl_leases_ended_total") >= len(expected), "and of leases")
 
 
 @pytest.mark.parametrize("lack", ["bootstrap_host", "bootstrap_port", "bootstrap_room"])
@@ -122,25 +68,19 @@ def test_one_leg_alone_is_an_error_on_either_side(fleet: Fleet) -> None:
 def test_a_prefill_engine_that_stands_still_then_goes_on(
     fleet: Fleet, expected: list[tuple[list[int], list[Any]]]
 ) -> None:
-    signal_all(fleet.prefill, signal.SIGSTOP)
+    fleet.prefill.stand_still()
     try:
         failed = ask(fleet.decode, mine()[2], **fleet.room())
         assert failed.status_code == 500
     finally:
-        signal_all(fleet.prefill, signal.SIGCONT)
+        fleet.prefill.go_on()
     # A peer that was silent is asked again after 3 s.
     wait_until(lambda: fleet.ask(mine()[3]).status_code == 200, "prefill is met again")
     assert answer(fleet.ask(mine()[3])) == expected[3]
 
 
 def test_a_prefill_engine_that_is_killed_is_an_error_and_decode_lives(fleet: Fleet) -> None:
-    signal_all(fleet.prefill, signal.SIGKILL)
+    fleet.prefill.kill()
     for _ in range(2):
         assert ask(fleet.decode, mine()[4], **fleet.room()).status_code == 500
     assert requests.get(f"{fleet.decode.url}/server_info", timeout=60).status_code == 200
-
-
-def signal_all(server: ServerProcess, what: signal.Signals) -> None:
-    assert server.process is not None
-    for process in members_of(server.process.pid):
-        os.kill(process, what)

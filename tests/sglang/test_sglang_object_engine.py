@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +105,7 @@ def test_a_store_that_hangs_delays_nobody_beyond_its_deadline(
     prompt, cold = asked[2]
     assert store.process is not None
     # It takes connections and says nothing.
-    os.kill(store.process.pid, signal.SIGSTOP)
+    store.stand_still()
     try:
         answer = second.generate(prompt)
         assert answer.output == cold.output
@@ -119,4 +117,4 @@ def test_a_store_that_hangs_delays_nobody_beyond_its_deadline(
         for fresh in prompts(seed=2, count=3, tokens=TOKENS):
             second.generate(fresh)
     finally:
-        os.kill(store.process.pid, signal.SIGCONT)
+        store.go_on()

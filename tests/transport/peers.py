@@ -50,10 +50,12 @@ class PeerProcess:
         return json.loads(line)
 
     def stop(self) -> None:
+        """Returns when it stands still: before that, on a busy machine, it may answer what comes after the signal."""
         os.kill(self.process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def go_on(self) -> None:
-        os.kill(self.process.pid, signal.SIGCONT)
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self.process.kill()

@@ -150,6 +150,7 @@ def fleet(reader: PeerProcess, keeper: Keeper) -> Iterator[Fleet]:
     keeper.process.call("counts")
     with ExitStack() as stack:
         yield Fleet(reader, keeper, stack)
+        keeper.process.go_on()  # a test that failed may have left it stopped: the others have it, too
 
 
 def test_blocks_arrive_over_a_network_that_loses_doubles_and_delays(fleet: Fleet) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.vllm.client import VllmClient
-from tools.server_process import ServerProcess, free_port, members_of
+from tools.server_process import ServerProcess, free_port
 from tools.vllm_server import MODEL_NAME, VllmOptions, vllm_server
 
 #: What vLLM's documentation tells a proxy to ask of the prefill engine.
@@ -39,12 +37,6 @@ class Pair:
             server.ask_to_stop()
         for server in (self.decode_server, self.prefill_server):
             server.stop()
-
-    def signal_prefill(self, what: signal.Signals) -> None:
-        """To every process of the prefill engine."""
-        assert self.prefill_server.process is not None
-        for process in members_of(self.prefill_server.process.pid):
-            os.kill(process, what)
 
     def ticket(self, tokens: list[int]) -> dict[str, Any]:
         """The prefill leg: computes the prompt, and says where its KV is."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,11 +82,11 @@ def hand_over(pair: Pair, seed: int) -> None:
 @contextmanager
 def stopped(pair: Pair) -> Iterator[None]:
     """Every process of the prefill engine stands still."""
-    pair.signal_prefill(signal.SIGSTOP)
+    pair.prefill_server.stand_still()
     try:
         yield
     finally:
-        pair.signal_prefill(signal.SIGCONT)
+        pair.prefill_server.go_on()
 
 
 def hint(pair: Pair, tokens: list[int]) -> tuple[Answer, dict[str, Any]]:
@@ -221,7 +220,7 @@ def test_an_engine_that_is_killed_under_a_prompt_or_after_its_answer_costs_no_an
     async def body() -> None:
         async with before_both(pair) as proxy:
             client = VllmClient(f"http://127.0.0.1:{proxy.port}")
-            pair.signal_prefill(signal.SIGSTOP)
+            pair.prefill_server.stand_still()
             told = asyncio.ensure_future(aside(lambda: client.complete(tokens)))
             await wait(lambda: proxy.ledger.own(0).in_flight == 1, "the prefill engine has the prompt", 60.0)
             pair.prefill_server.kill()

@@ -118,7 +118,7 @@ def test_objects_serve_another_engine_and_a_bad_store_costs_a_miss(
         failed = client.metric("dynamo_kvbm_load_failures_total")
         assert service.process is not None
         # It takes connections and says nothing: without a deadline the request would never end.
-        os.kill(service.process.pid, signal.SIGSTOP)
+        service.stand_still()
         assert ask(client, 3) == cold[3]
         step_until_counted(client, "dynamo_kvbm_load_failures_total", OBJECT_BLOCKS, reason="timeout")
         step_until_counted(client, "dynamo_kvbm_object_failures_total", 1, reason="timeout")

@@ -1,0 +1,23 @@
+"""What the transport counts, as it is called on every engine's /metrics. Pure."""
+
+from __future__ import annotations
+
+#: Count -> (metric name, label, help).
+NIXL_COUNTERS: dict[str, tuple[str, str | None, str]] = {
+    "nixl_read_bytes": ("dynamo_nixl_read_bytes", None, "Bytes of peers that were read and proven."),
+    "nixl_read_blocks": ("dynamo_nixl_read_blocks", None, "Blocks of peers that were read and proven."),
+    "nixl_reads": ("dynamo_nixl_reads", None, "READs of peers that ended, well or badly."),
+    "nixl_late_reads": ("dynamo_nixl_late_reads", None, "READs that were not over at their deadline."),
+    "nixl_fences_refused": ("dynamo_nixl_fences_refused", "reason", "READs whose bytes were not what was granted."),
+    "nixl_leases_ended": ("dynamo_nixl_leases_ended", "reason", "Leases of this engine's blocks that ended."),
+    "nixl_refused_peers": ("dynamo_nixl_refused_peers", "reason", "Handshakes that were refused."),
+    "nixl_refused_messages": ("dynamo_nixl_refused_messages", "reason", "Messages that were hostile, old or garbled."),
+    "nixl_silent_peers": ("dynamo_nixl_silent_peers", None, "Times that a peer answered no more."),
+    "nixl_stalls": ("dynamo_nixl_stalls", None, "Times that reads were given up under a call of NIXL that hung."),
+    "nixl_restarts": ("dynamo_nixl_restarts", None, "Times the NIXL agent was made anew to fence late READs."),
+}
+#: What stands at a level on a worker -> (metric name, help). Summed over workers.
+NIXL_LEVELS = {
+    "nixl_open_leases": ("dynamo_nixl_open_leases", "Leases that peers hold on this engine's blocks."),
+    "nixl_quarantined_bytes": ("dynamo_nixl_quarantined_bytes", "Host memory that late READs may still write to."),
+}
