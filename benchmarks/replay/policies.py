@@ -121,7 +121,10 @@ class Planned:
             )
             for number in range(total)
         ]
-        upstream = {step["worker_id"]: step["num_queued_prefill"] for step in seen.get("prefill_fpm_snapshots", [])}
+        upstream = {  # in flight is what waits and what is inside; a prefilled prompt "decodes" until it has left
+            step["worker_id"]: step["num_queued_prefill"] + step["num_prefill_requests"] + step["num_decode_requests"]
+            for step in seen.get("prefill_fpm_snapshots", [])
+        }
         proxy = ProxyObservation(
             interval_seconds=INTERVAL_SECONDS,
             arrivals=count,
