@@ -27,7 +27,7 @@ test-kubernetes-engines: vllm-env ## fifty scale-downs of real vLLM engines unde
 	planner_sidecar/kubernetes/api_server.sh build
 	run=$$(planner_sidecar/kubernetes/api_server.sh start) && \
 	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
-	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_engines.py -s $(ARGS)
+	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_engines.py -s -o faulthandler_timeout=3000 $(ARGS)
 
 lint: vllm-env ## ruff, and mypy --strict on our packages
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@
 Needs ai-dynamo 1.4.2 in an environment of its own (`pip install ai-dynamo==1.4.2 pmdarima
 filterpy prophet plotly prometheus-api-client`: it names none of the last five), run from the repository's root. The
 judge is its offline replay: vLLM scheduler model, step times measured on an H200 (Llama-3.1-8B FP8), round-robin
-routing, start-up 90 s, starting with 3 prefill and 3 decode workers. Goodput counts requests within both targets.
+routing, start-up 90 s, starting with 3 prefill and 3 decode workers unless told. Goodput counts requests within both
+targets.
 """
 
 from __future__ import annotations
@@ -30,6 +31,19 @@ DEFAULT = (
 )
 
 
+BORROWERS = ("oracle", "hindsight")
+POLICIES = (
+    "also static-P-D, and hindsight-ROOM: knows the true rates up to now and keeps ROOM times what they need; "
+    "it and the oracle need the planner before them"
+)
+
+
+def workers(text: str) -> tuple[int, int]:
+    """P-D."""
+    prefill, decode = map(int, text.split("-"))
+    return prefill, decode
+
+
 def line_of(name: str, seen: dict[str, Any], count: int) -> str:
     if "failed" in seen:
         return f"{name:18} {seen['failed']}"
@@ -44,10 +58,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.replay", description=__doc__)
     parser.add_argument("--traces", type=Path, required=True, help="folder with servegen_* and azure2023_conv.csv")
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--policies", default=DEFAULT, help="also static-P-D; the oracle needs the planner before it")
+    parser.add_argument("--policies", default=DEFAULT, help=POLICIES)
     parser.add_argument("--attainment", type=float, default=0.98)
     parser.add_argument("--hours", type=float, default=1.25, help="length of each stream")
     parser.add_argument("--mean-rps", type=float, default=14.0, help="mean rate of each stream")
+    parser.add_argument("--start", type=workers, default=(3, 3), metavar="P-D", help="workers at the beginning")
     parser.add_argument("--burst-factor", type=float, default=1.0, help="of the planner: see its README")
     parser.add_argument("--limit-seconds", type=float, default=600.0, help="for one run")
     parser.add_argument("--log", type=Path, help="write the planner's decisions here")
@@ -60,9 +75,11 @@ def main(arguments: list[str]) -> int:
             "benchmarks.replay: ai-dynamo 1.4.2 is not in this environment; see the head of the file", file=sys.stderr
         )
         return 2
-    groups = [[name] for name in options.policies.split(",") if name != "oracle"]
-    if "oracle" in options.policies.split(","):
-        next(group for group in groups if group == ["planner"]).append("oracle")
+    names = options.policies.split(",")
+    groups = [[name] for name in names if not name.startswith(BORROWERS)]
+    borrowers = [name for name in names if name.startswith(BORROWERS)]
+    if borrowers:
+        next(group for group in groups if group == ["planner"]).extend(borrowers)
     with tempfile.TemporaryDirectory() as folder:
         for shape in options.shapes.split(","):
             trace = Path(folder, f"{shape}.jsonl")

@@ -12,9 +12,9 @@ from typing import Any
 
 from dynamo_planner.profile_file import Profile
 
-from benchmarks.replay.policies import KV_TOKENS, STARTUP_SECONDS, Aim, Planned, Scheduled, oracle
+from benchmarks.replay.policies import KV_TOKENS, STARTUP_SECONDS, Aim, Planned, Scheduled, hindsight, oracle
 
-TTFT_MS, ITL_MS, START = 500.0, 50.0, (3, 3)
+TTFT_MS, ITL_MS = 500.0, 50.0
 CONTEXT_TOKENS = 16_384
 EASY = {"throughput": "throughput", "latency": "latency"}
 LOAD_THRESHOLDS = {  # half a batch of prompts, and KV use between what `throughput` and `latency` have built in
@@ -58,8 +58,11 @@ class Watched:
 class Judge:
     """Dynamo's replay with one engine model."""
 
-    def __init__(self, trace: Path, tell: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    def __init__(
+        self, trace: Path, start: tuple[int, int], tell: Callable[[dict[str, Any]], None] = lambda _: None
+    ) -> None:
         self._tell = tell
+        self._start = start
         import dynamo.planner
         from dynamo.mocker.args import resolve_planner_profile_data
 
@@ -100,15 +103,16 @@ class Judge:
             ),
         )
 
-    def run(self, policy: Any, start: tuple[int, int] = START) -> dict[str, Any]:
+    def run(self, policy: Any, start: tuple[int, int] | None = None) -> dict[str, Any]:
         from dynamo.replay import api
 
+        prefill, decode = start or self._start
         report = api._run_mocker_trace_replay(
             api._normalize_trace_files(str(self.trace)),
             prefill_engine_args=self.engine("prefill"),
             decode_engine_args=self.engine("decode"),
-            num_prefill_workers=start[0],
-            num_decode_workers=start[1],
+            num_prefill_workers=prefill,
+            num_decode_workers=decode,
             router_mode="round_robin",
             trace_block_size=512,
             trace_format="mooncake",
@@ -161,8 +165,9 @@ def run_policy(judge: Judge, name: str, aim: Aim, lent: dict[str, Planned]) -> d
         lent["planner"] = Planned(judge.planner_profile(), aim, least)
         return judge.run(lent["planner"])
     if name == "oracle":
-        plan = oracle(judge.trace, lent["planner"], aim)
-        return judge.run(plan)
+        return judge.run(oracle(judge.trace, lent["planner"], aim))
+    if name.startswith("hindsight"):  # hindsight-ROOM
+        return judge.run(hindsight(judge.trace, lent["planner"], aim, float(name.partition("-")[2] or 1.0)))
     if name.startswith("static"):
         _, prefill, decode = name.split("-")
         return judge.run(Scheduled([(0.0, int(prefill), int(decode))]), (int(prefill), int(decode)))
@@ -179,13 +184,13 @@ def run_policy(judge: Judge, name: str, aim: Aim, lent: dict[str, Planned]) -> d
     )
 
 
-def _run_in_child(pipe: Any, trace: Path, names: list[str], aim: Aim) -> None:
+def _run_in_child(pipe: Any, trace: Path, names: list[str], aim: Aim, start: tuple[int, int]) -> None:
     """One policy, or the planner and the oracle that borrows its step times; one report each."""
     lent: dict[str, Planned] = {}
     for name in names:
         began = time.monotonic()
         try:
-            seen = run_policy(Judge(trace, pipe.send), name, aim, lent)
+            seen = run_policy(Judge(trace, start, pipe.send), name, aim, lent)
             kept = {key: seen[key] for key in KEPT} | {"seconds": round(time.monotonic() - began)}
             pipe.send(kept | ({"log": lent["planner"].log} if name.startswith("planner") else {}))
         except Exception as error:  # noqa: BLE001 - one mode that does not run must not end the others
@@ -197,7 +202,7 @@ def judged(trace: Path, names: list[str], options: argparse.Namespace) -> list[d
     aim = Aim(TTFT_MS / 1e3, ITL_MS / 1e3, options.attainment, options.burst_factor)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_run_in_child, args=(theirs, trace, names, aim), daemon=True)
+    child = context.Process(target=_run_in_child, args=(theirs, trace, names, aim, options.start), daemon=True)
     child.start()
     theirs.close()
     reports: list[dict[str, Any]] = []

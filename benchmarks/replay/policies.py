@@ -26,6 +26,7 @@ from dynamo_planner.step_model import coefficients, learn_steps
 Tick = dict[str, Any]
 INTERVAL_SECONDS, STARTUP_SECONDS = 10.0, 90.0
 KV_TOKENS = 14_000 * 64
+_SLOT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ class Planned:
             )
             for number in range(total)
         ]
-        upstream = {step["worker_id"]: step["num_queued_prefill"] for step in seen.get("prefill_fpm_snapshots", [])}
+        upstream = {  # in flight is what waits and what is inside; a prefilled prompt "decodes" until it has left
+            step["worker_id"]: step["num_queued_prefill"] + step["num_prefill_requests"] + step["num_decode_requests"]
+            for step in seen.get("prefill_fpm_snapshots", [])
+        }
         proxy = ProxyObservation(
             interval_seconds=INTERVAL_SECONDS,
             arrivals=count,
@@ -156,27 +160,43 @@ def oracle(trace: Path, fitted: Planned, aim: Aim) -> Scheduled:
 
     The step times are those that an earlier run has learnt.
     """
+    return _told(_needs(trace, fitted, aim, 1.0), range(-1, 1 + math.ceil(STARTUP_SECONDS / _SLOT_SECONDS)))
+
+
+def hindsight(trace: Path, fitted: Planned, aim: Aim, room: float) -> Scheduled:
+    """What can be done without seeing ahead: the oracle's counts for the true rates of the last start-up time, with the
+    room above them that is best for this stream, which only hindsight tells.
+    """
+    return _told(_needs(trace, fitted, aim, room), range(-1 - math.ceil(STARTUP_SECONDS / _SLOT_SECONDS), 0))
+
+
+def _needs(trace: Path, fitted: Planned, aim: Aim, room: float) -> dict[int, tuple[int, int]]:
+    """Replicas for `room` times what came in each slot."""
     prefill, decode = coefficients(fitted.memories["prefill"].prefill), coefficients(fitted.memories["decode"].decode)
     assert prefill is not None, "run the planner before the oracle: it lends its step times"
     assert decode is not None, "run the planner before the oracle: it lends its step times"
-    window = 30.0
     sums: dict[int, list[float]] = {}
     with trace.open() as lines:
         for line in lines:
             entry = json.loads(line)
-            slot = sums.setdefault(int(entry["timestamp"] / 1e3 / window), [0.0, 0.0, 0.0])
+            slot = sums.setdefault(int(entry["timestamp"] / 1e3 / _SLOT_SECONDS), [0.0, 0.0, 0.0])
             for place, value in enumerate((1.0, entry["input_length"], entry["output_length"])):
                 slot[place] += value
     needs = {}
     kv = fitted.memories["decode"].kv_per_request or 0.0
     for slot, (count, prompts, outputs) in sums.items():
-        load = PrefillLoad(count / window, prompts / count, fitted.policies["prefill"].prompt_cv2)
-        tokens = DecodeLoad(outputs / window, kv, 0.9, 256.0)
+        load = PrefillLoad(room * count / _SLOT_SECONDS, prompts / count, fitted.policies["prefill"].prompt_cv2)
+        tokens = DecodeLoad(room * outputs / _SLOT_SECONDS, kv, 0.9, 256.0)
         few = replicas_for_prefill(prefill, load, aim.ttft_seconds, aim.attainment, False)
         needs[slot] = few, replicas_for_decode(decode, tokens, aim.itl_seconds) or 1
-    ahead = math.ceil(STARTUP_SECONDS / window)
+    return needs
+
+
+def _told(needs: dict[int, tuple[int, int]], offsets: range) -> Scheduled:
+    """In each slot the most that is needed in the slots at these offsets from it."""
     plan = []
     for slot in range(max(needs) + 1):
-        coming = [needs[later] for later in range(slot - 1, slot + ahead + 1) if later in needs] or [(1, 1)]
-        plan.append((slot * window, max(few for few, _ in coming), max(many for _, many in coming)))
+        places = {max(slot + offset, min(needs)) for offset in offsets}
+        seen = [needs[place] for place in places if place in needs] or [(1, 1)]
+        plan.append((slot * _SLOT_SECONDS, max(few for few, _ in seen), max(many for _, many in seen)))
     return Scheduled(plan)

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 _DAY_SECONDS = 86_400.0
+_TREND_SLOWER = 2.0  # than the level: a trend that is seen a start-up later is of no use
 _TREND_DAMPING = 1.0  # horizons after which a trend has lost 63 % of its push
 _RLS_FADE = 0.999
 _PROFILE_SHARE = 0.3  # of a new day in the profile
 _MIN_RESIDUALS = 12
 _LEVEL_STEP = 0.02
-_FIRST_MARGIN = math.log(1.25)  # until there are residuals
+_FIRST_MARGIN = math.log(1.25)  # before there are residuals; until there are enough it counts as two of them
+_FIRST_WEIGHT = 2.0
+_BOUND_DEVIATIONS = 1.645  # of a normal error: 95 % lie below
 _FLOOR = 1e-3  # requests/s that stand for none: the logarithm needs one
 _FLOOR_OF_PEAK = 0.05  # an outage must not teach that demand can grow a thousandfold
 _CEILING_OF_PEAK = 1.25  # nor a burst that it goes on: what passes this is seen when it comes
@@ -129,7 +132,7 @@ def _close_step(state: ForecastState, rule: ForecastRule, rate: float) -> Foreca
     else:
         gain = 1.0 - math.exp(-rule.step_seconds / rule.level_seconds)
         new = level + gain * (x - level)
-        slow = min(1.0, gain / max(2, rule.horizon_steps))
+        slow = gain / _TREND_SLOWER
         trend += slow * ((new - level) - trend)
         level = new
     state = replace(state, level=level, trend=trend, profile=_profiled(state, rule, level))
@@ -146,13 +149,21 @@ def _ahead(state: ForecastState, rule: ForecastRule, step: int) -> Pending:
     terms = (state.trend * damped, _daily_change(state, rule, step, step + steps)) if not rule.is_flat else (0.0, 0.0)
     point = level + state.weights[0] * terms[0] + state.weights[1] * terms[1]
     if len(state.residuals) < _MIN_RESIDUALS:
-        upper, lower = point + _FIRST_MARGIN, point - _FIRST_MARGIN
+        margin = _first_margin(state.residuals)
+        upper, lower = point + margin, point - margin
     else:
         errors = np.asarray(state.residuals)
         upper = point + float(np.quantile(errors, state.upper_level))
         lower = point + float(np.quantile(errors, state.lower_level))
     most = math.log(max(_CEILING_OF_PEAK * state.peak, _FLOOR))
     return Pending(step + steps, point, max(min(upper, most), lower), min(upper, lower), level, terms)
+
+
+def _first_margin(residuals: tuple[float, ...]) -> float:
+    """Errors that are too few for a quantile tell their spread at least."""
+    scale = _FIRST_WEIGHT * _FIRST_MARGIN**2
+    seen = sum((_BOUND_DEVIATIONS * error) ** 2 for error in residuals)
+    return math.sqrt((scale + seen) / (_FIRST_WEIGHT + len(residuals)))
 
 
 def _settle(state: ForecastState, rule: ForecastRule, x: float) -> ForecastState:

@@ -155,13 +155,33 @@ def test_up_and_drained_down_with_the_manifests_rights(kind: str) -> None:
             assert await here.cluster.replicas(here.path) == 4, "nothing is ordered while something is in flight"
             here.proxy.in_flight = {}
             if kind != "Deployment":
-                assert await here.told("stopped") == ""
+                assert await here.told("stopped") == ""  # on its way out; it may be in sight for a moment more
+                await here.ready(3)
                 assert max(here.actuator._pods) == f"updown-{kind.lower()}-2", "the highest ordinal had to go"
             else:  # 1.20 knows no deletion cost: the victim may live on, and then it must serve again
                 await here.until(lambda: len(here.actuator.states()) == 3, "three pods")
-            await here.ready(3)
+                await here.ready(3)
             await here.until(lambda: set(here.proxy.states) == set(here.actuator.states()), "the proxy's list")
             assert set(here.proxy.states.values()) == {"ready"}
+
+    asyncio.run(story())
+
+
+def test_a_set_sleeps_at_zero_and_wakes() -> None:
+    async def story() -> None:
+        async with stand("StatefulSet", 2, "sleep") as here:
+            await here.ready(2)
+            here.proxy.in_flight = dict.fromkeys(here.proxy.states, 1)
+            assert (await here.actuator.apply(2, 0, False)).accepted
+            await here.until(lambda: "draining" in here.proxy.states.values(), "a drain", looks=False)
+            assert await here.cluster.replicas(here.path) == 2, "nothing is ordered while something is in flight"
+            here.proxy.in_flight = {}
+            await here.told("stopped")
+            await here.ready(0)
+            assert (await here.cluster.replicas(here.path), here.proxy.states) == (0, {})
+            assert (await here.actuator.apply(0, 1, False)).accepted
+            await here.ready(1)
+            assert list(here.proxy.states.values()) == ["ready"]
 
     asyncio.run(story())
 

@@ -184,6 +184,23 @@ def test_a_ramp_is_led_and_not_followed() -> None:
     assert seen.upper >= 0.97 * due
 
 
+@pytest.mark.parametrize("horizon", [4, 10])
+def test_a_rise_is_seen_in_time_however_long_a_start_takes(horizon: int) -> None:
+    risen = [20.0] * 20 + [20.0 * math.exp(0.05 * number) for number in range(10)]
+    assert fed(risen, replace(RULE, horizon_steps=horizon)).trend > 0.5 * 0.05
+
+
+def test_the_first_bound_narrows_on_a_calm_rate_and_widens_on_a_wild_one() -> None:
+    first, calm = outlook(fed([40.0] * 2), RULE), outlook(fed([40.0] * 12), RULE)
+    wild = outlook(fed([20.0, 60.0] * 6), RULE)
+    assert first is not None
+    assert calm is not None
+    assert wild is not None
+    assert first.upper == pytest.approx(1.25 * 40)
+    assert 40 < calm.upper < 1.15 * 40
+    assert wild.upper > 1.5 * wild.point
+
+
 def test_the_second_week_knows_the_daily_rise() -> None:
     rule = ForecastRule(step_seconds=600, horizon_steps=2, level_seconds=300)
     source = random.Random(1)

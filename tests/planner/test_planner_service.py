@@ -52,6 +52,22 @@ def test_advice_is_logged_counted_once_and_replayed(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_scale_command_restarts_nothing_and_says_so(tmp_path: Path) -> None:
+    async def story() -> None:
+        called = tmp_path / "called"
+        settings = {"advisory": False, "scale_command": f"touch {called}", "engine": ("http://127.0.0.1:9",)}
+        async with bench(tmp_path, **settings) as stand:
+            port = ControlPort(stand.fleet, 60.0, time.monotonic)
+            base = f"http://127.0.0.1:{await port.start('127.0.0.1', 0)}"
+            try:
+                status, said = await ask(stand, "POST", base + "/restart", {})
+            finally:
+                await port.close()
+            assert (status, "by your own means" in said, called.exists()) == (409, True, False)
+
+    asyncio.run(story())
+
+
 def test_the_control_port(tmp_path: Path) -> None:
     async def story() -> None:
         engine = FakeEngine()
