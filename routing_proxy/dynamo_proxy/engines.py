@@ -57,6 +57,8 @@ class Engine:
     event_feeds: int = 0
     events_complete: bool = False
     events_lost: bool = False
+    runs_connector: bool = False  # ours, so it understands hints
+    peer_name: str | None = None  # by which its peers may be sent to it; empty: it serves none; None: not known
     name: str = field(init=False)  # what clients and metrics see; it tells no address
     label: bytes = field(init=False)
     credential: str = field(default="", repr=False)  # the key that the engine wants; empty: none
@@ -212,6 +214,11 @@ class EngineRegistry:
 
     def _as_fleet(self, engines: list[Engine]) -> Fleet:
         return Fleet(tuple(self._ledger.load(e.slot) for e in engines), sum(1 << e.slot for e in engines))
+
+    def holders(self, model: str, but_slot: int) -> dict[int, str]:
+        """The engines whose host memory others can read, and their names. Who drains is one still."""
+        named = (e for e in self._engines.values() if e.peer_name and e.slot != but_slot)
+        return {e.slot: e.peer_name or "" for e in named if e.health is Health.READY and e.serves(model)}
 
     def any_ready(self) -> bool:
         """True if an engine is ready that answers clients."""

@@ -142,7 +142,7 @@ class Exchange:
         self._up = connection
         if not self._out.resuming:
             self._head = self._frames = None
-        data, reader = self._out.begin(placement.engine, self._services.limits.max_head_bytes)
+        data, reader = self._out.begin(placement, self._services.limits.max_head_bytes)
         connection.begin(self, reader, data)
         if self._timer is None:
             self._timer = self._loop.call_later(placement.engine.timeouts.first_byte_seconds, self._on_timer)

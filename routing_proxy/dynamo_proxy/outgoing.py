@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 from . import handoff, stream_tape
-from .engines import Engine
 from .http1 import ResponseReader
 from .intake import Asked
+from .router import Placement
 from .stream_tape import StreamTape
 from .wire import request_bytes
 
@@ -31,8 +31,9 @@ class Outgoing:
         self._resumes = 0
         self._continuation = b""  # what asks for the rest of a broken stream
 
-    def begin(self, engine: Engine, max_head_bytes: int) -> tuple[bytes, ResponseReader]:
+    def begin(self, placement: Placement, max_head_bytes: int) -> tuple[bytes, ResponseReader]:
         """The bytes for an engine, and who reads its answer."""
+        engine = placement.engine
         head, body, target = self.request.head, self.request.body, self.request.head.target
         decode = head.minor_version == 0
         given, self.ticket = self.ticket, None
@@ -41,8 +42,9 @@ class Outgoing:
             body, target, decode = self._continuation, stream_tape.COMPLETIONS.encode(), True
         else:
             self.tape = None
-            if given is not None:
-                body = handoff.with_ticket(body, given)
+            params = given if given is not None else placement.hints
+            if params and self._endpoint in handoff.PARAMS_ROUTES:
+                body = handoff.with_params(body, params)
             if self._tapeable and engine.tells_ids(self._endpoint):
                 self.tape, decode = StreamTape(self._endpoint == stream_tape.CHAT), True
                 body = stream_tape.asking_for_ids(body)

@@ -40,6 +40,8 @@ def begin_leg(
         services.router.prefill_came_back(placement)
         services.metrics.prefill_legs.labels("not_divisible").inc()
         return None
+    if chosen.hints:
+        half = handoff.with_params(half, chosen.hints)
     leg = PrefillLeg(services, request, half, chosen, done)
     leg.start()
     return leg

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from . import policy
 from .engines import Engine, EngineRegistry
+from .hints import HINT_KINDS, LEAST_GAIN_TOKENS, NO_HINTS, Hints, choose_hints
 from .knowledge import Knowledge
 from .learning import CostLearner
 from .ledger import Lease, Ledger
@@ -28,6 +29,7 @@ class Placement(NamedTuple):
     decision: policy.Decision
     queued_tokens: int  # prefill tokens ahead of it when it was placed
     prompt_tokens: int
+    hints: Hints = NO_HINTS  # for its engine
 
 
 @dataclass(slots=True)
@@ -100,15 +102,16 @@ class Router:
             decision = _with_matched(decision, held, tokens)
         queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
+        engine = self._registry.at(decision.slot)
+        hints = self._hints(engine, prompt, tokens, queued) if engine.runs_connector else NO_HINTS
         self._knowledge.sent(decision.slot, prompt, now)
         self._metrics.decided(self.state.mode, decision.reason)
         if not tried:
             self.state.last_slot = decision.slot
             self._metrics.routed(tokens, decision.matched_tokens)
-        engine = self._registry.at(decision.slot)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, decision, queued, tokens)
+        return Placement(engine, lease, decision, queued, tokens, hints)
 
     def place_prefill(self, prompt: Prompt, placement: Placement, now: float) -> Placement | str:
         """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does."""
@@ -135,11 +138,12 @@ class Router:
         queued = there.pending_tokens
         lease = self._ledger.charge(chosen.slot, chosen.new_tokens, tokens)
         self._ledger.expect_prefill(placement.lease, 0)
-        self._knowledge.sent(chosen.slot, prompt, now)
         engine = self._registry.at(chosen.slot)
+        hints = self._hints(engine, prompt, tokens, queued) if engine.runs_connector else NO_HINTS
+        self._knowledge.sent(chosen.slot, prompt, now)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, chosen, queued, tokens)
+        return Placement(engine, lease, chosen, queued, tokens, hints)
 
     def prefill_came_back(self, placement: Placement) -> None:
         """The engine of `placement` computes the prompt itself after all."""
@@ -187,6 +191,18 @@ class Router:
     def failed(self, engine: Engine, reason: str) -> None:
         """A request failed on an engine: health looks again, at once."""
         self._on_failure(engine, reason)
+
+    def _hints(self, engine: Engine, prompt: Prompt, tokens: int, queued_tokens: int) -> Hints:
+        """What an engine of ours is told with a prompt that is not counted as sent to it yet."""
+        names = self._registry.holders(prompt.model, engine.slot) if tokens >= LEAST_GAIN_TOKENS else {}
+        if not names and not queued_tokens:
+            return NO_HINTS
+        mask = sum((1 << peer for peer in names), 1 << engine.slot)
+        hints = choose_hints(engine.slot, self._knowledge.reaches(prompt, mask), names, queued_tokens > 0)
+        for kind, name in HINT_KINDS.items():
+            if name in hints:
+                self._metrics.hints.labels(kind).inc()
+        return hints
 
     def _choose_for_session(
         self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int, session: str, now: float
