@@ -28,7 +28,7 @@ from tools.sglang_server import sglang_server
 from tools.tiny_model import make_model
 from tools.vllm_server import MODEL_NAME, VllmOptions, vllm_server
 
-_CANDIDATES, _FEWEST_CASES = 48, 8
+_CANDIDATES, _FEWEST_CASES = 40, 8
 _QUIET_SECONDS = 10.0
 
 
@@ -148,7 +148,7 @@ def _report(tally: Tally, chaos: Chaos, open_: tuple[dict[str, int], dict[str, i
 async def _proxy(engines: list[Engine], folder: Path) -> AsyncIterator[tuple[ServerProcess, str]]:
     port, admin_port = free_port(), free_port()
     command = [str(Path(sys.executable).parent / "dynamo-proxy"), "--port", str(port), "--admin-port", str(admin_port)]
-    command += ["--connect-timeout", "5", "--request-timeout", "40", "--idle-timeout", "20", "--health-interval", "1"]
+    command += ["--connect-timeout", "5", "--request-timeout", "60", "--idle-timeout", "25", "--health-interval", "1"]
     for engine in engines:
         command += ["--engine", engine.url]
     server = ServerProcess("proxy", command, f"http://127.0.0.1:{port}", folder / "proxy.log")

@@ -18,7 +18,7 @@ from tools.server_process import ServerProcess, members_of
 
 BOOT_SECONDS = 900.0
 #: After the last fault of a shift: longer than a request that met it waits for its first byte.
-SETTLE_SECONDS = 45.0
+SETTLE_SECONDS = 65.0
 _SHIFT_SECONDS = 150.0
 
 
@@ -115,11 +115,11 @@ class Chaos:
 
     async def _stop(self, engine: Engine) -> None:
         engine.signal(signal.SIGSTOP)
-        await self._some_time(5, 40)
+        await self._some_time(5, 70)
         engine.signal(signal.SIGCONT)
 
     async def _hang(self, engine: Engine) -> None:
-        await self._gate(engine, "hang", 5, 40)
+        await self._gate(engine, "hang", 5, 70)
 
     async def _slow(self, engine: Engine) -> None:
         await self._gate(engine, "slow", 10, 30)

@@ -66,24 +66,23 @@ def text_of(answer: dict[str, Any]) -> str:
 
 async def right_answers(session: aiohttp.ClientSession, urls: list[str], count: int) -> list[Case]:
     """The prompts that all engines answer alike when nothing disturbs them: kinds of engine may round apart."""
-    cases = []
-    for number, text in enumerate(texts(count)):
-        path = CHAT if number % 3 == 0 else COMPLETIONS
-        said = []
-        for url in urls:
-            async with session.post(url + path, json=question(path, text)) as answer:
-                answer.raise_for_status()
-                said.append(text_of(await answer.json()))
-        if len(set(said)) == 1:
-            cases.append(Case(path, text, said[0]))
-    return cases
+    asked = [(CHAT if number % 3 == 0 else COMPLETIONS, text) for number, text in enumerate(texts(count))]
+
+    async def one(url: str, path: str, text: str) -> str:
+        async with session.post(url + path, json=question(path, text)) as answer:
+            answer.raise_for_status()
+            return text_of(await answer.json())
+
+    said = [await asyncio.gather(*(one(url, *each) for each in asked)) for url in urls]
+    answers = zip(asked, zip(*said, strict=True), strict=True)
+    return [Case(*each, alike[0]) for each, alike in answers if len(set(alike)) == 1]
 
 
 class Clients:
     """So many requests at any time, until `stop`. A share of them is not streamed, a few leave early."""
 
-    def __init__(self, url: str, cases: list[Case], count: int, seed: int) -> None:
-        self._url, self._cases, self._count = url, cases, count
+    def __init__(self, url: str, cases: list[Case], count: int, seed: int, whole: float = 0.1) -> None:
+        self._url, self._cases, self._count, self._share_whole = url, cases, count, whole
         self._rng = random.Random(seed)
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -106,7 +105,7 @@ class Clients:
         while not self._stopping:
             case, fate = self._rng.choice(self._cases), self._rng.random()
             started = time.monotonic()
-            ask: Callable[[Case, float], Awaitable[None]] = self._whole if fate < 0.1 else self._stream
+            ask: Callable[[Case, float], Awaitable[None]] = self._whole if fate < self._share_whole else self._stream
             try:
                 await ask(case, fate)
             except (asyncio.TimeoutError, TimeoutError):
