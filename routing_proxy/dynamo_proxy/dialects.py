@@ -131,6 +131,13 @@ def peer_name(answer: Any) -> str:
     return name if isinstance(name, str) and _PEER_NAME.fullmatch(name) else ""
 
 
+def sglang_bootstrap_port(answer: Any) -> int:
+    """Where a prefill engine's decode engines meet it, from SGLang's /server_info; 0: it is no prefill engine."""
+    port = answer.get("disaggregation_bootstrap_port") if isinstance(answer, dict) else None
+    is_prefill = isinstance(answer, dict) and answer.get("disaggregation_mode") == "prefill"
+    return port if is_prefill and type(port) is int and 0 < port < 65_536 else 0
+
+
 def sglang_capacity_tokens(answer: Any) -> int | None:
     """KV capacity from SGLang's /server_info."""
     value = answer.get("max_total_num_tokens") if isinstance(answer, dict) else None

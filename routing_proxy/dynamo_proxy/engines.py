@@ -14,6 +14,7 @@ from .breaker import Breaker
 from .config import EngineAddress, Timeouts
 from .dialects import ServedModels
 from .errors import EngineBusyError, UnknownEngineError
+from .handoff import ROOM_ROUTES
 from .ledger import Ledger
 from .policy import Load
 from .upstream import UpstreamPool
@@ -57,6 +58,7 @@ class Engine:
     event_feeds: int = 0
     events_complete: bool = False
     events_lost: bool = False
+    bootstrap_port: int = 0  # where SGLang's decode engines meet this prefill engine
     runs_connector: bool = False  # ours, so it understands hints
     peer_name: str | None = None  # by which its peers may be sent to it; empty: it serves none; None: not known
     name: str = field(init=False)  # what clients and metrics see; it tells no address
@@ -101,7 +103,14 @@ class Engine:
 
     def tells_ids(self, path: str) -> bool:
         """True if streams of this route can carry token ids."""
-        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
+        if self.models is None or self.needs_room(path):  # the rest of a stream would need a room of its own
+            return False
+        return path in dialects.TELL_IDS.get(self.models.kind, ())
+
+    def needs_room(self, path: str) -> bool:
+        """True if an SGLang decode engine serves this route, and only together with a prefill engine."""
+        is_sglang = self.models is not None and self.models.kind == "sglang"
+        return self.role == "decode" and is_sglang and path in ROOM_ROUTES
 
     def serves(self, model: str) -> bool:
         return not model or self.models is None or model in self.models.ids

@@ -1,11 +1,12 @@
 """What the two halves of a disaggregated request are sent: a prefill engine computes the prompt, another one goes on.
 
 vLLM: the prefill engine answers with a ticket (`kv_transfer_params`), which goes to the decode engine as it came.
+SGLang: both are asked at once, and meet in a room of the prefill engine's bootstrap server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -14,7 +15,11 @@ from .hints import OF_PROXIES
 
 PARAMS = "kv_transfer_params"
 # What only a proxy may say to an engine about the other half of a request.
-INTERNAL_FIELDS = frozenset(("bootstrap_host", "bootstrap_port", "bootstrap_room", PARAMS))
+ROOM_FIELDS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+INTERNAL_FIELDS = frozenset((*ROOM_FIELDS, PARAMS))
+#: What SGLang's engines serve together.
+ROOM_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions", "/generate"))
+_PROMPTS = ("prompt", "text", "input_ids")
 _REMOTE = ("do_remote_", "remote_")
 #: Where vLLM reads them.
 PARAMS_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions"))
@@ -53,6 +58,21 @@ def prefill_body(path: str, body: bytes) -> bytes | None:
     if "max_completion_tokens" in asked:
         half["max_completion_tokens"] = 1
     return orjson.dumps(half)
+
+
+def in_a_room(body: bytes, host: str, port: int, draw: Callable[[], int]) -> tuple[dict[str, Any], bytes]:
+    """What both halves of a request to SGLang are told, and the whole prefill half; `draw` gives unused rooms.
+
+    A batch has a room for each of its prompts.
+    """
+    asked = orjson.loads(body)
+    prompts = next((value for name in _PROMPTS if (value := asked.get(name)) is not None), None)
+    fields: dict[str, Any] = dict(zip(ROOM_FIELDS, (host, port, draw()), strict=True))
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+        fields = {name: [value] * len(prompts) for name, value in fields.items()}
+        fields["bootstrap_room"] = [draw() for _ in prompts]
+    half = {name: value for name, value in asked.items() if name != "stream_options"}
+    return fields, orjson.dumps({**half, **fields, "stream": False})
 
 
 def ticket(answer: bytes) -> dict[str, Any] | None:

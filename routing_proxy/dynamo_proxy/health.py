@@ -263,6 +263,7 @@ class Monitor:
             if info_status == 200:
                 sources = dialects.sglang_sources(_json(info), host)
                 capacity = dialects.sglang_capacity_tokens(_json(info))
+                engine.bootstrap_port = dialects.sglang_bootstrap_port(_json(info))
         engine.runs_connector = False
         if capacity is None:
             status, body, _ = await self._get(engine, "/metrics")

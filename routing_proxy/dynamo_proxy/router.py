@@ -113,22 +113,27 @@ class Router:
             engine.breaker.began()
         return Placement(engine, lease, decision, queued, tokens, hints)
 
-    def place_prefill(self, prompt: Prompt, placement: Placement, now: float) -> Placement | str:
-        """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does."""
+    def place_prefill(self, prompt: Prompt, placement: Placement, now: float, in_room: bool = False) -> Placement | str:
+        """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does.
+
+        `in_room`: that engine cannot do without.
+        """
         state, decision, slot = self.state, placement.decision, placement.engine.slot
         tokens, rule = placement.prompt_tokens, self.state.prefill
-        if decision.new_tokens <= rule.min_tokens:
+        if decision.new_tokens <= rule.min_tokens and not in_room:
             return "short"
         loads, mask = self._registry.prefill_fleet(prompt.model, slot)
+        if in_room:
+            loads = tuple(load for load in loads if self._registry.at(load.slot).bootstrap_port)
         if not loads:
             return "no_engine"
-        if rule.max_queued_tokens >= 0:
+        if rule.max_queued_tokens >= 0 and not in_room:
             loads = tuple(load for load in loads if load.pending_tokens <= rule.max_queued_tokens)
             if not loads:
                 return "queue_full"
         chosen = self._choose(loads, self._knowledge.matched_tokens(prompt, mask, now), tokens, state.last_prefill_slot)
         there, here = self._ledger.loads[chosen.slot], self._ledger.loads[slot]
-        if rule.max_queued_tokens < 0:
+        if rule.max_queued_tokens < 0 and not in_room:
             # Its own charge does not wait for itself.
             here = replace(here, in_flight=here.in_flight - 1, pending_tokens=placement.queued_tokens)
             new = decision.new_tokens, chosen.new_tokens
