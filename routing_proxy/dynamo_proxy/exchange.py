@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from .access_log import Ended
 from .config import Timeouts
 from .guard import Meter
 from .http_heads import ResponseHead
@@ -42,8 +43,7 @@ class Exchange:
         self, client: ClientSide, asked: Asked, endpoint: str, services: Services, meter: Meter | None = None
     ) -> None:
         self._client = client
-        self._request = asked.request
-        self._prompt = asked.prompt
+        self._request, self._prompt = asked.request, asked.prompt
         self._endpoint = endpoint
         self._services = services
         self._loop = asyncio.get_running_loop()
@@ -284,9 +284,8 @@ class Exchange:
             self._services.tokens.offer(self._prompt, placement.engine)
         asked = self._request.head.wants_route
         if asked or self._services.log is not None:
-            state, tries = self._services.router.state, self._tried.bit_count()
-            spent = now - self._attempt_started, now - self._arrived
-            self._receipt = receipt_of(placement, state.mode, state.learner.model, tries, spent, self._prefilled_by)
+            tries, spent = self._tried.bit_count(), (now - self._attempt_started, now - self._arrived)
+            self._receipt = receipt_of(placement, self._services.router.state, tries, spent, self._prefilled_by)
         receipt = self._receipt.header() if asked and self._receipt is not None else b""
         self._client.write(response_bytes(head, self._request.head, placement, receipt) + first)
 
@@ -390,7 +389,8 @@ class Exchange:
         seconds = self._loop.time() - self._arrived
         self._services.metrics.finished(self._endpoint, status, reason, seconds)
         if self._services.log is not None:
-            self._services.log.add(self._endpoint, self._prompt.model, status, reason, seconds, self._receipt)
+            ended, headers = Ended(status, reason, seconds), self._request.head.passing
+            self._services.log.add(self._endpoint, self._prompt.model, ended, self._receipt, headers)
 
     def check(self) -> None:
         assert not (self.over and self._placement is not None), "a finished exchange still holds its engine"
