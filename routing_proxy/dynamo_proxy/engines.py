@@ -109,8 +109,9 @@ class Engine:
 
     def needs_room(self, path: str) -> bool:
         """True if an SGLang decode engine serves this route, and only together with a prefill engine."""
-        is_sglang = self.models is not None and self.models.kind == "sglang"
-        return self.role == "decode" and is_sglang and path in ROOM_ROUTES
+        if self.role != "decode" or self.models is None:
+            return False
+        return self.models.kind == "sglang" and path in ROOM_ROUTES
 
     def serves(self, model: str) -> bool:
         return not model or self.models is None or model in self.models.ids

@@ -40,6 +40,9 @@ class Gate:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._server is not None:
+            await self._server.wait_closed()
+        await asyncio.sleep(0.01)  # aborted transports report their end on the next turn
 
     @property
     def open_links(self) -> int:
@@ -80,11 +83,11 @@ class Gate:
         except (OSError, asyncio.CancelledError):
             return
         finally:
+            if engine is not None:
+                engine.transport.abort()
             if down is not None:
                 down.cancel()
                 await asyncio.gather(down, return_exceptions=True)
-            if engine is not None:
-                engine.transport.abort()
 
     async def _down(self, answers: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
