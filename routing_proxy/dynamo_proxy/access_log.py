@@ -1,4 +1,4 @@
-"""One line of JSON per request, written in batches: a request only leaves a record behind."""
+"""What is written down of each request that is over, in batches: a request only leaves a record behind."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -18,42 +19,65 @@ from .receipts import Receipt
 _FLUSH_SECONDS = 0.25
 _MAX_WAITING = 20_000
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-Record = tuple[float, str, str, int, str, float, "Receipt | None"]
 log = logging.getLogger("dynamo_proxy")
 
 
-class AccessLog:
-    """Records wait in memory, at most so many, and go to a file four times a second. `-` is standard output."""
+class Ended(NamedTuple):
+    """How a request ended: its status (499: its client left), why, and how long after it was complete."""
 
-    def __init__(self, path: str) -> None:
-        """Raises ConfigError."""
+    status: int
+    reason: str
+    seconds: float
+
+
+class Record(NamedTuple):
+    """One request that is over, `at` seconds since the epoch. `headers` are the lines that passed to its engine."""
+
+    at: float
+    endpoint: str
+    model: str
+    ended: Ended
+    receipt: Receipt | None
+    headers: bytes
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, records: Sequence[Record], dropped: int) -> int:
+        """Returns how many are lost, of these and of the `dropped` ones before that nobody was told of yet."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class RequestLog:
+    """Records wait in memory, at most so many, and go to their sinks four times a second."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = sinks
         self._waiting: list[Record] = []
-        self.dropped = 0
-        try:
-            self._file = os.dup(sys.stdout.fileno()) if path == "-" else os.open(path, _FLAGS, 0o640)
-        except OSError as error:
-            raise ConfigError(f"cannot write --access-log {path} ({error.strerror}); name a file or -") from None
+        self._dropped = [0] * len(sinks)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def add(self, endpoint: str, model: str, status: int, reason: str, seconds: float, receipt: Receipt | None) -> None:
+    def add(self, endpoint: str, model: str, ended: Ended, receipt: Receipt | None, headers: bytes) -> None:
         """A request is over."""
         if len(self._waiting) >= _MAX_WAITING:
-            self.dropped += 1
+            self._dropped = [count + 1 for count in self._dropped]
         else:
-            self._waiting.append((time.time(), endpoint, model, status, reason, seconds, receipt))
+            self._waiting.append(Record(time.time(), endpoint, model, ended, receipt, headers))
 
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        if self._file >= 0:
-            self.flush()
-            os.close(self._file)
-            self._file = -1
+        self.flush()
+        for sink in self._sinks:
+            await sink.close()
 
     async def _run(self) -> None:
         while True:
@@ -61,34 +85,54 @@ class AccessLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits. A disk that is full costs the lines, not the requests."""
+        """Write what waits."""
         waiting, self._waiting = self._waiting, []
-        lines = b"".join([_line(record) for record in waiting])
-        if self.dropped:
-            lines += orjson.dumps({"dropped": self.dropped}) + b"\n"
+        written = zip(self._sinks, self._dropped, strict=True)
+        self._dropped = [sink.write(waiting, dropped) for sink, dropped in written]
+
+    def check(self) -> None:
+        assert len(self._waiting) <= _MAX_WAITING, "too many records wait"
+        assert self._task is None or not self._task.done(), "nobody writes the records"
+
+
+class LogFile:
+    """One line of JSON per request. `-` is standard output."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ConfigError."""
+        try:
+            self._file = os.dup(sys.stdout.fileno()) if path == "-" else os.open(path, _FLAGS, 0o640)
+        except OSError as error:
+            raise ConfigError(f"cannot write --access-log {path} ({error.strerror}); name a file or -") from None
+
+    def write(self, records: Sequence[Record], dropped: int) -> int:
+        """A disk that is full costs the lines, not the requests."""
+        lines = b"".join([_line(record) for record in records])
+        if dropped:
+            lines += orjson.dumps({"dropped": dropped}) + b"\n"
         try:
             while lines:
                 lines = lines[os.write(self._file, lines) :]
-            self.dropped = 0
         except OSError as error:
-            self.dropped += len(waiting)
-            log.warning("the access log cannot be written (%s): %d lines are lost", error.strerror, len(waiting))
+            log.warning("the access log cannot be written (%s): %d lines are lost", error.strerror, len(records))
+            return dropped + len(records)
+        return 0
 
-    def check(self) -> None:
-        assert len(self._waiting) <= _MAX_WAITING, "too many lines wait"
-        assert self._task is None or not self._task.done(), "nobody writes the access log"
+    async def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def _line(record: Record) -> bytes:
-    at, endpoint, model, status, reason, seconds, receipt = record
     said: dict[str, Any] = {
-        "time": round(at, 3),
-        "endpoint": endpoint,
-        "model": model,
-        "status": status,
-        "end": reason,
-        "seconds": round(seconds, 6),
+        "time": round(record.at, 3),
+        "endpoint": record.endpoint,
+        "model": record.model,
+        "status": record.ended.status,
+        "end": record.ended.reason,
+        "seconds": round(record.ended.seconds, 6),
     }
-    if receipt is not None:
-        said |= asdict(receipt)
+    if record.receipt is not None:
+        said |= asdict(record.receipt)
     return orjson.dumps(said) + b"\n"

@@ -154,6 +154,7 @@ class ProxyConfig:
     discovery: DiscoverySources = field(default_factory=DiscoverySources)
     engine_api_key: str = field(default="", repr=False)
     access_log: str = ""  # a file, or - for standard output; empty: none
+    traces_endpoint: str = ""  # of an OTLP collector; empty: no spans
     control_routes: bool = False  # pass what operates an engine to it
     workers: int = 1
     admin_socket: str = ""  # of a worker: where its supervisor asks

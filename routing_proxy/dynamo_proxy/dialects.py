@@ -9,11 +9,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from .hints import PEER
+
 VLLM_SOURCES_PATH = "/kv_event_sources"  # 0.32 and newer
 SGLANG_INFO_PATH = "/server_info"
 # Streams that carry token ids when asked (SGLang refuses it for chats).
 TELL_IDS = {"vllm": ("/v1/chat/completions", "/v1/completions"), "sglang": ("/v1/completions",)}
 _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
+_CONNECTOR = re.compile(r"^# TYPE dynamo_kvbm_", re.MULTILINE)
+_PEER_NAME = re.compile(r"[!-~]{1,300}")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 
 
@@ -113,6 +117,25 @@ def vllm_capacity_tokens(metrics_text: str) -> int | None:
         if blocks.isdigit() and size.isdigit():
             total += int(blocks) * int(size)
     return total or None
+
+
+def runs_connector(metrics_text: str) -> bool:
+    """True if the metrics of a vLLM are those of one with our connector."""
+    return _CONNECTOR.search(metrics_text) is not None
+
+
+def peer_name(answer: Any) -> str:
+    """What an engine that was asked for its name answers; empty if it has none."""
+    params = answer.get("kv_transfer_params") if isinstance(answer, dict) else None
+    name = params.get(PEER) if isinstance(params, dict) else None
+    return name if isinstance(name, str) and _PEER_NAME.fullmatch(name) else ""
+
+
+def sglang_bootstrap_port(answer: Any) -> int:
+    """Where a prefill engine's decode engines meet it, from SGLang's /server_info; 0: it is no prefill engine."""
+    port = answer.get("disaggregation_bootstrap_port") if isinstance(answer, dict) else None
+    is_prefill = isinstance(answer, dict) and answer.get("disaggregation_mode") == "prefill"
+    return port if is_prefill and type(port) is int and 0 < port < 65_536 else 0
 
 
 def sglang_capacity_tokens(answer: Any) -> int | None:

@@ -14,6 +14,7 @@ from .breaker import Breaker
 from .config import EngineAddress, Timeouts
 from .dialects import ServedModels
 from .errors import EngineBusyError, UnknownEngineError
+from .handoff import ROOM_ROUTES
 from .ledger import Ledger
 from .policy import Load
 from .upstream import UpstreamPool
@@ -57,6 +58,9 @@ class Engine:
     event_feeds: int = 0
     events_complete: bool = False
     events_lost: bool = False
+    bootstrap_port: int = 0  # where SGLang's decode engines meet this prefill engine
+    runs_connector: bool = False  # ours, so it understands hints
+    peer_name: str | None = None  # by which its peers may be sent to it; empty: it serves none; None: not known
     name: str = field(init=False)  # what clients and metrics see; it tells no address
     label: bytes = field(init=False)
     credential: str = field(default="", repr=False)  # the key that the engine wants; empty: none
@@ -99,7 +103,15 @@ class Engine:
 
     def tells_ids(self, path: str) -> bool:
         """True if streams of this route can carry token ids."""
-        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
+        if self.models is None or self.needs_room(path):  # the rest of a stream would need a room of its own
+            return False
+        return path in dialects.TELL_IDS.get(self.models.kind, ())
+
+    def needs_room(self, path: str) -> bool:
+        """True if an SGLang decode engine serves this route, and only together with a prefill engine."""
+        if self.role != "decode" or self.models is None:
+            return False
+        return self.models.kind == "sglang" and path in ROOM_ROUTES
 
     def serves(self, model: str) -> bool:
         return not model or self.models is None or model in self.models.ids
@@ -212,6 +224,11 @@ class EngineRegistry:
 
     def _as_fleet(self, engines: list[Engine]) -> Fleet:
         return Fleet(tuple(self._ledger.load(e.slot) for e in engines), sum(1 << e.slot for e in engines))
+
+    def holders(self, model: str, but_slot: int) -> dict[int, str]:
+        """The engines whose host memory others can read, and their names. Who drains is one still."""
+        named = (e for e in self._engines.values() if e.peer_name and e.slot != but_slot)
+        return {e.slot: e.peer_name or "" for e in named if e.health is Health.READY and e.serves(model)}
 
     def any_ready(self) -> bool:
         """True if an engine is ready that answers clients."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from .access_log import Ended
 from .config import Timeouts
 from .guard import Meter
 from .http_heads import ResponseHead
@@ -39,23 +40,16 @@ class Exchange:
     )  # fmt: skip
 
     def __init__(
-        self,
-        client: ClientSide,
-        asked: Asked,
-        endpoint: str,
-        services: Services,
-        meter: Meter | None = None,
+        self, client: ClientSide, asked: Asked, endpoint: str, services: Services, meter: Meter | None = None
     ) -> None:
         self._client = client
-        self._request = asked.request
-        self._prompt = asked.prompt
+        self._request, self._prompt = asked.request, asked.prompt
         self._endpoint = endpoint
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._arrived = self._loop.time()
         self._tried = 0
-        self._failure = ""
-        self._relaying = False
+        self._failure, self._relaying = "", False
         self.over = False
         self._meter = meter
         self._receipt: Receipt | None = None
@@ -71,8 +65,7 @@ class Exchange:
         self._head: ResponseHead | None = None
         self._frames: Frames | None = None  # None: the engine's bytes pass as they are
         self._timer: asyncio.TimerHandle | None = None
-        self._reused = False
-        self._stale = 0
+        self._reused, self._stale = False, 0
         self._last_tail = b""
 
     def start(self) -> None:
@@ -96,11 +89,13 @@ class Exchange:
         self._placement = placement
         self._tried |= 1 << placement.engine.slot
         self._attempt_started = now
-        self._stale = 0
-        self._prefilled_by = ""
+        self._stale, self._prefilled_by = 0, ""
         if placement.engine.hands_over and not self._out.resuming:
             self._leg = begin_leg(self._services, self._request, self._prompt, placement, self._leg_over)
-        if self._leg is None:
+        self._out.room = self._leg.room if self._leg is not None else {}
+        if not self._out.room and placement.engine.needs_room(self._endpoint):
+            self._next_engine("no_prefill_engine", is_fault=False)
+        elif self._leg is None or self._out.room:
             self._connect(placement)
 
     def _leg_over(self, ticket: dict[str, Any] | None) -> None:
@@ -109,6 +104,10 @@ class Exchange:
         assert leg is not None
         assert placement is not None
         self._prefilled_by = leg.engine_name if ticket is not None else ""
+        if leg.room:
+            if ticket is None and not self._relaying:
+                self._in_another_room("prefill_failed")
+            return
         self._out.ticket = ticket
         if ticket is None:
             self._services.router.prefill_came_back(placement)
@@ -118,11 +117,10 @@ class Exchange:
     def _connect(self, placement: Placement) -> None:
         self._heard = self._loop.time()
         connection = placement.engine.pool.take() if self._stale < _STALE_RETRIES else None
+        self._reused = connection is not None
         if connection is not None:
-            self._reused = True
             self._send(placement, connection)
         else:
-            self._reused = False
             self._dial = placement.engine.pool.dial(self._dialled)
 
     def _dialled(self, connection: UpstreamConnection | None, reason: str) -> None:
@@ -142,7 +140,7 @@ class Exchange:
         self._up = connection
         if not self._out.resuming:
             self._head = self._frames = None
-        data, reader = self._out.begin(placement.engine, self._services.limits.max_head_bytes)
+        data, reader = self._out.begin(placement, self._services.limits.max_head_bytes)
         connection.begin(self, reader, data)
         if self._timer is None:
             self._timer = self._loop.call_later(placement.engine.timeouts.first_byte_seconds, self._on_timer)
@@ -178,6 +176,9 @@ class Exchange:
         if self._out.resuming:
             if head.status != 200 or not head.is_events:
                 self._next_engine(f"status_{head.status}")
+            return
+        if self._out.room and head.status >= 500:
+            self._in_another_room(f"status_{head.status}")
             return
         if head.status in _RETRY_STATUSES and self._services.router.another(self._prompt, self._tried):
             self._next_engine(f"status_{head.status}")
@@ -233,7 +234,7 @@ class Exchange:
     def on_lost(self, reason: str) -> None:
         if self._relaying and not self._out.resuming:
             self._broken(reason)
-        elif self._reused and reason == "connection_lost" and not self._answer_began():
+        elif self._reused and reason == "connection_lost" and not (self._up is not None and self._up.answers):
             # The engine closed an idle connection just as we used it: not its fault, and not a try.
             self._services.metrics.retries.labels("stale_connection").inc()
             self._client.flow.detach()
@@ -250,10 +251,6 @@ class Exchange:
             self._broken(reason)
         else:
             self._next_engine(reason)
-
-    def _answer_began(self) -> bool:
-        up = self._up
-        return up is not None and up.reader is not None and up.reader.started
 
     # --- towards the client
 
@@ -287,20 +284,27 @@ class Exchange:
             self._services.tokens.offer(self._prompt, placement.engine)
         asked = self._request.head.wants_route
         if asked or self._services.log is not None:
-            state, tries = self._services.router.state, self._tried.bit_count()
-            spent = now - self._attempt_started, now - self._arrived
-            self._receipt = receipt_of(placement, state.mode, state.learner.model, tries, spent, self._prefilled_by)
+            tries, spent = self._tried.bit_count(), (now - self._attempt_started, now - self._arrived)
+            self._receipt = receipt_of(placement, self._services.router.state, tries, spent, self._prefilled_by)
         receipt = self._receipt.header() if asked and self._receipt is not None else b""
         self._client.write(response_bytes(head, self._request.head, placement, receipt) + first)
 
-    def _next_engine(self, reason: str) -> None:
+    def _in_another_room(self, reason: str) -> None:
+        """Either half failed, or both: the decode engine of this one may be asked again."""
+        assert self._placement is not None
+        if self._out.may_meet_again():
+            self._tried &= ~(1 << self._placement.engine.slot)
+        self._next_engine(reason, is_fault=False)
+
+    def _next_engine(self, reason: str, is_fault: bool = True) -> None:
         """This engine failed before anything was relayed: count it, leave it, try another one."""
         placement = self._placement
         assert placement is not None
         self._services.metrics.retries.labels(reason).inc()
         self._failure = reason
         self._leave_engine()
-        self._services.router.failed(placement.engine, reason)
+        if is_fault:
+            self._services.router.failed(placement.engine, reason)
         self._attempt()
 
     def _give_up(self) -> None:
@@ -366,12 +370,10 @@ class Exchange:
         leg, self._leg = self._leg, None
         if leg is not None:
             leg.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._dial is not None:
-            self._dial.cancel()
-            self._dial = None
+        for waiting in (self._timer, self._dial):
+            if waiting is not None:
+                waiting.cancel()
+        self._timer = self._dial = None
         self._client.flow.detach()
         up, self._up = self._up, None
         if up is not None:
@@ -387,7 +389,8 @@ class Exchange:
         seconds = self._loop.time() - self._arrived
         self._services.metrics.finished(self._endpoint, status, reason, seconds)
         if self._services.log is not None:
-            self._services.log.add(self._endpoint, self._prompt.model, status, reason, seconds, self._receipt)
+            ended, headers = Ended(status, reason, seconds), self._request.head.passing
+            self._services.log.add(self._endpoint, self._prompt.model, ended, self._receipt, headers)
 
     def check(self) -> None:
         assert not (self.over and self._placement is not None), "a finished exchange still holds its engine"

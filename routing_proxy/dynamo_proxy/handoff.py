@@ -1,20 +1,28 @@
 """What the two halves of a disaggregated request are sent: a prefill engine computes the prompt, another one goes on.
 
 vLLM: the prefill engine answers with a ticket (`kv_transfer_params`), which goes to the decode engine as it came.
+SGLang: both are asked at once, and meet in a room of the prefill engine's bootstrap server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 
+from .hints import OF_PROXIES
+
 PARAMS = "kv_transfer_params"
 # What only a proxy may say to an engine about the other half of a request.
-INTERNAL_FIELDS = frozenset(("bootstrap_host", "bootstrap_port", "bootstrap_room", PARAMS))
+ROOM_FIELDS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+INTERNAL_FIELDS = frozenset((*ROOM_FIELDS, PARAMS))
+#: What SGLang's engines serve together.
+ROOM_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions", "/generate"))
+_PROMPTS = ("prompt", "text", "input_ids")
 _REMOTE = ("do_remote_", "remote_")
-_VLLM_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions"))
+#: Where vLLM reads them.
+PARAMS_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions"))
 # Any of these, if it says something, needs the prompt's own outputs where the answer is made, or several prompts.
 _HINDERS = ("echo", "prompt_logprobs", "best_of", "use_beam_search", "prompt_embeds")
 _OF_THE_ANSWER = frozenset(("stream", "stream_options", "min_tokens", "max_completion_tokens", "return_token_ids"))
@@ -30,7 +38,9 @@ def without_internal(body: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in body.items() if name not in INTERNAL_FIELDS}
     params = body.get(PARAMS)
     if isinstance(params, dict):
-        hints = {name: value for name, value in params.items() if not name.startswith(_REMOTE)}
+        hints = {
+            name: value for name, value in params.items() if not name.startswith(_REMOTE) and name not in OF_PROXIES
+        }
         if hints:
             kept[PARAMS] = hints
     return kept
@@ -38,7 +48,7 @@ def without_internal(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def prefill_body(path: str, body: bytes) -> bytes | None:
     """The prefill engine's half of a request to vLLM; None if it cannot be halved."""
-    if path not in _VLLM_ROUTES:
+    if path not in PARAMS_ROUTES:
         return None
     asked = orjson.loads(body)
     if any(asked.get(name) for name in _HINDERS) or asked.get("n") not in (None, 1) or _is_batch(asked.get("prompt")):
@@ -48,6 +58,21 @@ def prefill_body(path: str, body: bytes) -> bytes | None:
     if "max_completion_tokens" in asked:
         half["max_completion_tokens"] = 1
     return orjson.dumps(half)
+
+
+def in_a_room(body: bytes, host: str, port: int, draw: Callable[[], int]) -> tuple[dict[str, Any], bytes]:
+    """What both halves of a request to SGLang are told, and the whole prefill half; `draw` gives unused rooms.
+
+    A batch has a room for each of its prompts.
+    """
+    asked = orjson.loads(body)
+    prompts = next((value for name in _PROMPTS if (value := asked.get(name)) is not None), None)
+    fields: dict[str, Any] = dict(zip(ROOM_FIELDS, (host, port, draw()), strict=True))
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+        fields = {name: [value] * len(prompts) for name, value in fields.items()}
+        fields["bootstrap_room"] = [draw() for _ in prompts]
+    half = {name: value for name, value in asked.items() if name != "stream_options"}
+    return fields, orjson.dumps({**half, **fields, "stream": False})
 
 
 def ticket(answer: bytes) -> dict[str, Any] | None:
@@ -60,8 +85,8 @@ def ticket(answer: bytes) -> dict[str, Any] | None:
     return params if isinstance(params, dict) and params.get("do_remote_prefill") else None
 
 
-def with_ticket(body: bytes, params: dict[str, Any]) -> bytes:
-    """The decode engine's half of a request to vLLM: the rest of it stays as the client wrote it."""
+def with_params(body: bytes, params: Mapping[str, Any]) -> bytes:
+    """A request to vLLM that says this, too (a ticket, hints): the rest of it stays as the client wrote it."""
     if PARAMS.encode() not in body:
         return with_fields(body, {PARAMS: params})
     asked = orjson.loads(body)

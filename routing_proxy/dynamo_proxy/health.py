@@ -16,6 +16,8 @@ from . import dialects
 from .config import Timeouts
 from .engines import Engine, EngineRegistry, Health
 from .event_feed import EventFeed
+from .handoff import PARAMS
+from .hints import TELL_PEER
 from .knowledge import Knowledge
 from .metrics import Metrics
 from .tokens import TokenLearner
@@ -23,6 +25,8 @@ from .tokens import TokenLearner
 _MAX_BACKOFF = 4  # probe intervals
 _FAILURES_UNTIL_DOWN = 3
 _REFRESH_PROBES = 5  # models may come and go (LoRA adapters)
+_NAME_PATH = "/v1/completions"
+_NO_SUCH_ROUTE = (400, 404, 405, 422, 501)
 _AT_ONCE = frozenset(("connect_failed", "connect_timeout"))
 log = logging.getLogger("dynamo_proxy")
 
@@ -39,6 +43,7 @@ class EngineWatch:
         self._sources: tuple[dialects.EventSource, ...] = ()
         self._failures = 0
         self._probes = 0
+        self._asking: asyncio.Task[None] | None = None  # the engine for its name among peers
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
@@ -81,16 +86,25 @@ class EngineWatch:
         if engine.health is Health.READY:
             if self._probes % _REFRESH_PROBES == 0:
                 await self._monitor.read_models(engine)
+                self._ask_name()
             return
         back = engine.health is Health.DOWN
         await self._monitor.read_models(engine)
         if back:
             self._monitor.knowledge.approx.forget_nodes(engine.slot)
+        engine.peer_name = None
         await self._find_events()
+        self._ask_name()
         self._monitor.tokens.engine_changed(engine.slot)
         engine.breaker.reset()
         self._monitor.registry.became_ready(engine, asyncio.get_running_loop().time())
         log.info("engine %s is ready (%s knowledge)", engine.address.url, engine.knowledge)
+
+    def _ask_name(self) -> None:
+        """In the background: a busy engine lets a request wait."""
+        engine = self.engine
+        if engine.runs_connector and engine.peer_name is None and (self._asking is None or self._asking.done()):
+            self._asking = asyncio.get_running_loop().create_task(self._monitor.ask_name(engine))
 
     async def _find_events(self) -> None:
         monitor, engine = self._monitor, self.engine
@@ -134,8 +148,10 @@ class EngineWatch:
         self._knowledge_changed()
 
     async def close(self) -> None:
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
+        tasks = [task for task in (self.task, self._asking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self.close_feeds()
 
     def check(self) -> None:
@@ -143,6 +159,8 @@ class EngineWatch:
             feed.check()
         if self.task.done() and not self.task.cancelled():
             raise AssertionError(f"the watch of {self.engine.name} died: {self.task.exception()!r}")
+        if self._asking is not None and self._asking.done() and not self._asking.cancelled():
+            assert self._asking.exception() is None, f"asking {self.engine.name} for its name failed"
 
 
 class Monitor:
@@ -245,10 +263,32 @@ class Monitor:
             if info_status == 200:
                 sources = dialects.sglang_sources(_json(info), host)
                 capacity = dialects.sglang_capacity_tokens(_json(info))
+                engine.bootstrap_port = dialects.sglang_bootstrap_port(_json(info))
+        engine.runs_connector = False
         if capacity is None:
             status, body, _ = await self._get(engine, "/metrics")
-            capacity = dialects.vllm_capacity_tokens(body.decode("utf-8", "replace")) if status == 200 else None
+            text = body.decode("utf-8", "replace") if status == 200 else ""
+            capacity = dialects.vllm_capacity_tokens(text)
+            is_vllm = engine.models is not None and engine.models.kind == "vllm"
+            engine.runs_connector = is_vllm and dialects.runs_connector(text)
         return (sources if self.use_events else ()), capacity
+
+    async def ask_name(self, engine: Engine) -> None:
+        """By which name its peers may read an engine's host memory: any answer of it tells."""
+        assert self._session is not None
+        models = engine.models
+        ids = sorted(models.ids - models.loras) if models is not None else []
+        body = {"model": ids[0] if ids else "", "prompt": [1], "max_tokens": 1, PARAMS: {TELL_PEER: True}}
+        timeout = aiohttp.ClientTimeout(total=self.timeouts.first_byte_seconds)
+        try:
+            async with self._session.post(engine.address.url + _NAME_PATH, json=body, timeout=timeout) as answer:
+                text = await answer.read()
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+            return  # asked again later
+        if answer.status == 200:
+            engine.peer_name = dialects.peer_name(_json(text))
+        elif answer.status in _NO_SUCH_ROUTE:
+            engine.peer_name = ""
 
     async def _get(self, engine: Engine, path: str) -> tuple[int, bytes, str]:
         """(status, body, "") or (0, empty, why it failed)."""

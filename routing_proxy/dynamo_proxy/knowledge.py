@@ -4,17 +4,19 @@ elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .approx_index import DEFAULT_CAPACITY_UNITS, ApproxIndex
 from .block_hash import token_chain
+from .hints import Reach
 from .kv_index import KvIndex
 from .policy import TierWeights, credited_blocks
 from .text_chain import UNIT_BYTES, UNIT_TOKENS, Prompt, chain_units
-from .token_memo import TokenMemo
+from .token_memo import TokenMemo, TokenRun
 
 # A prompt just sent is counted as held although the engine has not said so yet.
 SPECULATION_SECONDS = 5.0
+_MOST_KEPT_TOKENS = 262_144
 
 
 class Knowledge:
@@ -33,6 +35,8 @@ class Knowledge:
         self.weights = TierWeights()
         self.on_sent: Callable[[int, tuple[int, ...]], None] | None = None  # who tells other proxies, if there are any
         self._default_block_tokens = default_block_tokens
+        #: Of the last prompt of token ids: its ids, root, block size and chain. Who asks twice asks at once.
+        self._last: tuple[tuple[int, ...], int, int, list[int]] = ((), 0, 0, [])
 
     def prompt_tokens(self, prompt: Prompt) -> int:
         """The prompt's length in tokens; an estimate for a text that no engine has tokenised."""
@@ -50,7 +54,7 @@ class Knowledge:
         nodes = self.approx.matched(chain, mask)
         if not nodes and not self.event_mask:
             return nodes
-        unit = UNIT_TOKENS if prompt.token_ids else UNIT_BYTES * self.memo.tokens_per_byte
+        unit = self._unit_tokens(prompt)
         sent = {slot: int(chain_units(depth) * unit) for slot, depth in nodes.items()}
         events = mask & self.event_mask
         if not events:
@@ -68,6 +72,27 @@ class Knowledge:
                     guess = int(chain_units(self.approx.fresh(slot, chain, nodes.get(slot, 0), since)) * unit)
             sent[slot] = max(said, guess)
         return sent
+
+    def reaches(self, prompt: Prompt, mask: int) -> dict[int, Reach]:
+        """In which tiers each engine of `mask` holds the prompt. Where events cannot tell, what was sent to an engine
+        counts as held in all of them.
+        """
+        found: dict[int, Reach] = {}
+        if not prompt.chain and not prompt.token_ids:
+            return found
+        recalled = None if prompt.token_ids else self.memo.recall(prompt.chain)
+        told = mask & self.event_mask if prompt.token_ids or recalled is not None else 0
+        for size, slots in self._by_size(told).items():
+            blocks = self._blocks(prompt, recalled, size)
+            for slot, depth in self.exact.walk(blocks, slots).items():
+                near = self.exact.tier_runs(slot, blocks, depth)[1]
+                host = self.exact.host_run(slot, blocks, depth)
+                found[slot] = Reach(depth * size, near * size, host * size)
+        unit = self._unit_tokens(prompt)
+        for slot, nodes in self.approx.matched(prompt.chain, mask & ~told).items():
+            tokens = int(chain_units(nodes) * unit)
+            found[slot] = Reach(tokens, tokens, tokens)
+        return found
 
     def sent(self, slot: int, prompt: Prompt, now: float) -> None:
         """The prompt was dispatched to an engine."""
@@ -93,26 +118,42 @@ class Knowledge:
 
     def _exact_tokens(self, prompt: Prompt, mask: int) -> tuple[dict[int, int], int]:
         """Held tokens per engine by the events, and how many of the prompt's tokens are known at all."""
-        by_size: dict[int, int] = {}
-        for slot in _slots(mask):
-            size = self._block(slot)
-            by_size[size] = by_size.get(size, 0) | 1 << slot
         found: dict[int, int] = {}
         known = len(prompt.token_ids)
         recalled = None if prompt.token_ids else self.memo.recall(prompt.chain)
         if recalled is not None:
             known = recalled[1]
-        for size, slots in by_size.items():
-            if prompt.token_ids:
-                blocks = token_chain(prompt.token_ids, size, prompt.root)
-            elif recalled is not None:
-                blocks = recalled[0].chain(size)[: known // size]
-            else:
-                continue
+        if not known:
+            return found, known
+        for size, slots in self._by_size(mask).items():
+            blocks = self._blocks(prompt, recalled, size)
             for slot, depth in self.exact.walk(blocks, slots).items():
                 runs = self.exact.tier_runs(slot, blocks, depth)
                 found[slot] = depth * size if runs[0] == depth else int(credited_blocks(runs, self.weights) * size)
         return found, known
+
+    def _by_size(self, mask: int) -> dict[int, int]:
+        """The engines of `mask` by the size of their blocks, as masks."""
+        by_size: dict[int, int] = {}
+        for slot in _slots(mask):
+            size = self._block(slot)
+            by_size[size] = by_size.get(size, 0) | 1 << slot
+        return by_size
+
+    def _blocks(self, prompt: Prompt, recalled: tuple[TokenRun, int, int] | None, size: int) -> Sequence[int]:
+        """The chain of the prompt's full blocks, as far as its tokens are known."""
+        if recalled is not None:
+            return recalled[0].chain(size)[: recalled[1] // size]
+        ids, root, block_tokens, chain = self._last
+        if ids is not prompt.token_ids or root != prompt.root or block_tokens != size:
+            chain = token_chain(prompt.token_ids, size, prompt.root)
+            if len(prompt.token_ids) <= _MOST_KEPT_TOKENS:
+                self._last = prompt.token_ids, prompt.root, size, chain
+        return chain
+
+    def _unit_tokens(self, prompt: Prompt) -> float:
+        """Tokens that a unit of the prompt's text chain is worth."""
+        return UNIT_TOKENS if prompt.token_ids else UNIT_BYTES * self.memo.tokens_per_byte
 
     def check(self) -> None:
         self.exact.check()

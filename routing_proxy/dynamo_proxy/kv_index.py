@@ -112,13 +112,19 @@ class KvIndex:
             return depth, depth, depth, depth
         runs, run = [], 0
         for bits in _UP_TO_TIER:
-            if run < depth and not self.media(slot, chain[depth - 1]) & bits:
-                absent = lambda index, bits=bits: not self.media(slot, chain[index]) & bits  # noqa: E731
-                run = bisect_left(range(depth), True, lo=run, key=absent)
-            else:
-                run = depth
+            run = self._run_in(bits, slot, chain, depth, run)
             runs.append(run)
         return runs[0], runs[1], runs[2], depth
+
+    def host_run(self, slot: int, chain: Sequence[int], depth: int) -> int:
+        """Of the `depth` leading blocks that an engine holds: how many lead in host memory."""
+        return self._run_in(MEDIUM_BITS["CPU"], slot, chain, depth) if self._tiered >> slot & 1 else 0
+
+    def _run_in(self, bits: int, slot: int, chain: Sequence[int], depth: int, least: int = 0) -> int:
+        """How many of the leading blocks lie in one of these media; `least` of them surely do."""
+        if least == depth or self.media(slot, chain[depth - 1]) & bits:
+            return depth
+        return bisect_left(range(depth), True, lo=least, key=lambda index: not self.media(slot, chain[index]) & bits)
 
     def clear_source(self, slot: int, rank: int) -> None:
         """Forget one source's blocks."""

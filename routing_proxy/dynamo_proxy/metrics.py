@@ -70,6 +70,7 @@ class Metrics(Collector):
         self.prefill_legs = counter(
             "dynamo_router_prefill_legs", "Prompts for decode engines by who computed", "reason"
         )
+        self.hints = counter("dynamo_router_hints", "Hints sent to engines that run our connector", "kind")
         self.trips = counter("dynamo_router_breaker_trips", "Engines left alone for a while", "engine", "reason")
         self.events = counter("dynamo_router_kv_events", "KV events by what became of them", "reason")
         self.event_gaps = counter("dynamo_router_kv_event_gaps", "Breaks in an event stream", "reason")

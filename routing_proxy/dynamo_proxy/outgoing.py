@@ -7,19 +7,31 @@ from __future__ import annotations
 from typing import Any
 
 from . import handoff, stream_tape
-from .engines import Engine
 from .http1 import ResponseReader
 from .intake import Asked
+from .router import Placement
 from .stream_tape import StreamTape
 from .wire import request_bytes
 
 _RESUMES = 3  # per request
+_ROOMS = 3  # that one request to SGLang's prefill and decode engines gets beyond its first
 
 
 class Outgoing:
     """One request towards engines, attempt by attempt."""
 
-    __slots__ = ("_continuation", "_endpoint", "_resumes", "_tapeable", "request", "resuming", "tape", "ticket")
+    __slots__ = (
+        "_continuation",
+        "_endpoint",
+        "_resumes",
+        "_rooms",
+        "_tapeable",
+        "request",
+        "resuming",
+        "room",
+        "tape",
+        "ticket",
+    )
 
     def __init__(self, asked: Asked, endpoint: str) -> None:
         self.request = asked.request
@@ -27,12 +39,14 @@ class Outgoing:
         self._endpoint = endpoint
         self.tape: StreamTape | None = None
         self.ticket: dict[str, Any] | None = None  # from a prefill engine, for one engine and one try
+        self.room: dict[str, Any] = {}  # where the halves of a request to SGLang meet
         self.resuming = False
-        self._resumes = 0
+        self._resumes = self._rooms = 0
         self._continuation = b""  # what asks for the rest of a broken stream
 
-    def begin(self, engine: Engine, max_head_bytes: int) -> tuple[bytes, ResponseReader]:
+    def begin(self, placement: Placement, max_head_bytes: int) -> tuple[bytes, ResponseReader]:
         """The bytes for an engine, and who reads its answer."""
+        engine = placement.engine
         head, body, target = self.request.head, self.request.body, self.request.head.target
         decode = head.minor_version == 0
         given, self.ticket = self.ticket, None
@@ -41,13 +55,21 @@ class Outgoing:
             body, target, decode = self._continuation, stream_tape.COMPLETIONS.encode(), True
         else:
             self.tape = None
-            if given is not None:
-                body = handoff.with_ticket(body, given)
+            params = given if given is not None else placement.hints
+            if self.room:
+                body = handoff.with_fields(body, self.room)
+            elif params and self._endpoint in handoff.PARAMS_ROUTES:
+                body = handoff.with_params(body, params)
             if self._tapeable and engine.tells_ids(self._endpoint):
                 self.tape, decode = StreamTape(self._endpoint == stream_tape.CHAT), True
                 body = stream_tape.asking_for_ids(body)
         reader = ResponseReader(head.method, max_head_bytes, decode)
         return request_bytes(head, target, body, engine.host_lines), reader
+
+    def may_meet_again(self) -> bool:
+        """True if the halves of a request to SGLang, of which one failed, may have another room."""
+        self._rooms += 1
+        return self._rooms <= _ROOMS
 
     def plan_rest(self, max_model_tokens: int) -> tuple[str, bytes]:
         """What becomes of a broken stream on tape: see stream_tape.plan_rest. "go_on": the next attempt asks for it."""

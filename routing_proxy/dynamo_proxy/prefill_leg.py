@@ -1,11 +1,13 @@
 """The prefill half of a disaggregated request: its prompt at a prefill engine, watched until it answers or is late.
 
-Whatever goes wrong here costs the client time and nothing else: the decode engine computes the prompt itself.
+With vLLM, whatever goes wrong here costs the client time and nothing else: the decode engine computes the prompt
+itself. With SGLang both halves run at once, in a room; without one the other has to begin anew, in another room.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from .upstream import UpstreamConnection
 from .wire import request_bytes
 
 _MAX_ANSWER_BYTES = 16 << 20
+_ROOM_BITS = 62
 Done = Callable[[dict[str, Any] | None], None]
 
 
@@ -27,6 +30,8 @@ def begin_leg(
 ) -> PrefillLeg | None:
     """Have the prompt of a request computed for the engine of `placement` if that pays; `done` hears the end of it."""
     engine = placement.engine
+    if engine.needs_room(request.head.path):
+        return _begin_in_room(services, request, prompt, placement, done)
     if engine.models is None or engine.models.kind != "vllm" or request.head.method != b"POST":
         return None
     now = asyncio.get_running_loop().time()
@@ -40,9 +45,32 @@ def begin_leg(
         services.router.prefill_came_back(placement)
         services.metrics.prefill_legs.labels("not_divisible").inc()
         return None
+    if chosen.hints:
+        half = handoff.with_params(half, chosen.hints)
     leg = PrefillLeg(services, request, half, chosen, done)
     leg.start()
     return leg
+
+
+def _begin_in_room(
+    services: Services, request: Request, prompt: Prompt, placement: Placement, done: Done
+) -> PrefillLeg | None:
+    now = asyncio.get_running_loop().time()
+    chosen = services.router.place_prefill(prompt, placement, now, in_room=True)
+    if isinstance(chosen, str):
+        services.metrics.prefill_legs.labels(chosen).inc()
+        return None
+    engine = chosen.engine
+    room, half = handoff.in_a_room(request.body, engine.address.host, engine.bootstrap_port, _draw_room)
+    leg = PrefillLeg(services, request, half, chosen, done)
+    leg.room = room
+    leg.start()
+    return leg
+
+
+def _draw_room() -> int:
+    """A room is one request's for ever: it must not come twice, whichever proxy draws it."""
+    return secrets.randbits(_ROOM_BITS) + 1
 
 
 class PrefillLeg:
@@ -50,7 +78,7 @@ class PrefillLeg:
 
     __slots__ = (
         "_answer", "_answered", "_began", "_dial", "_done", "_half", "_loop", "_placement", "_request", "_reused",
-        "_services", "_status", "_timer", "_up", "over",
+        "_services", "_status", "_timer", "_up", "over", "room",
     )  # fmt: skip
 
     def __init__(self, services: Services, request: Request, half: bytes, placement: Placement, done: Done) -> None:
@@ -69,6 +97,7 @@ class PrefillLeg:
         self._answer: list[bytes] = []
         self._answered = 0
         self.over = False
+        self.room: dict[str, Any] = {}  # what the other half is told, which runs beside this one; empty: it waits
 
     @property
     def engine_name(self) -> str:
@@ -125,7 +154,7 @@ class PrefillLeg:
         if self._status != 200:
             self._fail(f"status_{self._status}")
             return
-        ticket = handoff.ticket(b"".join(self._answer))
+        ticket = handoff.ticket(b"".join(self._answer)) if not self.room else self.room
         seconds = self._loop.time() - self._began
         self._services.router.first_byte(self._placement, seconds)
         self._services.metrics.prefilled(self.engine_name, seconds)
@@ -145,10 +174,11 @@ class PrefillLeg:
     # --- endings
 
     def _fail(self, reason: str) -> None:
-        engine = self._placement.engine
-        self._end(reason, None)
+        self._services.metrics.prefill_legs.labels(reason).inc()
+        self._leave()
         if not reason.startswith("status_4"):
-            self._services.router.failed(engine, reason)
+            self._services.router.failed(self._placement.engine, reason)
+        self._done(None)  # who asks again at once finds this engine marked
 
     def _end(self, reason: str, ticket: dict[str, Any] | None) -> None:
         self._services.metrics.prefill_legs.labels(reason).inc()

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from .policy import CostModel
-from .router import Placement
+from .router import Placement, RoutingState
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +30,17 @@ class Receipt:
 
 
 def receipt_of(
-    placement: Placement, mode: str, model: CostModel, attempts: int, spent: tuple[float, float], prefill_engine: str
+    placement: Placement, state: RoutingState, attempts: int, spent: tuple[float, float], prefill_engine: str
 ) -> Receipt:
     """The receipt for a first byte; `spent` seconds since the last attempt began, and since the request came."""
-    seconds, total_seconds = spent
+    model, (seconds, total_seconds) = state.learner.model, spent
     decision, prompt = placement.decision, placement.prompt_tokens
     new = decision.new_tokens
     own = model.t_p * new + model.t_a * new * (prompt - new / 2)
     predicted = model.t_0 + model.t_p * placement.queued_tokens + own
     return Receipt(
         engine=placement.engine.name,
-        mode=mode,
+        mode=state.mode,
         reason=decision.reason,
         prompt_tokens=prompt,
         matched_tokens=decision.matched_tokens,

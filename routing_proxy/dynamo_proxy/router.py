@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from . import policy
 from .engines import Engine, EngineRegistry
+from .hints import HINT_KINDS, LEAST_GAIN_TOKENS, NO_HINTS, Hints, choose_hints
 from .knowledge import Knowledge
 from .learning import CostLearner
 from .ledger import Lease, Ledger
@@ -28,6 +29,7 @@ class Placement(NamedTuple):
     decision: policy.Decision
     queued_tokens: int  # prefill tokens ahead of it when it was placed
     prompt_tokens: int
+    hints: Hints = NO_HINTS  # for its engine
 
 
 @dataclass(slots=True)
@@ -100,32 +102,38 @@ class Router:
             decision = _with_matched(decision, held, tokens)
         queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
+        engine = self._registry.at(decision.slot)
+        hints = self._hints(engine, prompt, tokens, queued) if engine.runs_connector else NO_HINTS
         self._knowledge.sent(decision.slot, prompt, now)
         self._metrics.decided(self.state.mode, decision.reason)
         if not tried:
             self.state.last_slot = decision.slot
             self._metrics.routed(tokens, decision.matched_tokens)
-        engine = self._registry.at(decision.slot)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, decision, queued, tokens)
+        return Placement(engine, lease, decision, queued, tokens, hints)
 
-    def place_prefill(self, prompt: Prompt, placement: Placement, now: float) -> Placement | str:
-        """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does."""
+    def place_prefill(self, prompt: Prompt, placement: Placement, now: float, in_room: bool = False) -> Placement | str:
+        """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does.
+
+        `in_room`: that engine cannot do without.
+        """
         state, decision, slot = self.state, placement.decision, placement.engine.slot
         tokens, rule = placement.prompt_tokens, self.state.prefill
-        if decision.new_tokens <= rule.min_tokens:
+        if decision.new_tokens <= rule.min_tokens and not in_room:
             return "short"
         loads, mask = self._registry.prefill_fleet(prompt.model, slot)
+        if in_room:
+            loads = tuple(load for load in loads if self._registry.at(load.slot).bootstrap_port)
         if not loads:
             return "no_engine"
-        if rule.max_queued_tokens >= 0:
+        if rule.max_queued_tokens >= 0 and not in_room:
             loads = tuple(load for load in loads if load.pending_tokens <= rule.max_queued_tokens)
             if not loads:
                 return "queue_full"
         chosen = self._choose(loads, self._knowledge.matched_tokens(prompt, mask, now), tokens, state.last_prefill_slot)
         there, here = self._ledger.loads[chosen.slot], self._ledger.loads[slot]
-        if rule.max_queued_tokens < 0:
+        if rule.max_queued_tokens < 0 and not in_room:
             # Its own charge does not wait for itself.
             here = replace(here, in_flight=here.in_flight - 1, pending_tokens=placement.queued_tokens)
             new = decision.new_tokens, chosen.new_tokens
@@ -135,11 +143,12 @@ class Router:
         queued = there.pending_tokens
         lease = self._ledger.charge(chosen.slot, chosen.new_tokens, tokens)
         self._ledger.expect_prefill(placement.lease, 0)
-        self._knowledge.sent(chosen.slot, prompt, now)
         engine = self._registry.at(chosen.slot)
+        hints = self._hints(engine, prompt, tokens, queued) if engine.runs_connector else NO_HINTS
+        self._knowledge.sent(chosen.slot, prompt, now)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, chosen, queued, tokens)
+        return Placement(engine, lease, chosen, queued, tokens, hints)
 
     def prefill_came_back(self, placement: Placement) -> None:
         """The engine of `placement` computes the prompt itself after all."""
@@ -187,6 +196,18 @@ class Router:
     def failed(self, engine: Engine, reason: str) -> None:
         """A request failed on an engine: health looks again, at once."""
         self._on_failure(engine, reason)
+
+    def _hints(self, engine: Engine, prompt: Prompt, tokens: int, queued_tokens: int) -> Hints:
+        """What an engine of ours is told with a prompt that is not counted as sent to it yet."""
+        names = self._registry.holders(prompt.model, engine.slot) if tokens >= LEAST_GAIN_TOKENS else {}
+        if not names and not queued_tokens:
+            return NO_HINTS
+        mask = sum((1 << peer for peer in names), 1 << engine.slot)
+        hints = choose_hints(engine.slot, self._knowledge.reaches(prompt, mask), names, queued_tokens > 0)
+        for kind, name in HINT_KINDS.items():
+            if name in hints:
+                self._metrics.hints.labels(kind).inc()
+        return hints
 
     def _choose_for_session(
         self, fleet: Sequence[policy.Load], held: policy.Held, tokens: int, session: str, now: float

@@ -15,7 +15,7 @@ from random import Random
 import aiohttp
 from aiohttp import web
 
-from .access_log import AccessLog
+from .access_log import LogFile, RequestLog, Sink
 from .admin import AdminRoutes
 from .api_keys import KeyRing
 from .client_connection import ClientConnection
@@ -34,6 +34,7 @@ from .replicas import ReplicaSync
 from .router import Router, RoutingState
 from .services import Services
 from .sessions import Sessions
+from .spans import SpanSink
 from .supervisor_page import SupervisorPage
 from .tls import ServerTls, client_context
 from .tokens import TokenLearner
@@ -65,10 +66,10 @@ class ProxyServer:
         self.monitor.use_events = config.use_kv_events
         self.router.when_failed(self.monitor.request_failed)
         self.router.when_slow(self.monitor.engine_is_slow)
-        self.access_log = AccessLog(config.access_log) if config.access_log else None
+        self.request_log = _request_log(config)
         parts = self.router, self.metrics, self.tokens
         late = config.routing.prefill_seconds
-        services = Services(*parts, config.limits, config.timeouts, self.access_log, late)
+        services = Services(*parts, config.limits, config.timeouts, self.request_log, late)
         self.front_end = FrontEnd(self.registry, self.ledger, self.knowledge, services)
         self.front_end.intake.resume_streams = config.resume_streams
         self.front_end.intake.pass_control_routes = config.control_routes
@@ -110,7 +111,7 @@ class ProxyServer:
             connector=aiohttp.TCPConnector(ssl=self._engine_tls, limit=0),
             headers={"authorization": f"Bearer {key}"} if key else None,
         )
-        for part in (self.tls, self.access_log):
+        for part in (self.tls, self.request_log):
             if part is not None:
                 part.start()
         self.monitor.start(self._session)
@@ -213,7 +214,7 @@ class ProxyServer:
             await self._admin.cleanup()
         if self.guard is not None:
             await self.guard.close()
-        for part in (self.tls, self.access_log):
+        for part in (self.tls, self.request_log):
             if part is not None:
                 await part.close()
         if self.replicas is not None:
@@ -236,6 +237,14 @@ class ProxyServer:
             part_at_work.check()
         if self.replicas is not None:
             self.replicas.check()
+
+
+def _request_log(config: ProxyConfig) -> RequestLog | None:
+    """Raises ConfigError."""
+    sinks: list[Sink] = [LogFile(config.access_log)] if config.access_log else []
+    if config.traces_endpoint:
+        sinks.append(SpanSink(config.traces_endpoint))
+    return RequestLog(*sinks) if sinks else None
 
 
 def routing_state(config: ProxyConfig) -> RoutingState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from .access_log import AccessLog
+from .access_log import RequestLog
 from .config import Limits, Timeouts
 from .flow_control import FlowControl
 from .metrics import Metrics
@@ -33,5 +33,5 @@ class Services:
     tokens: TokenLearner
     limits: Limits
     timeouts: Timeouts
-    log: AccessLog | None = None
+    log: RequestLog | None = None
     prefill_seconds: float = 60.0  # how long a prefill engine may take

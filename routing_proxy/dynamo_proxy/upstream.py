@@ -42,6 +42,11 @@ class UpstreamConnection(asyncio.Protocol):
     def is_open(self) -> bool:
         return self.transport is not None and not self.transport.is_closing()
 
+    @property
+    def answers(self) -> bool:
+        """True if the response under way has begun."""
+        return self.reader is not None and self.reader.started
+
     def begin(self, sink: ResponseSink, reader: ResponseReader, request: bytes) -> None:
         """Send a request; its response goes to `sink`."""
         assert self.transport is not None, "the connection is not open"

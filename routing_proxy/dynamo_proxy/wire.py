@@ -52,6 +52,9 @@ def may_speak(head: ResponseHead, request: RequestHead, tail: bytes) -> bool:
 
 def refusal(failure: str, unknown_model: str) -> tuple[int, str, str]:
     """(status, code, message) for a request that no engine answered: `failure` says how the last one tried failed."""
+    if failure == "no_prefill_engine":
+        message = "no prefill engine is ready, and decode engines cannot serve this alone; try again in a few seconds"
+        return 503, failure, message
     if failure:
         status, code = (504, "engine_timeout") if failure in _LATE else (502, "engine_failed")
         return status, code, f"every engine that could serve this request failed ({failure}); try again"

@@ -319,5 +319,5 @@ def test_the_pure_halves() -> None:
     assert handoff.ticket(orjson.dumps({"kv_transfer_params": {"do_remote_prefill": False}})) is None
     assert handoff.prefill_body("/v1/embeddings", b"{}") is None
     spaced = b' {"prompt": "kv_transfer_params is a word", "big": 123456789012345678901}'
-    assert orjson.loads(handoff.with_ticket(b' {"a": 1}', TICKET)) == {"a": 1, "kv_transfer_params": TICKET}
-    assert orjson.loads(handoff.with_ticket(spaced, TICKET))["kv_transfer_params"] == TICKET
+    assert orjson.loads(handoff.with_params(b' {"a": 1}', TICKET)) == {"a": 1, "kv_transfer_params": TICKET}
+    assert orjson.loads(handoff.with_params(spaced, TICKET))["kv_transfer_params"] == TICKET

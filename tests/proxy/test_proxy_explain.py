@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dynamo_proxy.access_log import AccessLog
+from dynamo_proxy.access_log import Ended, LogFile, RequestLog
 from dynamo_proxy.errors import ConfigError
 
 from tests.proxy.proxy_fakes import FakeEngine, RawEngine, answer_ok, ask, chat, post, proxy_before, run, wait_until
@@ -75,9 +75,9 @@ def test_a_log_that_falls_behind_drops_lines_and_says_so(tmp_path: Path, monkeyp
     monkeypatch.setattr("dynamo_proxy.access_log._MAX_WAITING", 3)
 
     async def body() -> None:
-        log = AccessLog(str(tmp_path / "log"))
+        log = RequestLog(LogFile(str(tmp_path / "log")))
         for _ in range(5):
-            log.add(ROUTE, "m", 200, "ok", 0.1, None)
+            log.add(ROUTE, "m", Ended(200, "ok", 0.1), None, b"")
         log.check()
         await log.close()
         written = (tmp_path / "log").read_text().splitlines()
@@ -89,7 +89,7 @@ def test_a_log_that_falls_behind_drops_lines_and_says_so(tmp_path: Path, monkeyp
 
 def test_a_log_that_cannot_be_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--access-log"):
-        AccessLog(str(tmp_path / "none" / "log"))
+        LogFile(str(tmp_path / "none" / "log"))
     code, stderr = call(*ENGINE, "--access-log", str(tmp_path / "none" / "log"), "--port", "0", "--admin-port", "0")
     assert (code, stderr.count("\n")) == (2, 1), stderr
 

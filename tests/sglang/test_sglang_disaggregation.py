@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import requests
 
+from tests.proxy.proxy_fakes import proxy_before, run
 from tests.sglang.apart import BOOT_SECONDS, Fleet, answer, ask, make, metric, started_fleet
 from tests.sglang.asking import wait_until
 from tests.sglang.server import prompts
+from tests.vllm.proxied import PATIENT, Standing, aside
+from tools.server_process import ServerProcess
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
@@ -47,6 +50,27 @@ def test_answers_are_those_of_one_server(fleet: Fleet, expected: list[tuple[list
         assert answer(fleet.ask(prompt)) == wanted
     wait_until(lambda: metric(fleet.decode, "dynamo_nixl_read_blocks_total") > len(expected), "/metrics tells of READs")
     wait_until(lambda: metric(fleet.prefill, "dynamo_nixl_leases_ended_total") >= len(expected), "and of leases")
+
+
+def test_dynamo_proxy_brings_both_halves_together(
+    fleet: Fleet, expected: list[tuple[list[int], list[Any]]], tmp_path: Path
+) -> None:
+    async def body() -> None:
+        both = Standing(f"{fleet.prefill.url},role=prefill"), Standing(f"{fleet.decode.url},role=decode")
+        async with proxy_before(*both, timeouts=PATIENT) as proxy:
+            through = ServerProcess("proxy", [], f"http://127.0.0.1:{proxy.port}", tmp_path / "log")
+            said = [await aside(lambda: ask(through, prompt)) for prompt in mine()]  # noqa: B023
+            assert [answer(each) for each in said] == expected
+            stream = {"prompt": mine()[3], "max_tokens": 8, "temperature": 0, "stream": True, "ignore_eos": True}
+            for _ in range(2):
+                text = await aside(
+                    lambda: requests.post(f"{through.url}/v1/completions", json=stream, timeout=120).text
+                )
+                assert text.count('"text"') >= 8
+                assert text.rstrip().endswith("[DONE]")
+            assert b'prefill_legs_total{reason="handed_over"} 8.0' in proxy.front_end.metrics()
+
+    run(body())
 
 
 @pytest.mark.parametrize("lack", ["bootstrap_host", "bootstrap_port", "bootstrap_room"])

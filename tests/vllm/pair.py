@@ -58,7 +58,7 @@ class Pair:
         return {"UCX_LOG_LEVEL": "error"} | ({"UCX_TLS": self._transports} if self._transports else {})
 
     def _server(self, role: str, port: int) -> ServerProcess:
-        options = VllmOptions(extra=self.flags(role))
+        options = VllmOptions(events_port=free_port() if role == "prefill" else None, extra=self.flags(role))
         server = vllm_server(role, self._model, self._logs / f"{role}.log", options, port)
         server.env = {**server.env, **self.env(role)}
         return server

@@ -1,0 +1,201 @@
+"""SGLang's prefill and decode engines: both halves of a request meet in a room of the proxy's, and fail as one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import web
+from dynamo_proxy import dialects, handoff
+from dynamo_proxy.config import EngineAddress, EngineOptions
+from dynamo_proxy.server import ProxyServer
+
+from tests.proxy.proxy_fakes import Client, ask, chat, post, proxy_before, run, wait_until
+from tests.proxy.test_proxy_resume import CHAT, COMPLETIONS, text_of
+from tests.proxy.token_engine import TokenEngine, expected_text
+
+ROOM = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
+TEXT = "both halves of this"
+RIGHT = expected_text([ord(letter) for letter in TEXT], 5)
+
+
+class Half(TokenEngine):
+    """One half. A decode engine answers when a prefill engine of the fleet has been asked for its room."""
+
+    rooms: dict[int, asyncio.Event]
+
+    def __init__(self, role: str, rooms: dict[int, asyncio.Event]) -> None:
+        super().__init__("sglang")
+        self.role, self.rooms = role, rooms
+        self.how_half = "well"
+        self.bad_answers = 0  # so many answers of a decode engine are 500
+        self.server_info = {"disaggregation_mode": role, "disaggregation_bootstrap_port": 8998}
+
+    @property
+    def address(self) -> EngineAddress:
+        return EngineAddress("127.0.0.1", self.port, EngineOptions(role=self.role))
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        asked = orjson.loads(await request.read())
+        room = asked.get("bootstrap_room")
+        if type(room) is not int or self.how_half.startswith("status"):
+            self.requests.append((request.path, dict(request.headers), await request.read()))
+            return web.json_response({"error": {"message": "no room"}}, status=int(self.how_half[7:] or 400))
+        met = self.rooms.setdefault(room, asyncio.Event())
+        if self.role == "decode":
+            if self.bad_answers:
+                self.bad_answers -= 1
+                return web.json_response({"error": {"message": "the other half is lost"}}, status=500)
+            self.active += 1
+            try:
+                await met.wait()
+            except asyncio.CancelledError:
+                self.aborted += 1
+                raise
+            finally:
+                self.active -= 1
+            return await super()._answer(request)
+        self.requests.append((request.path, dict(request.headers), await request.read()))
+        if self.how_half == "die":
+            assert request.transport is not None
+            request.transport.abort()
+            await asyncio.Event().wait()
+        if self.how_half == "hang":
+            self.active += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.active -= 1
+                self.aborted += 1
+        met.set()
+        return web.json_response({"text": "x"})
+
+
+@contextlib.asynccontextmanager
+async def fleet(prefills: int = 1, **settings: Any) -> AsyncIterator[tuple[ProxyServer, list[Half], Half]]:
+    rooms: dict[int, asyncio.Event] = {}
+    first, decode = [Half("prefill", rooms) for _ in range(prefills)], Half("decode", rooms)
+    for engine in (*first, decode):
+        await engine.start()
+    async with proxy_before(*first, decode, **settings) as proxy:
+        yield proxy, first, decode
+
+
+def asked(path: str, **fields: Any) -> bytes:
+    common = {"model": "tiny", "max_tokens": 5, **fields}
+    return post(path, chat(TEXT, **common) if path == CHAT else {"prompt": TEXT, **common})
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("stream", [True, False])
+def test_both_halves_get_one_room_and_the_client_the_answer_of_decode(path: str, stream: bool) -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), decode):
+            evil = {"bootstrap_host": "10.9.9.9", "bootstrap_port": 1, "bootstrap_room": 7}
+            options = {"stream_options": {"include_usage": True}} if stream else {}
+            for _ in range(2):
+                answer = await ask(proxy.port, asked(path, stream=stream, **options, **evil))
+                assert answer.status == 200
+            if stream:
+                assert text_of(answer) == RIGHT
+            await wait_until(lambda: proxy.ledger.in_flight == 0)
+            assert b'prefill_legs_total{reason="handed_over"} 2.0' in proxy.front_end.metrics()
+        halves, wholes = prefill.prompts, decode.prompts
+        assert len({whole["bootstrap_room"] for whole in wholes}) == 2
+        for half, whole in zip(halves, wholes, strict=True):
+            assert [half[name] for name in ROOM] == [whole[name] for name in ROOM]
+            assert (whole["bootstrap_host"], whole["bootstrap_port"]) == ("127.0.0.1", 8998)
+            assert (half["stream"], whole["stream"]) == (False, stream)
+            assert "stream_options" not in half
+            assert "return_token_ids" not in whole
+
+    run(body())
+
+
+@pytest.mark.parametrize("how", ["die", "status 500", "status 503"])
+def test_a_prefill_engine_that_fails_costs_a_room_and_no_answer(how: str) -> None:
+    async def body() -> None:
+        async with fleet(2) as (proxy, prefills, decode):
+            prefills[0].how_half = prefills[1].how_half = how
+            hurt = asyncio.ensure_future(ask(proxy.port, asked(CHAT)))
+            await wait_until(lambda: any(engine.prompts for engine in prefills), "a prefill engine was asked")
+            for engine in prefills:
+                engine.how_half = "well"
+            answer = await hurt
+            assert answer.status == 200, answer.body
+            await wait_until(lambda: decode.active == 0 and proxy.ledger.in_flight == 0, "nothing is left")
+            assert b'retries_total{reason="prefill_failed"}' in proxy.front_end.metrics()
+            assert proxy.registry.at(2).state == "ready"
+
+    run(body())
+
+
+def test_a_decode_engine_that_lost_its_other_half_is_asked_again_in_another_room() -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), decode):
+            decode.bad_answers = 2
+            answer = await ask(proxy.port, asked(COMPLETIONS))
+            assert answer.status == 200
+            rooms = {half["bootstrap_room"] for half in prefill.prompts}
+            assert len(rooms) == len(prefill.prompts) >= 1
+            decode.bad_answers = 100
+            assert (await ask(proxy.port, asked(COMPLETIONS))).status == 502
+            assert decode.bad_answers == 96
+
+    run(body())
+
+
+def test_without_a_prefill_engine_decode_gets_nothing_and_is_not_to_blame() -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), decode):
+            proxy.registry.at(0).draining = True
+            for _ in range(8):
+                answer = await ask(proxy.port, asked(CHAT))
+                assert (answer.status, answer.json()["error"]["code"]) == (503, "no_prefill_engine")
+            assert not decode.requests
+            assert proxy.registry.at(1).state == "ready"
+            proxy.registry.at(0).draining = False
+            assert (await ask(proxy.port, asked(CHAT))).status == 200
+            assert prefill.prompts
+
+    run(body())
+
+
+def test_a_client_that_leaves_ends_both_halves() -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), decode):
+            prefill.how_half = "hang"
+            async with Client.to(proxy.port) as client:
+                client.send(asked(CHAT, stream=True))
+                await wait_until(lambda: prefill.active == decode.active == 1, "both are asked")
+            await wait_until(lambda: prefill.aborted == decode.aborted == 1, "both are told to stop")
+            await wait_until(lambda: proxy.ledger.in_flight == 0)
+
+    run(body())
+
+
+def test_a_batch_has_a_room_for_each_prompt() -> None:
+    rooms = iter(range(1, 100))
+    body = orjson.dumps({"prompt": ["a", "b"], "stream": True})
+    fields, half = handoff.in_a_room(body, "10.0.0.7", 8998, lambda: next(rooms))
+    assert fields["bootstrap_host"] == ["10.0.0.7"] * 2
+    assert len(set(fields["bootstrap_room"])) == 2
+    assert orjson.loads(half) == {"prompt": ["a", "b"], "stream": False, **fields}
+    fields, _ = handoff.in_a_room(b'{"input_ids": [1, 2]}', "h", 1, lambda: 5)
+    assert fields == {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 5}
+
+
+def test_only_a_prefill_engine_has_a_bootstrap_port() -> None:
+    known = {"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": 9000}
+    assert dialects.sglang_bootstrap_port(known) == 9000
+    for wrong in (
+        None,
+        [],
+        {**known, "disaggregation_mode": "decode"},
+        {**known, "disaggregation_bootstrap_port": "x"},
+    ):
+        assert dialects.sglang_bootstrap_port(wrong) == 0
