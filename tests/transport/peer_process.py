@@ -39,7 +39,7 @@ class OwnerSide:
         self.dram = DramStore(rows, row_bytes)
         messages.VERSION = options.get("version", messages.VERSION)
         settings = ServerSettings(
-            "127.0.0.1",
+            options.get("host", "127.0.0.1"),
             port,
             options.get("namespace", "n").encode(),
             options.get("secret", "s").encode(),
@@ -101,8 +101,8 @@ class ReaderSide:
         self.reads: list[tuple[list[str], list[int], Future[Sequence[StoreError | None]]]] = []
         self.signals: list[Future[str] | None] = []
 
-    def read(self, port: int, lease: str, keys: list[str], rows: list[int]) -> int:
-        ticket = BlockKey(Ticket("127.0.0.1", port, bytes.fromhex(lease)).encode())
+    def read(self, port: int, lease: str, keys: list[str], rows: list[int], host: str = "127.0.0.1") -> int:
+        ticket = BlockKey(Ticket(host, port, bytes.fromhex(lease)).encode())
         places = [Place(BlockKey(key.encode()), 0, ticket) for key in keys]
         for row in rows:
             self.dram.rows[row] = 0

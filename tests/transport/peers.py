@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -22,14 +22,14 @@ ROWS, ROW_BYTES = 64, 1 << 20
 
 
 class PeerProcess:
-    """Calls of any name go to the other process, see `peer_process`."""
+    """Calls of any name go to the other process, see `peer_process`. `inside`: a command that runs it elsewhere."""
 
-    def __init__(self, transports: str = "") -> None:
+    def __init__(self, transports: str = "", inside: Sequence[str] = ()) -> None:
         env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{import_path()}", "UCX_LOG_LEVEL": "fatal"}
         env["NIXL_LOG_LEVEL"] = "FATAL"
         if transports:
             env["UCX_TLS"] = transports
-        command = [sys.executable, "-m", "tests.transport.peer_process"]
+        command = [*inside, sys.executable, "-m", "tests.transport.peer_process"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT, text=True
         )
