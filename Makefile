@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .envs/vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kubernetes test-kubernetes-engines lint bench soak clean vllm-env sglang-env vllm-versions
+.PHONY: help demo test test-kubernetes test-kubernetes-engines lint bench soak soak-proxy clean vllm-env sglang-env vllm-versions
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python3.11]'
@@ -39,6 +39,9 @@ bench: vllm-env ## figures with a peer or a floor in the same run (ARGS: names o
 
 soak: vllm-env ## half an hour of load and faults on a real engine (ARGS: --minutes 5)
 	$(BIN)/python -m soak $(ARGS)
+
+soak-proxy: vllm-env sglang-env ## twenty minutes of failing engines behind the proxy (ARGS: --minutes 5 --sglang 0)
+	$(BIN)/python -m soak.proxy $(ARGS)
 
 clean: ## removes environments, build output and caches
 	rm -rf .envs .build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,8 +60,8 @@ async def run(folder: Path, options: argparse.Namespace) -> int:
             engine = Engine(server, await Gate(int(server.url.rsplit(":", 1)[1])).start())
             stack.push_async_callback(engine.gate.stop)
             stack.push_async_callback(asyncio.to_thread, server.stop)
-            await engine.boot()
             engines.append(engine)
+        await asyncio.gather(*(engine.boot() for engine in engines))
         session = await stack.enter_async_context(
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=BOOT_SECONDS))
         )

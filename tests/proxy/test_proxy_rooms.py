@@ -32,6 +32,7 @@ class Half(TokenEngine):
         super().__init__("sglang")
         self.role, self.rooms = role, rooms
         self.how_half = "well"
+        self.bad_halves = 1 << 30  # so many halves of a prefill engine go as `how_half` says
         self.bad_answers = 0  # so many answers of a decode engine are 500
         self.server_info = {"disaggregation_mode": role, "disaggregation_bootstrap_port": 8998}
 
@@ -41,10 +42,11 @@ class Half(TokenEngine):
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         asked = orjson.loads(await request.read())
-        room = asked.get("bootstrap_room")
-        if type(room) is not int or self.how_half.startswith("status"):
+        room, how = asked.get("bootstrap_room"), self.how_half if self.bad_halves > 0 else "well"
+        self.bad_halves -= 1
+        if type(room) is not int or how.startswith("status"):
             self.requests.append((request.path, dict(request.headers), await request.read()))
-            return web.json_response({"error": {"message": "no room"}}, status=int(self.how_half[7:] or 400))
+            return web.json_response({"error": {"message": "no room"}}, status=int(how[7:] or 400))
         met = self.rooms.setdefault(room, asyncio.Event())
         if self.role == "decode":
             if self.bad_answers:
@@ -60,11 +62,11 @@ class Half(TokenEngine):
                 self.active -= 1
             return await super()._answer(request)
         self.requests.append((request.path, dict(request.headers), await request.read()))
-        if self.how_half == "die":
+        if how == "die":
             assert request.transport is not None
             request.transport.abort()
             await asyncio.Event().wait()
-        if self.how_half == "hang":
+        if how == "hang":
             self.active += 1
             try:
                 await asyncio.Event().wait()
@@ -120,12 +122,9 @@ def test_both_halves_get_one_room_and_the_client_the_answer_of_decode(path: str,
 def test_a_prefill_engine_that_fails_costs_a_room_and_no_answer(how: str) -> None:
     async def body() -> None:
         async with fleet(2) as (proxy, prefills, decode):
-            prefills[0].how_half = prefills[1].how_half = how
-            hurt = asyncio.ensure_future(ask(proxy.port, asked(CHAT)))
-            await wait_until(lambda: any(engine.prompts for engine in prefills), "a prefill engine was asked")
             for engine in prefills:
-                engine.how_half = "well"
-            answer = await hurt
+                engine.how_half, engine.bad_halves = how, 1
+            answer = await ask(proxy.port, asked(CHAT))
             assert answer.status == 200, answer.body
             await wait_until(lambda: decode.active == 0 and proxy.ledger.in_flight == 0, "nothing is left")
             assert b'retries_total{reason="prefill_failed"}' in proxy.front_end.metrics()
