@@ -231,14 +231,15 @@ def test_a_reader_that_slept_over_its_lease_gets_nothing(fleet: Fleet) -> None:
     assert "right" not in fleet.end_read(fleet.reader.hear())
 
 
-@pytest.mark.parametrize("kind", [Hello, Ask, Check])
+@pytest.mark.parametrize("kind", [Hello, Welcome, Ask, Check, Verdict])
 def test_an_owner_that_stops_answering_costs_the_deadline(fleet: Fleet, kind: type) -> None:
+    """It stands when the reader meets it over NIXL (Welcome), and when it takes leave of it (Ask, Check)."""
     owner = fleet.owner
     fleet.export()
-    if kind is not Hello:
+    if kind not in (Hello, Welcome):
         fleet.read_until_right()
     fleet.at(kind, owner.stop)
-    assert fleet.read() <= {"timeout", "unreachable"}
+    assert fleet.read() <= ({"right"} if kind is Verdict else set()) | {"timeout", "unreachable"}
     owner.go_on()
     fleet.between.hook = lambda message: 1
     fleet.read_until_right()
@@ -310,14 +311,34 @@ def test_a_reader_that_is_killed_under_its_read_leaves_nothing(fleet: Fleet) -> 
         doomed.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": 1.0})
         fleet.export()
         fleet.at(Grant, doomed.kill)
-        doomed.call("read", port=fleet.port, lease=fleet.lease, keys=KEYS, rows=list(range(len(KEYS))))
+        doomed.say("read", port=fleet.port, lease=fleet.lease, keys=KEYS, rows=list(range(len(KEYS))))
         wait_until(lambda: owner.call("ended") == [fleet.lease], "the owner has its blocks back", 60.0)
     assert owner.call("open_leases") == 0
     fleet.between.hook = lambda message: 1
-    fleet.export("cd" * 16)
-    fleet.reader.call("watch", port=fleet.port, lease="cd" * 16, wanted=True)  # half a second is short
-    fleet.read_until_right("cd" * 16)
-    fleet.reader.call("watch", port=fleet.port, lease="cd" * 16, wanted=False)
+
+    def serves_another() -> bool:
+        fleet.export()
+        fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=True)  # half a second is short
+        said = fleet.read()
+        fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=False)
+        assert said <= {"right", "gone", "timeout", "unreachable", "unavailable"}
+        return said == {"right"}
+
+    wait_until(serves_another, "another reader is served", 60.0)
+
+
+@pytest.mark.parametrize("kind", [Welcome, Verdict])
+def test_a_reader_that_is_killed_at_any_other_step_leaves_nothing(fleet: Fleet, kind: type) -> None:
+    owner = fleet.start_owner(lease_seconds=0.5)
+    with ExitStack() as stack:
+        doomed = PeerProcess("tcp")
+        stack.callback(doomed.end)
+        doomed.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": 5.0})
+        fleet.export()
+        fleet.at(kind, doomed.kill)
+        doomed.say("read", port=fleet.port, lease=fleet.lease, keys=KEYS, rows=list(range(len(KEYS))))
+        wait_until(lambda: owner.call("ended") == [fleet.lease], "the owner has its blocks back", 60.0)
+    assert owner.call("open_leases") == 0
 
 
 @pytest.mark.parametrize("how", ["close", "fail"])
