@@ -359,7 +359,7 @@ class Exchange:
         self._close(status, reason)
         if may_speak:
             self._client.write(stream_error_bytes("the engine was lost in the middle of this answer; try again"))
-            self._client.finish(False)
+            self._client.finish(self._request.head.keep_alive)  # a whole answer: closing would lose the next request
         else:
             self._client.cut(reset=not is_framed(head, self._request.head))
 

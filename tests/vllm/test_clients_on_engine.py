@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 MESSAGES: Any = [{"role": "user", "content": "tell me a story of two numbers"}]
 ASKED: Any = {"model": MODEL_NAME, "max_tokens": 12, "temperature": 0}
+GREEDY: Any = {"model": MODEL_NAME, "max_tokens": 12, "extra_body": {"temperature": 0}}
 
 
 def openai_says(url: str) -> list[Any]:
@@ -36,12 +37,12 @@ def openai_says(url: str) -> list[Any]:
 
 def anthropic_says(url: str) -> list[Any]:
     with anthropic.Anthropic(base_url=url, api_key="k", max_retries=0) as client:
-        whole = client.messages.create(messages=MESSAGES, **ASKED)
-        with client.messages.stream(messages=MESSAGES, **ASKED) as stream:
+        whole = client.messages.create(messages=MESSAGES, **GREEDY)
+        with client.messages.stream(messages=MESSAGES, **GREEDY) as stream:
             text = "".join(stream.text_stream)
         count = client.messages.count_tokens(model=MODEL_NAME, messages=MESSAGES)
         with pytest.raises(anthropic.NotFoundError):
-            client.messages.create(messages=MESSAGES, **{**ASKED, "model": "none"})
+            client.messages.create(messages=MESSAGES, **{**GREEDY, "model": "none"})
     assert text == whole.content[0].text
     return [text, whole.stop_reason, whole.usage.output_tokens, count.input_tokens]
 
