@@ -105,24 +105,34 @@ class SchedulerHalf:
 
         Of the latter only the prompt's: they are final, and a sliding window lets go of their blocks in the next step.
         A request whose load is still running is left alone: its blocks count as computed, their bytes are not there.
+        So is everything while a load within a step may still fail, and is offered after that.
         """
         live = self._requests.get(request_id)
-        if live is not None and request_id not in self._onboarding.loading:
+        if live is None:
+            return
+        live.has_run = True
+        if request_id not in self._onboarding.loading and not self._steps.is_in_doubt:
             certain = min(computed_tokens + scheduled_tokens, live.request.num_prompt_tokens)
             self._offloading.offer(live, max(computed_tokens, certain), tables)
 
-    def finished(self, request: Any, tables: Tables, computed_tokens: int) -> None:
-        """Offers the last blocks. vLLM may free them all now: the ones being copied are held until they are copied."""
+    def finished(self, request: Any, tables: Tables, computed_tokens: int, is_answered: bool = False) -> None:
+        """Offers the last blocks. vLLM may free them all now: the ones being copied are held until they are copied.
+
+        Of an answered request every step has ended well; one that is aborted may count on a step that still fails.
+        """
         request_id = request.request_id
-        self.offer(request_id, computed_tokens, 0, lambda: tables)
         live = self._requests.pop(request_id, None)
         if live is None:
             return
         self._onboarding.leave(live)
-        if request_id not in self._onboarding.loading:
-            self._offloading.finish(live, computed_tokens, tables)
-            if live.hints.pin_ttl_seconds:
-                self._offloading.pin(live, self._clock() + live.hints.pin_ttl_seconds)
+        if request_id in self._onboarding.loading:
+            return
+        is_certain = live.has_run and (is_answered or not self._steps.is_in_doubt)
+        kept_tokens = computed_tokens if is_certain else 0
+        self._offloading.offer(live, kept_tokens, lambda: tables)
+        self._offloading.finish(live, kept_tokens, tables)
+        if live.hints.pin_ttl_seconds:
+            self._offloading.pin(live, self._clock() + live.hints.pin_ttl_seconds)
 
     def hand_off(self, request: Any, computed_tokens: int) -> dict[str, Any] | None:
         """After `finished`: what other engines must know to get its KV, for `kv_transfer_params`."""
@@ -136,15 +146,18 @@ class SchedulerHalf:
         chain = list(keys[: computed_tokens // block_tokens])
         return self._exports.begin(chain, self._offloading.on_their_way(chain), block_tokens)
 
-    def step_planned(self, computed: Mapping[str, int], scheduled: Mapping[str, int]) -> None:
-        """Tokens of each request that were computed before the step, and that are computed in it."""
+    def step_planned(self, computed: Mapping[str, int], scheduled: Mapping[str, int], may_fail: bool = False) -> None:
+        """Tokens of each request that were computed before the step, and that are computed in it.
+
+        `may_fail`: another connector loads some of the former within the step.
+        """
         prefill = 0
         for request_id, tokens in scheduled.items():
             live = self._requests.get(request_id)
             if live is not None:
                 prefill += max(0, min(tokens, live.request.num_prompt_tokens - computed.get(request_id, 0)))
         self._step_prefill = prefill
-        self._steps.planned(self._clock(), prefill, sum(scheduled.values()))
+        self._steps.planned(self._clock(), prefill, sum(scheduled.values()), may_fail)
         if scheduled.keys() & self._onboarding.loading.keys():
             self._steps.may_wait()
 
