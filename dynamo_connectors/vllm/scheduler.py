@@ -35,6 +35,11 @@ log = engine_logger(__name__)
 _LONGEST_FIND_SECONDS = 2.0
 
 
+#: How long an idle engine goes on stepping for copies between the tiers below HBM, after its last request. vLLM puts
+#: off sleep, pause and exit meanwhile.
+MOVES_SECONDS = 5.0
+
+
 class SchedulerHalf:
     """One per engine. Called by vLLM's scheduler only, so it needs no lock. `clock` gives seconds."""
 
@@ -61,6 +66,8 @@ class SchedulerHalf:
         self._recovery = Recovery(limits.num_workers, limits.lasting_tiers)
         #: Until when requests wait for it, from the first one on.
         self._finds_due: float | None = None
+        #: When the last request left.
+        self._left_at = clock()
         self._steps = StepClock()
         #: Prompt tokens of the step that is being planned.
         self._step_prefill = 0
@@ -124,6 +131,7 @@ class SchedulerHalf:
         live = self._requests.pop(request_id, None)
         if live is None:
             return
+        self._left_at = self._clock()
         self._onboarding.leave(live)
         if request_id in self._onboarding.loading:
             return
@@ -217,13 +225,15 @@ class SchedulerHalf:
 
     @property
     def has_work(self) -> bool:
-        """Whether an idle engine must keep stepping: to see a job end, to start one, or to hear what survived."""
-        return bool(
-            self._ledger.has_urgent
-            or self._forget_next
-            or self._recovery.is_open(NVME_SSD)
-            or self._manager.has_moves_waiting
-        )
+        """Whether an idle engine must keep stepping: to see a job end, to start one, or to hear what survived.
+
+        Moves are waited for `MOVES_SECONDS` at most; those under way go on, and the next step hears how they ended.
+        """
+        if self._ledger.has_urgent or self._forget_next or self._recovery.is_open(NVME_SSD):
+            return True
+        if not self._requests and self._clock() - self._left_at >= MOVES_SECONDS:
+            return False
+        return self._ledger.has_moves or self._manager.has_moves_waiting
 
     def take_events(self) -> Iterable[Any]:
         return self._events.take()
