@@ -93,13 +93,13 @@ def hashes_end_with_process(algorithm: str) -> bool:
     return "xxhash" in algorithm or not hasattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")
 
 
-def is_surely_computed(scheduler_output: Any) -> bool:
-    """Whether what the step computes is right for sure once it has run, so that it can be offloaded by the same step.
+def loads_within_step(scheduler_output: Any) -> bool | None:
+    """Whether another connector loads KV within the step. Such a load may fail, and with it what the step computes.
 
-    Another connector that loads within the step may fail, and with it what the step computes. Before 0.29 no step tells
-    whether there is such a load, so blocks are offloaded one step later there.
+    None before 0.29, where no step tells.
     """
-    return not getattr(scheduler_output, "has_sync_kv_loads", True)
+    told: bool | None = getattr(scheduler_output, "has_sync_kv_loads", None)
+    return told
 
 
 class BlockTables:

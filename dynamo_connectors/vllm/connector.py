@@ -23,7 +23,7 @@ from dynamo_connectors.vllm.compat import (
     HbmHolds,
     engine_logger,
     is_answered,
-    is_surely_computed,
+    loads_within_step,
     log_where_the_engine_logs,
     tokens_in_flight,
 )
@@ -106,8 +106,9 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return False, None
         computed = max(0, request.num_computed_tokens - tokens_in_flight(request))
-        self._scheduler.finished(request, block_ids, computed)
-        return False, self._scheduler.hand_off(request, computed) if is_answered(request) else None
+        answered = is_answered(request)
+        self._scheduler.finished(request, block_ids, computed, answered)
+        return False, self._scheduler.hand_off(request, computed) if answered else None
 
     def has_pending_push_work(self) -> bool:
         return self._scheduler is not None and self._scheduler.has_work
@@ -218,8 +219,9 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         scheduled = scheduler_output.num_scheduled_tokens
-        scheduler.step_planned(computed, scheduled)
-        trusts_step = is_surely_computed(scheduler_output)
+        loads = loads_within_step(scheduler_output)
+        scheduler.step_planned(computed, scheduled, may_fail=bool(loads))
         for request_id, tokens in computed.items():
-            fresh = scheduled.get(request_id, 0) if trusts_step else 0
+            # Blocks are offloaded by the step that computes them, or by the next one where no step tells.
+            fresh = scheduled.get(request_id, 0) if loads is not None else 0
             scheduler.offer(request_id, tokens, fresh, partial(self._block_tables.blocks_of, request_id))

@@ -159,10 +159,15 @@ class JobLedger:
     def has_urgent(self) -> bool:
         """Whether somebody waits for a job to end, or for workers to hear of something.
 
-        Nobody waits for the end of an erasure, whose store may never be reached, nor of an export.
+        Nobody waits for the end of an erasure, whose store may never be reached, nor of an export; nor for long for a
+        move, whose disk may hang (`has_moves`).
         """
         told_late = self._exports or self._announced or self._unwatch
-        return bool(told_late) or any(not job.is_patient for job in self._jobs.values())
+        return bool(told_late) or any(not (job.is_patient or job.moves) for job in self._jobs.values())
+
+    @property
+    def has_moves(self) -> bool:
+        return any(job.moves for job in self._jobs.values())
 
     def loading_requests(self) -> set[str]:
         return {job.loading for job in self._jobs.values() if job.loading is not None}

@@ -76,6 +76,9 @@ class Live:
     local_tokens: int = 0
     #: It has no HBM blocks yet.
     is_queued: bool = True
+    #: A step has been planned with it since it got its HBM blocks. Until then they may hold anything: the tokens that
+    #: another connector loads asynchronously count as computed from the start.
+    has_run: bool = False
     #: Its use of its blocks has been counted.
     is_noted: bool = False
     #: It did not wait any longer to hear what an earlier run left.

@@ -60,7 +60,11 @@ class Onboarding:
         return total - computed_tokens
 
     def after_alloc(self, live: Live, tables: Tables, external_tokens: int) -> None:
-        """The engine took up the offer: lease the blocks and plan their load into `tables`."""
+        """The engine took up the offer: lease the blocks and plan their load into `tables`.
+
+        It says so at every admission, also when there is nothing for us to load.
+        """
+        live.has_run = False
         if live.is_queued:
             live.is_queued = False
             wanted = self._geometry.longest_limit(live.request.num_tokens, len(live.chains.hashes)) - live.local_tokens

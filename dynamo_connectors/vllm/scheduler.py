@@ -35,6 +35,11 @@ log = engine_logger(__name__)
 _LONGEST_FIND_SECONDS = 2.0
 
 
+#: How long an idle engine goes on stepping for copies between the tiers below HBM, after its last request. vLLM puts
+#: off sleep, pause and exit meanwhile.
+MOVES_SECONDS = 5.0
+
+
 class SchedulerHalf:
     """One per engine. Called by vLLM's scheduler only, so it needs no lock. `clock` gives seconds."""
 
@@ -61,6 +66,8 @@ class SchedulerHalf:
         self._recovery = Recovery(limits.num_workers, limits.lasting_tiers)
         #: Until when requests wait for it, from the first one on.
         self._finds_due: float | None = None
+        #: When the last request left.
+        self._left_at = clock()
         self._steps = StepClock()
         #: Prompt tokens of the step that is being planned.
         self._step_prefill = 0
@@ -105,24 +112,35 @@ class SchedulerHalf:
 
         Of the latter only the prompt's: they are final, and a sliding window lets go of their blocks in the next step.
         A request whose load is still running is left alone: its blocks count as computed, their bytes are not there.
+        So is everything while a load within a step may still fail, and is offered after that.
         """
         live = self._requests.get(request_id)
-        if live is not None and request_id not in self._onboarding.loading:
+        if live is None:
+            return
+        live.has_run = True
+        if request_id not in self._onboarding.loading and not self._steps.is_in_doubt:
             certain = min(computed_tokens + scheduled_tokens, live.request.num_prompt_tokens)
             self._offloading.offer(live, max(computed_tokens, certain), tables)
 
-    def finished(self, request: Any, tables: Tables, computed_tokens: int) -> None:
-        """Offers the last blocks. vLLM may free them all now: the ones being copied are held until they are copied."""
+    def finished(self, request: Any, tables: Tables, computed_tokens: int, is_answered: bool = False) -> None:
+        """Offers the last blocks. vLLM may free them all now: the ones being copied are held until they are copied.
+
+        Of an answered request every step has ended well; one that is aborted may count on a step that still fails.
+        """
         request_id = request.request_id
-        self.offer(request_id, computed_tokens, 0, lambda: tables)
         live = self._requests.pop(request_id, None)
         if live is None:
             return
+        self._left_at = self._clock()
         self._onboarding.leave(live)
-        if request_id not in self._onboarding.loading:
-            self._offloading.finish(live, computed_tokens, tables)
-            if live.hints.pin_ttl_seconds:
-                self._offloading.pin(live, self._clock() + live.hints.pin_ttl_seconds)
+        if request_id in self._onboarding.loading:
+            return
+        is_certain = live.has_run and (is_answered or not self._steps.is_in_doubt)
+        kept_tokens = computed_tokens if is_certain else 0
+        self._offloading.offer(live, kept_tokens, lambda: tables)
+        self._offloading.finish(live, kept_tokens, tables)
+        if live.hints.pin_ttl_seconds:
+            self._offloading.pin(live, self._clock() + live.hints.pin_ttl_seconds)
 
     def hand_off(self, request: Any, computed_tokens: int) -> dict[str, Any] | None:
         """After `finished`: what other engines must know to get its KV, for `kv_transfer_params`."""
@@ -136,15 +154,18 @@ class SchedulerHalf:
         chain = list(keys[: computed_tokens // block_tokens])
         return self._exports.begin(chain, self._offloading.on_their_way(chain), block_tokens)
 
-    def step_planned(self, computed: Mapping[str, int], scheduled: Mapping[str, int]) -> None:
-        """Tokens of each request that were computed before the step, and that are computed in it."""
+    def step_planned(self, computed: Mapping[str, int], scheduled: Mapping[str, int], may_fail: bool = False) -> None:
+        """Tokens of each request that were computed before the step, and that are computed in it.
+
+        `may_fail`: another connector loads some of the former within the step.
+        """
         prefill = 0
         for request_id, tokens in scheduled.items():
             live = self._requests.get(request_id)
             if live is not None:
                 prefill += max(0, min(tokens, live.request.num_prompt_tokens - computed.get(request_id, 0)))
         self._step_prefill = prefill
-        self._steps.planned(self._clock(), prefill, sum(scheduled.values()))
+        self._steps.planned(self._clock(), prefill, sum(scheduled.values()), may_fail)
         if scheduled.keys() & self._onboarding.loading.keys():
             self._steps.may_wait()
 
@@ -204,13 +225,15 @@ class SchedulerHalf:
 
     @property
     def has_work(self) -> bool:
-        """Whether an idle engine must keep stepping: to see a job end, to start one, or to hear what survived."""
-        return bool(
-            self._ledger.has_urgent
-            or self._forget_next
-            or self._recovery.is_open(NVME_SSD)
-            or self._manager.has_moves_waiting
-        )
+        """Whether an idle engine must keep stepping: to see a job end, to start one, or to hear what survived.
+
+        Moves are waited for `MOVES_SECONDS` at most; those under way go on, and the next step hears how they ended.
+        """
+        if self._ledger.has_urgent or self._forget_next or self._recovery.is_open(NVME_SSD):
+            return True
+        if not self._requests and self._clock() - self._left_at >= MOVES_SECONDS:
+            return False
+        return self._ledger.has_moves or self._manager.has_moves_waiting
 
     def take_events(self) -> Iterable[Any]:
         return self._events.take()

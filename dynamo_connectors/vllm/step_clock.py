@@ -1,4 +1,4 @@
-"""How fast this engine prefills, learnt from when steps are planned and when they end. Pure: time is an argument."""
+"""The steps under way: how fast this engine prefills, and whether one of them may fail. Pure: time is an argument."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class _Step(NamedTuple):
     num_tokens: int
     #: It may take as long as a load, which says nothing of computing.
     may_wait: bool = False
+    #: Another connector loads within it; whether that went well is told when it ends.
+    may_fail: bool = False
 
 
 class Prefill(NamedTuple):
@@ -37,8 +39,13 @@ class StepClock:
         """What a step takes at least, going by the last few; 0 before there are so many."""
         return min(self._recent) if len(self._recent) == _RECENT else 0.0
 
-    def planned(self, now: float, prefill_tokens: int, num_tokens: int) -> None:
-        self._steps.append(_Step(now, prefill_tokens, num_tokens))
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether what counts as computed may turn out not to be, once the steps under way have ended."""
+        return any(step.may_fail for step in self._steps)
+
+    def planned(self, now: float, prefill_tokens: int, num_tokens: int, may_fail: bool = False) -> None:
+        self._steps.append(_Step(now, prefill_tokens, num_tokens, may_fail=may_fail))
 
     def may_wait(self) -> None:
         """The step that was planned last may wait for a load."""

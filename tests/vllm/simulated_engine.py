@@ -33,6 +33,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
+from dynamo_connectors.vllm.connector import DynamoConnector
+from dynamo_connectors.vllm.messages import StepPlan
+
 BLOCK = 32
 LAYERS = ("model.layers.0.attn", "model.layers.1.attn")
 SPEC = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -43,8 +46,16 @@ MAX_STEPS = 20_000
 
 def ours(connector: Any) -> Any:
     """The dynamo connector, also where vLLM holds it as the child of a `MultiConnector`."""
-    (dynamo,) = getattr(connector, "_connectors", (connector,))
+    (dynamo,) = (
+        child for child in getattr(connector, "_connectors", (connector,)) if isinstance(child, DynamoConnector)
+    )
     return dynamo
+
+
+def plan_of(metadata: Any) -> StepPlan:
+    """What our scheduler half plans, also among the metadata of a `MultiConnector`'s other children."""
+    (plan,) = (child for child in getattr(metadata, "metadata", (metadata,)) if isinstance(child, StepPlan))
+    return plan
 
 
 @dataclass
@@ -257,7 +268,7 @@ class SimulatedEngine:
     def finish_step(self) -> None:
         """Runs the oldest scheduled step on every worker, and tells the scheduler."""
         step = self._in_flight.popleft()
-        (plan,) = getattr(step.output.kv_connector_metadata, "metadata", (step.output.kv_connector_metadata,))
+        plan = plan_of(step.output.kv_connector_metadata)
         self.planned.update(loads=sum(len(load.items) for load in plan.loads))
         self.planned.update(stores=sum(len(store.items) for store in plan.stores))
         outputs = []

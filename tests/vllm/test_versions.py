@@ -32,9 +32,10 @@ def child_environment(overlay: str | None) -> dict[str, str]:
 
 # Most of a minute on an idle machine, half of it imports.
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("program", ["version_scenario", "beside_others"])
 @pytest.mark.parametrize("version", OVERLAYS)
-def test_a_version_runs_the_whole_scenario(version: str, tiny_model: Path) -> None:
-    command = [sys.executable, "-m", "tests.vllm.version_scenario", str(tiny_model)]
+def test_a_version_runs_the_whole_scenario(version: str, program: str, tiny_model: Path) -> None:
+    command = [sys.executable, "-m", f"tests.vllm.{program}", str(tiny_model)]
     environment = child_environment(OVERLAYS[version])
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580, check=False)
     assert run.returncode == 0, f"{run.stdout[-2000:]}\n{run.stderr[-6000:]}"
