@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from dynamo_connectors.jobs import LoadJob
 from dynamo_connectors.transfer import TransferEngine
 from dynamo_connectors.vllm.compat import hashes_end_with_process
 from dynamo_connectors.vllm.connector import DynamoConnector
+from tests.vllm.late_layers import late_layers, stream_of, watch_writes
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, ours
 
 MODES = (
@@ -38,6 +40,12 @@ MODES = (
     Mode("draft model", draft_layer=True),
     Mode("V2 runner", v2_runner=True),
     Mode("V2 runner, async scheduling, two workers", async_scheduling=True, v2_runner=True, workers=2),
+)
+BY_LAYERS = (
+    Mode("by layers", by_layers=True),
+    Mode("by layers, async scheduling, two workers", async_scheduling=True, workers=2, by_layers=True),
+    Mode("by layers, V2 runner", v2_runner=True, by_layers=True),
+    Mode("by layers, V2 runner, async scheduling", async_scheduling=True, v2_runner=True, by_layers=True),
 )
 HBM_BLOCKS = 24
 ABORTED_IN = (
@@ -330,6 +338,50 @@ def tells_whether_hashes_outlive_the_process() -> None:
     del os.environ["PYTHONHASHSEED"]
 
 
+def layers_wait_for_their_part(engine: SimulatedEngine) -> None:
+    """One to three requests at a time, so that loads find the engine idle. Prefixes are shared, some requests leave."""
+    counts = [stream_of(worker).counts for worker in engine.workers]
+    for each in counts:
+        each.update(loads=0, waits=0, joins=0)
+    chance = random.Random(11)
+    stems = [prompt(300 + index, chance.randrange(2 * BLOCK, 6 * BLOCK)) for index in range(8)]
+    for index in range(40):
+        names = [f"few-{index}-{number}" for number in range(chance.randrange(1, 4))]
+        stem = chance.choice(stems)
+        for name in names:
+            engine.submit(
+                name, stem + prompt(400 + chance.randrange(9), chance.randrange(1, 70)), chance.randrange(1, 9)
+            )
+        for _ in range(chance.randrange(8)):
+            engine.step()
+        if chance.random() < 0.2 and engine.scheduler.requests:
+            engine.abort(chance.choice(list(engine.scheduler.requests)))
+        if chance.random() < 0.7:
+            engine.run()
+        ours(engine.scheduler.connector)._scheduler.check()
+        for name in names:
+            engine.expect_answer(name)
+    engine.run()
+    for each in counts:
+        assert each["loads"] > 5, f"hardly any load came by layers: {each}"
+        assert each["waits"] > 5, f"hardly any layer waited: {each}"
+
+
+def what_is_loaded_whole_comes_at_once(engine: SimulatedEngine) -> None:
+    """Its last token is computed again, and written into the last block that was loaded, before any layer waits."""
+    text = prompt(8, 5 * BLOCK)
+    engine.submit("first", text, 8)
+    engine.run()
+    for name, longer, by_layers in (("whole", [], 0), ("longer", prompt(9, 9), 1)):
+        evict_hbm(engine, name)
+        loads, before = engine.planned["loads"], stream_of(engine.workers[0]).counts["loads"]
+        engine.submit(name, text + longer, 8)
+        engine.run()
+        assert engine.planned["loads"] == loads + 5
+        assert stream_of(engine.workers[0]).counts["loads"] == before + by_layers, name
+    assert engine.answers["whole"] == engine.answers["first"]
+
+
 PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
     cold_evicted_and_hit,
     preempted_requests_come_back_right,
@@ -343,8 +395,25 @@ PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
 )
 
 
+PARTS_BY_LAYERS: tuple[Callable[[SimulatedEngine], None], ...] = (
+    cold_evicted_and_hit,
+    what_is_loaded_whole_comes_at_once,
+    preempted_requests_come_back_right,
+    aborted_in_every_state,
+    forgets_on_reset,
+    layers_wait_for_their_part,
+)
+
+
 def run_parts(config: Any, mode: Mode, parts: Sequence[Callable[[SimulatedEngine], None]]) -> None:
-    engine = SimulatedEngine(config, mode, HBM_BLOCKS)
+    with late_layers() if mode.by_layers else nullcontext():
+        engine = SimulatedEngine(config, mode, HBM_BLOCKS)
+        if mode.by_layers:
+            watch_writes(engine)
+        _run_parts(engine, mode, parts)
+
+
+def _run_parts(engine: SimulatedEngine, mode: Mode, parts: Sequence[Callable[[SimulatedEngine], None]]) -> None:
     for part in parts:
         part(engine)
         assert_nothing_left(engine)
@@ -359,6 +428,8 @@ def main(model: str) -> None:
     run_parts(first, MODES[0], [*PARTS, partial(speaks_to_metrics_and_routers, config=first)])
     for mode in MODES[1:]:
         run_parts(dynamo_config(model), mode, PARTS)
+    for mode in BY_LAYERS:
+        run_parts(dynamo_config(model), mode, PARTS_BY_LAYERS)
     multi = Mode("a child of MultiConnector", workers=2)
     run_parts(multi_config(model), multi, [cold_evicted_and_hit, aborted_in_every_state])
     print("passed: everything", flush=True)
