@@ -41,11 +41,11 @@ class LayerHooks:
         self._asked.add(layer)
         return self._part_of.get(layer)
 
-    def end(self) -> None:
-        """The step was computed. Raises when a layer did not wait that had to."""
+    def end(self, is_broken: bool = False) -> None:
+        """The step was computed. Raises when a layer did not wait that had to, unless the step broke off."""
         kind, self._kind = self._kind, None
         waited, self._waits = self._waits, False
-        if kind is None:
+        if kind is None or is_broken:
             return
         silent = self._part_of.keys() - self._asked
         if not silent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
@@ -84,7 +85,11 @@ class WorkerHalf:
     def end_step(self) -> None:
         """Called after all that the step computes was enqueued: what comes now knows nothing of layers."""
         self._transfers.layers.join()
-        self._layers.end()
+        before = self._layers.may_come
+        # vLLM ends a step that raised in the same way, and its own error is the one to hear.
+        self._layers.end(is_broken=sys.exc_info()[0] is not None)
+        if self._layers.may_come and not before:
+            log.info("dynamo: loads from host memory may arrive layer by layer, from now on")
 
     def start_loads(self, plan: StepPlan) -> None:
         if self._peers is not None:

@@ -20,7 +20,7 @@ from dynamo_connectors.vllm import setup
 from tests.vllm.simulated_engine import LAYERS, SimulatedEngine, SimulatedWorker, ours
 
 #: When a copy that nobody waits for is there all the same. Nothing is right or wrong by it.
-_AT_LAST_SECONDS = 0.2
+AT_LAST_SECONDS = 0.2
 
 
 class LateLoad:
@@ -43,7 +43,7 @@ class LateLoad:
 
     def wait(self) -> None:
         """On the thread that reports the load."""
-        if not self._is_done.wait(_AT_LAST_SECONDS):
+        if not self._is_done.wait(AT_LAST_SECONDS):
             self.arrive(len(self.copies))
 
     def is_done(self) -> bool:
@@ -88,6 +88,11 @@ class LateStream:
         for load in self._all:
             group = group_of(LAYERS.index(layer), self._parts, len(load.copies))
             assert block not in load.blocks or load.here > group, f"block {block} is written before its load is there"
+
+    def arrive(self) -> None:
+        """All copies end now."""
+        for load in self._all:
+            load.arrive(len(load.copies))
 
     def _arrive(self, load: LateLoad, groups: int, why: str) -> None:
         self.counts[why] += max(0, groups - load.here)

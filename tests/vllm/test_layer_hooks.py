@@ -71,6 +71,19 @@ def test_a_layer_that_did_not_wait_is_an_error_and_nothing_comes_by_layers_again
     assert not hooks.may_come
 
 
+def test_a_step_that_broke_off_says_nothing_of_its_layers() -> None:
+    hooks = LayerHooks(PARTS)
+    step(hooks, "NONE", "layer.0 layer.1")
+    assert hooks.begin("NONE", has_loads=True)
+    hooks.end(is_broken=True)
+    assert hooks.may_come
+    hooks.begin("PIECEWISE", has_loads=True)
+    for layer in PARTS:
+        hooks.ask(layer)
+    hooks.end(is_broken=True)
+    assert not step(hooks, "PIECEWISE", "layer.0 layer.1", has_loads=True)
+
+
 def test_where_no_layer_is_known_nothing_is_relied_on() -> None:
     hooks = LayerHooks({})
     assert not step(hooks, "NONE", "layer.0", has_loads=True)

@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import vllm
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_events import BlockStored
@@ -30,6 +32,7 @@ from dynamo_connectors.jobs import LoadJob
 from dynamo_connectors.transfer import TransferEngine
 from dynamo_connectors.vllm.compat import hashes_end_with_process
 from dynamo_connectors.vllm.connector import DynamoConnector
+from tests.vllm import late_layers as late
 from tests.vllm.late_layers import late_layers, stream_of, watch_writes
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, ours
 
@@ -372,7 +375,8 @@ def what_is_loaded_whole_comes_at_once(engine: SimulatedEngine) -> None:
     text = prompt(8, 5 * BLOCK)
     engine.submit("first", text, 8)
     engine.run()
-    for name, longer, by_layers in (("whole", [], 0), ("longer", prompt(9, 9), 1)):
+    # A single token more is computed in one graph, which asks for no layer.
+    for name, longer, by_layers in (("whole", [], 0), ("longer", prompt(9, 9), 1), ("one more", prompt(9, 1), 1)):
         evict_hbm(engine, name)
         loads, before = engine.planned["loads"], stream_of(engine.workers[0]).counts["loads"]
         engine.submit(name, text + longer, 8)
@@ -380,6 +384,24 @@ def what_is_loaded_whole_comes_at_once(engine: SimulatedEngine) -> None:
         assert engine.planned["loads"] == loads + 5
         assert stream_of(engine.workers[0]).counts["loads"] == before + by_layers, name
     assert engine.answers["whole"] == engine.answers["first"]
+
+
+def waits_are_needed(config: Any, mode: Mode) -> None:
+    """With any of them left out the step that would compute on old bytes is seen."""
+    text = prompt(1, 5 * BLOCK)
+    for left_out, more in (("wait", 9), ("join", 1)):
+        with late_layers(), patch.object(late, "AT_LAST_SECONDS", 600):
+            engine = SimulatedEngine(config, mode, HBM_BLOCKS)
+            engine.submit("cold", text, 8)
+            engine.run()
+            evict_hbm(engine, left_out)
+            engine.submit("hit", text + prompt(9, more), 8)
+            nothing = patch.object(late.LateStream, left_out, lambda *_: None)
+            with nothing, pytest.raises(AssertionError, match="wrong KV"):
+                engine.run()
+            stream_of(engine.workers[0]).arrive()
+            engine.close()
+        print(f"passed: {mode.name}: without {left_out} old bytes are seen", flush=True)
 
 
 PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
@@ -430,6 +452,7 @@ def main(model: str) -> None:
         run_parts(dynamo_config(model), mode, PARTS)
     for mode in BY_LAYERS:
         run_parts(dynamo_config(model), mode, PARTS_BY_LAYERS)
+    waits_are_needed(dynamo_config(model), BY_LAYERS[0])
     multi = Mode("a child of MultiConnector", workers=2)
     run_parts(multi_config(model), multi, [cold_evicted_and_hit, aborted_in_every_state])
     print("passed: everything", flush=True)
