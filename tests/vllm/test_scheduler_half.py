@@ -98,9 +98,8 @@ def test_a_load_to_the_last_token_comes_at_once() -> None:
     """vLLM computes that token again, and writes it into the last loaded block before any layer waits."""
     half, _ = make()
     keep(half, "a", [1, 2])
-    for name, more, by_layers in (("whole", 0, False), ("longer", 1, True)):
-        what = request(name, 2, prefix="a")
-        what.num_tokens += more
+    for name, blocks, by_layers in (("whole", 2, False), ("longer", 3, True)):
+        what = request(name, blocks, prefix="a")
         plan = load(half, what, [8, 9])
         assert plan.loads[0].may_run_ahead
         assert plan.loads[0].by_layers is by_layers, name
