@@ -170,7 +170,7 @@ class WorkerHalf:
         # In a step that computes, what hides the load is that step; then the next one finds it there.
         by_layers = plan.is_idle and load.by_layers and self._layers.may_come
         beside = begun if by_layers or not plan.is_idle else None
-        if may_run_ahead and self._transfers.run_ahead(load, beside, by_layers):
+        if may_run_ahead and self._transfers.run_ahead(load, beside=beside, by_layers=by_layers):
             self._ahead.add(load.job_id)
             self._loaded_requests.add(load.request_id)
         else:

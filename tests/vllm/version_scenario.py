@@ -15,9 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
-import pytest
 import vllm
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_events import BlockStored
@@ -32,8 +30,15 @@ from dynamo_connectors.jobs import LoadJob
 from dynamo_connectors.transfer import TransferEngine
 from dynamo_connectors.vllm.compat import hashes_end_with_process
 from dynamo_connectors.vllm.connector import DynamoConnector
-from tests.vllm import late_layers as late
-from tests.vllm.late_layers import late_layers, stream_of, watch_writes
+from tests.vllm.by_layers_scenario import (
+    BY_LAYERS,
+    evict_hbm,
+    layers_wait_for_their_part,
+    prompt,
+    waits_are_needed,
+    what_is_loaded_whole_comes_at_once,
+)
+from tests.vllm.late_layers import late_layers, watch_writes
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, ours
 
 MODES = (
@@ -43,12 +48,6 @@ MODES = (
     Mode("draft model", draft_layer=True),
     Mode("V2 runner", v2_runner=True),
     Mode("V2 runner, async scheduling, two workers", async_scheduling=True, v2_runner=True, workers=2),
-)
-BY_LAYERS = (
-    Mode("by layers", by_layers=True),
-    Mode("by layers, async scheduling, two workers", async_scheduling=True, workers=2, by_layers=True),
-    Mode("by layers, V2 runner", v2_runner=True, by_layers=True),
-    Mode("by layers, V2 runner, async scheduling", async_scheduling=True, v2_runner=True, by_layers=True),
 )
 HBM_BLOCKS = 24
 ABORTED_IN = (
@@ -85,16 +84,6 @@ def multi_config(model: str) -> Any:
     multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
     multi["kv_connector_extra_config"] = {"connectors": [child]}
     return engine_config(model, "--kv-transfer-config", json.dumps(multi))
-
-
-def prompt(seed: int, tokens: int) -> list[int]:
-    return random.Random(seed).choices(range(500), k=tokens)
-
-
-def evict_hbm(engine: SimulatedEngine, name: str) -> None:
-    for index in range(4):
-        engine.submit(f"{name}-filler-{index}", prompt(1000 + index, 12 * BLOCK), 2)
-        engine.run()
 
 
 def assert_nothing_left(engine: SimulatedEngine) -> None:
@@ -231,7 +220,7 @@ def runs_ahead_beside_others(engine: SimulatedEngine) -> None:
     waiting: list[tuple[TransferEngine, LoadJob]] = []
     joins = 0
 
-    def later(self: TransferEngine, job: LoadJob, beside: Any = None) -> bool:
+    def later(self: TransferEngine, job: LoadJob, beside: Any = None, by_layers: bool = False) -> bool:
         if beside is None:
             return run_ahead(self, job)
         waiting.append((self, job))
@@ -341,69 +330,6 @@ def tells_whether_hashes_outlive_the_process() -> None:
     del os.environ["PYTHONHASHSEED"]
 
 
-def layers_wait_for_their_part(engine: SimulatedEngine) -> None:
-    """One to three requests at a time, so that loads find the engine idle. Prefixes are shared, some requests leave."""
-    counts = [stream_of(worker).counts for worker in engine.workers]
-    for each in counts:
-        each.update(loads=0, waits=0, joins=0)
-    chance = random.Random(11)
-    stems = [prompt(300 + index, chance.randrange(2 * BLOCK, 6 * BLOCK)) for index in range(8)]
-    for index in range(40):
-        names = [f"few-{index}-{number}" for number in range(chance.randrange(1, 4))]
-        stem = chance.choice(stems)
-        for name in names:
-            engine.submit(
-                name, stem + prompt(400 + chance.randrange(9), chance.randrange(1, 70)), chance.randrange(1, 9)
-            )
-        for _ in range(chance.randrange(8)):
-            engine.step()
-        if chance.random() < 0.2 and engine.scheduler.requests:
-            engine.abort(chance.choice(list(engine.scheduler.requests)))
-        if chance.random() < 0.7:
-            engine.run()
-        ours(engine.scheduler.connector)._scheduler.check()
-        for name in names:
-            engine.expect_answer(name)
-    engine.run()
-    for each in counts:
-        assert each["loads"] > 5, f"hardly any load came by layers: {each}"
-        assert each["waits"] > 5, f"hardly any layer waited: {each}"
-
-
-def what_is_loaded_whole_comes_at_once(engine: SimulatedEngine) -> None:
-    """Its last token is computed again, and written into the last block that was loaded, before any layer waits."""
-    text = prompt(8, 5 * BLOCK)
-    engine.submit("first", text, 8)
-    engine.run()
-    # A single token more is computed in one graph, which asks for no layer.
-    for name, longer, by_layers in (("whole", [], 0), ("longer", prompt(9, 9), 1), ("one more", prompt(9, 1), 1)):
-        evict_hbm(engine, name)
-        loads, before = engine.planned["loads"], stream_of(engine.workers[0]).counts["loads"]
-        engine.submit(name, text + longer, 8)
-        engine.run()
-        assert engine.planned["loads"] == loads + 5
-        assert stream_of(engine.workers[0]).counts["loads"] == before + by_layers, name
-    assert engine.answers["whole"] == engine.answers["first"]
-
-
-def waits_are_needed(config: Any, mode: Mode) -> None:
-    """With any of them left out the step that would compute on old bytes is seen."""
-    text = prompt(1, 5 * BLOCK)
-    for left_out, more in (("wait", 9), ("join", 1)):
-        with late_layers(), patch.object(late, "AT_LAST_SECONDS", 600):
-            engine = SimulatedEngine(config, mode, HBM_BLOCKS)
-            engine.submit("cold", text, 8)
-            engine.run()
-            evict_hbm(engine, left_out)
-            engine.submit("hit", text + prompt(9, more), 8)
-            nothing = patch.object(late.LateStream, left_out, lambda *_: None)
-            with nothing, pytest.raises(AssertionError, match="wrong KV"):
-                engine.run()
-            stream_of(engine.workers[0]).arrive()
-            engine.close()
-        print(f"passed: {mode.name}: without {left_out} old bytes are seen", flush=True)
-
-
 PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
     cold_evicted_and_hit,
     preempted_requests_come_back_right,
@@ -452,7 +378,7 @@ def main(model: str) -> None:
         run_parts(dynamo_config(model), mode, PARTS)
     for mode in BY_LAYERS:
         run_parts(dynamo_config(model), mode, PARTS_BY_LAYERS)
-    waits_are_needed(dynamo_config(model), BY_LAYERS[0])
+    waits_are_needed(dynamo_config(model), BY_LAYERS[0], HBM_BLOCKS)
     multi = Mode("a child of MultiConnector", workers=2)
     run_parts(multi_config(model), multi, [cold_evicted_and_hit, aborted_in_every_state])
     print("passed: everything", flush=True)
