@@ -1,4 +1,4 @@
-"""What `version_scenario` does with loads that arrive layer by layer, each copy as late as it may be (`late_layers`)."""
+"""What `version_scenario` does with loads that arrive layer by layer, each copy as late as it may be: `late_layers`."""
 
 from __future__ import annotations
 
