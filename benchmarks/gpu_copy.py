@@ -267,6 +267,45 @@ def ordering(report: Report, rounds: int = 20) -> None:
         report.add(name="ordering", waits=name, stale_stores=stale_stores, stale_loads=stale_loads, rounds=rounds)
 
 
+def layers(report: Report, rounds: int = 20) -> None:
+    """A load of 1 GiB layer by layer, each layer read right behind its own wait. Then the same without the waits."""
+    parts, blocks, size = 32, 512, 64 * KIB
+    pages = torch.zeros((parts, blocks, size), dtype=torch.uint8, device="cuda")
+    host = torch.zeros((blocks, parts * size), dtype=torch.uint8, pin_memory=True)
+    host.fill_(7)
+    hbm, rows = BlockView.of_pages(list(pages.unbind(0)), [size] * parts), BlockView.of_rows(host, [size] * parts)
+    from dynamo_kernels.layered import LayerStream, prepare_layers
+
+    layered, stream, ids = prepare_layers(rows, hbm), LayerStream(pages.device, parts), list(range(blocks))
+    seen = torch.empty_like(pages)
+    for name in ("each layer waits", "joined at once", "no layer waits"):
+        stale, seconds = 0, []
+        for _ in range(rounds):
+            pages.fill_(0)
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            copies = layered.copies(ids, ids)
+            stream.start(ComputeFence(pages.device), copies)
+            seconds.append(time.perf_counter() - started)
+            if name == "joined at once":
+                stream.join()
+            for part in range(parts):
+                if name == "each layer waits":
+                    stream.wait(part)
+                seen[part].copy_(pages[part])  # stands for the layer's attention
+            torch.cuda.synchronize()
+            took = time.perf_counter() - started
+            stale += not bool((seen == 7).all())
+            stream.join()
+        host_ms, whole_ms = median(seconds) * 1e3, took * 1e3
+        print(
+            f"by layers, {len(copies)} groups, {name}: stale {stale} of {rounds};"
+            f" enqueued in {host_ms:.1f} ms, read after {whole_ms:.1f} ms",
+            flush=True,
+        )
+        report.add(name="by_layers", waits=name, stale=stale, rounds=rounds, host_ms=host_ms, whole_ms=whole_ms)
+
+
 def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("no GPU here: nothing measured")
@@ -285,6 +324,7 @@ def main(arguments: list[str]) -> int:
     hbm = torch.empty(BYTES, dtype=torch.uint8, device=device)
     host = torch.empty(BYTES, dtype=torch.uint8, pin_memory=True)
     ordering(report)
+    layers(report)
     shapes = [shape for shape in SHAPES if shape[0] in (16 * KIB, 64 * KIB)] if "quick" in arguments else SHAPES
     for fragment, parts in shapes:
         for direction in Direction:

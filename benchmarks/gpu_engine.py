@@ -2,6 +2,7 @@
 
 python -m benchmarks gpu_engine [--tiny] [--parts prefix,load,chat,exact] [--arms none,native,dynamo,dynamo_fp8]
     [--seconds N] [--out DIR] [--disk DIR] [--flag FLAG ...]
+`--arms dynamo,dynamo_at_once --parts prefix` compares loads that arrive layer by layer with loads that arrive at once.
 python -m benchmarks gpu_engine --judge RAW.jsonl
 Needs a GPU, or `--tiny` and a vLLM for CPU. Engines that do not fit on it together run in waves. What there is no time
 for is named and left out. Raw figures go to DIR/gpu_engine.jsonl as they come.
@@ -151,7 +152,7 @@ async def timed_parts(fleet: Fleet, scale: Scale, schedule: Schedule) -> None:
         await schedule.run("gate", gated)
     if "chat" in schedule.parts:
         # First what the goal compares: the others may find no time.
-        rest = [client for client in timed if client not in compared]
+        rest = [client for client in timed if client not in compared and client.name != lines.AT_ONCE]
         await schedule.run("chat", chat.run([*compared, *rest], scale, record))
 
 

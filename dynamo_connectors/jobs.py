@@ -56,6 +56,8 @@ class LoadJob:
     missing_blocks: tuple[int, ...] = ()
     #: The request may be computed on as soon as the engine's own stream is sure to see the bytes.
     may_run_ahead: bool = False
+    #: And all that it computes goes into other blocks, so that a layer need only wait for its own part.
+    by_layers: bool = False
 
 
 @dataclass(frozen=True)

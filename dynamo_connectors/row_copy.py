@@ -6,7 +6,7 @@ both kinds; that another one's are not met on disk or in an object store is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.compressed_copy import CompressedCopy
 from dynamo_kernels.compression import Codec
 from dynamo_kernels.copy import copy_blocks, start_copy
+from dynamo_kernels.layered import LayeredCopy, prepare_layers
 
 
 class RowCopy:
@@ -27,6 +28,7 @@ class RowCopy:
         # One a direction: a load has its own buffers, and never waits behind a job that stores.
         self._storing = None if codec is None else CompressedCopy(codec, hbm, self._rows)
         self._loading = None if codec is None else CompressedCopy(codec, hbm, self._rows)
+        self._layered: LayeredCopy | None = None
 
     @property
     def device(self) -> torch.device:
@@ -57,3 +59,12 @@ class RowCopy:
             return self._loading.start_load(slots, blocks)
         start_copy(self._rows, slots, self._hbm, blocks)
         return True
+
+    def prepare_layers(self) -> None:
+        """Before any block means anything; without it every load arrives at once."""
+        if self._loading is None:
+            self._layered = prepare_layers(self._rows, self._hbm)
+
+    def by_layers(self, slots: Sequence[int], blocks: Sequence[int]) -> list[Callable[[], None]]:
+        """`start_up` in parts, to be called in order: none where the load had better arrive at once."""
+        return [] if self._layered is None else self._layered.copies(slots, blocks)

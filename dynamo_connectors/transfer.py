@@ -19,6 +19,7 @@ from typing import TypeAlias
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.compression import Codec
 from dynamo_kernels.fence import ComputeFence, CopyLane, SideStream
+from dynamo_kernels.layered import LayerStream
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, PEER
@@ -104,6 +105,8 @@ class TransferEngine:
         self._closed = False
         self._objects = stores.object_store
         self._side = SideStream(hbm.device)
+        #: For loads that arrive layer by layer.
+        self.layers = LayerStream(hbm.device, len(hbm.parts))
         #: Behind the last load that ran ahead, and when the last of them that was awaited had arrived.
         self._ahead = ComputeFence(self._device)
         self._arrived_at = 0.0
@@ -136,26 +139,42 @@ class TransferEngine:
             ended = self._erase(job)
         ended.add_done_callback(partial(self._report, job))
 
-    def run_ahead(self, job: LoadJob, beside: ComputeFence | None = None) -> bool:
+    def prepare_layers(self) -> None:
+        """Lets loads run ahead layer by layer; before any block means anything."""
+        try:
+            self._copy.prepare_layers()
+        except Exception as error:  # noqa: BLE001 - whatever it is, loads that arrive at once do without
+            log.warning("dynamo: loads will not arrive layer by layer: %s", error)
+
+    def run_ahead(self, job: LoadJob, beside: ComputeFence | None = None, by_layers: bool = False) -> bool:
         """Starts a load from host memory in the order of the current stream, the engine's own: what that is given from
         now on sees the bytes. With `beside` it starts after that fence, and the stream waits for it at `join`.
+
+        With `by_layers` the stream waits for it in `layers`, part by part; where the load is too small for that, it is
+        as if neither was given.
 
         The report comes when the bytes are there. False, and nothing is started, where that cannot be promised: then
         the job is to be submitted.
         """
         if not all(item.tier == HOST_DRAM and self._dram.holds(item.slot, item.key) for item in job.items):
             return False
-        begun = ComputeFence(self._device) if beside is None else beside
         slots, blocks = [item.slot for item in job.items], [item.block for item in job.items]
         called = time.monotonic()
         try:
-            with nullcontext() if beside is None else self._side.after(beside):
-                if not self._copy.start_up(slots, blocks):
-                    return False
+            copies = self._copy.by_layers(slots, blocks) if by_layers else []
+            if by_layers and not copies:
+                beside = None
+            begun = ComputeFence(self._device) if beside is None else beside
+            if copies:
+                arrived = self.layers.start(begun, copies)
+            else:
+                with nullcontext() if beside is None else self._side.after(beside):
+                    if not self._copy.start_up(slots, blocks):
+                        return False
+                arrived = self._ahead = ComputeFence(self._device) if beside is None else self._side.fence()
         except Exception:
             log.exception("dynamo: load %d could not run ahead", job.job_id)
             return False
-        self._ahead = arrived = ComputeFence(self._device) if beside is None else self._side.fence()
         with self._lock:
             self._unreported += 1
         ended = self._load_lane.submit(partial(self._await_arrival, job, (begun, arrived), called))
@@ -189,9 +208,10 @@ class TransferEngine:
         for below in self._below.values():
             ended += [below.tier.close(deadline), below.lane.stop(deadline)]
         # A lane that stops lets go of loads whose copies go on; the memory that they read must stay until those end.
-        while not self._ahead.is_done() and time.monotonic() < deadline:
+        ahead = (self._ahead, self.layers.fence())
+        while not all(fence.is_done() for fence in ahead) and time.monotonic() < deadline:
             time.sleep(0.001)
-        if not all(ended) or not self._ahead.is_done():
+        if not all(ended) or not all(fence.is_done() for fence in ahead):
             log.error("dynamo: stopped while transfers were still running; their memory stays until this process ends")
             return
         del self._copy

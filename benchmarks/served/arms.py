@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,8 @@ TIER_GIB = 28
 DYNAMO = ("--kv-connector", "dynamo")
 
 NONE, NATIVE, DYNAMO_ARM, FP8 = "none", "native", "dynamo", "dynamo_fp8"
+#: Its loads arrive at once instead of layer by layer. For `prefix` only, and only where it is asked for.
+AT_ONCE = "dynamo_at_once"
 #: Those that are timed, the most telling first.
 TIMED = (NONE, DYNAMO_ARM, NATIVE, FP8)
 EXACT_REFERENCE, EXACT = "exact_reference", "exact_dynamo"
@@ -33,6 +35,7 @@ class Arm:
     max_tokens: int = 40_960
     #: Bit-equal whatever else is in the batch (vLLM's own mode): needed to compare answers, too slow to time.
     batch_invariant: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,12 @@ def gpu_arms(disk: Path) -> list[Arm]:
         Arm(NONE, 12),
         Arm(NATIVE, 12, ("--kv-offloading-size", str(TIER_GIB))),
         Arm(DYNAMO_ARM, 12, (*DYNAMO, *_tier_flags(disk / DYNAMO_ARM, dram_gb, 20))),
+        Arm(
+            AT_ONCE,
+            12,
+            (*DYNAMO, *_tier_flags(disk / AT_ONCE, dram_gb, 20)),
+            variables={"DYNAMO_KVBM_BY_LAYERS": "off"},
+        ),
         Arm(EXACT_REFERENCE, 7, max_tokens=2_048, batch_invariant=True),
         # HBM for about 27 of the 32 requests, DRAM for a third of what they leave behind.
         Arm(EXACT, 2, exact, hbm_blocks=700, max_tokens=10_240, batch_invariant=True),
@@ -118,6 +127,7 @@ def server(arm: Arm, site: Site) -> ServerProcess:
         "HF_HUB_OFFLINE": "1",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "PYTHONPATH": os.pathsep.join([*map(str, site.import_path), os.environ.get("PYTHONPATH", "")]),
+        **arm.variables,
     }
     if site.tiny:
         env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}

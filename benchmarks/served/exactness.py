@@ -14,6 +14,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from benchmarks.served.client import Answer, EngineClient
@@ -27,6 +28,8 @@ _EVIDENCE = (
     "vllm:external_prefix_cache_hits_total",
     "vllm:prefix_cache_queries_total",
 )
+#: More than the tiered engine's HBM holds, fewer than its DRAM does.
+_ALONE = 48
 _OURS = ("dynamo_kvbm_hit_blocks_total", "dynamo_kvbm_load_failures_total", "dynamo_kvbm_dropped_blocks_total")
 
 
@@ -41,6 +44,10 @@ async def run(reference: EngineClient, tiered: EngineClient, scale: Scale, recor
     _compare(record, "reload, preempted, against either hit", got.crowded, wanted.crowded, wanted.calm)
     _compare(record, "reload, never preempted, against either hit", got.calm, wanted.crowded, wanted.calm)
     _compare(record, "reload against the other reload", got.calm, got.crowded)
+    # The engine is idle when such a request comes: what is in DRAM arrives layer by layer, ahead of its computation.
+    few, brief = prompts[-_ALONE:], replace(exact, answer_tokens=2)
+    both = await asyncio.gather(*(_alone(client, few, brief, record) for client in (tiered, reference)))
+    _compare(record, "reload, alone, against the hit alone", *both)
     # The comparison must be able to fail: one other token in the first block, and nothing else, is wrong KV.
     damaged = [[prompt[0] ^ 1, *prompt[1:]] for prompt in prompts[: exact.batch]]
     other = await _pass(reference, damaged, exact.concurrency, exact, record)
@@ -53,6 +60,12 @@ def make_prompts(scale: Scale) -> list[list[int]]:
     rng, exact = random.Random(3), scale.exact
     lengths = [rng.randint(exact.shortest_tokens, exact.longest_tokens) for _ in range(exact.prompts)]
     return [[rng.randrange(10, scale.vocabulary) for _ in range(length)] for length in lengths]
+
+
+async def _alone(client: EngineClient, prompts: Sequence[list[int]], exact: Exact, record: Record) -> list[Answer]:
+    """One at a time, the second time around: by then the prompts are the latest in DRAM, and too many for HBM."""
+    await _pass(client, prompts, 1, exact, record)
+    return await _pass(client, prompts, 1, exact, record)
 
 
 class _Passes(NamedTuple):

@@ -66,6 +66,34 @@ def page_readers(vllm_config: Any, device: Any) -> list[str]:
     return sorted(readers)
 
 
+#: Exactly these ask before they read (`wait_for_layer_load`); what their subclasses and others do nobody has looked at.
+_ASKING = (
+    "vllm.model_executor.layers.attention.attention.Attention",
+    "vllm.model_executor.layers.attention.mla_attention.MLAAttention",
+)
+
+
+def asks_before_it_reads(layer: Any) -> bool:
+    """Whether vLLM asks the connector for this layer before it reads the layer's KV, where it asks at all."""
+    kind = type(layer)
+    # With a cache of its own in host memory a layer reads more than what its attention is called for.
+    return f"{kind.__module__}.{kind.__qualname__}" in _ASKING and getattr(layer, "hisparse_cache", None) is None
+
+
+def kind_of_step() -> str | None:
+    """How the step is computed that is about to be; None where its layers ask for nothing, or run on two streams.
+
+    While one graph is replayed no Python runs; for such a step the V2 runner sets no forward context at all.
+    """
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    context = get_forward_context() if is_forward_context_available() else None
+    if context is None or context.attn_metadata is None or context.ubatch_slices is not None:
+        return None
+    mode = str(context.cudagraph_runtime_mode.name)
+    return mode if mode in ("NONE", "PIECEWISE") else None
+
+
 def tokens_in_flight(request: Any) -> int:
     """Tokens of a step that is still running (async scheduling): they count as computed, and are not yet.
 

@@ -23,6 +23,7 @@ from dynamo_connectors.vllm.compat import (
     HbmHolds,
     engine_logger,
     is_answered,
+    kind_of_step,
     loads_within_step,
     log_where_the_engine_logs,
     tokens_in_flight,
@@ -138,7 +139,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         """Before the step computes, whenever `start_load_kv` is called: the V2 runner calls that after it."""
         super().bind_connector_metadata(connector_metadata)
         if self._worker is not None:
-            self._worker.begin(self._plan())
+            self._worker.begin(self._plan(), kind_of_step())
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -146,12 +147,16 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.start_loads(self._unsaved)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are asynchronous: a request is not scheduled before its blocks are complete."""
+        """Nearly all loads are complete, or in the stream's own order; the others arrive layer by layer."""
+        if self._worker is not None:
+            self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Whole blocks are offloaded over all layers at once, after the step."""
 
     def wait_for_save(self) -> None:
+        if self._worker is not None and self._unsaved is not None and not self._unsaved.is_idle:
+            self._worker.end_step()
         self._start_offloads()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:

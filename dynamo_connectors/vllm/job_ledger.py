@@ -77,6 +77,7 @@ class JobLedger:
         blocks: Sequence[int],
         missing: Iterable[int],
         may_run_ahead: bool = False,
+        by_layers: bool = False,
     ) -> bool:
         """Fills HBM blocks, each from its source; `missing` are blocks whose source is gone.
 
@@ -89,7 +90,7 @@ class JobLedger:
         job_id = self._start(Running(self._num_workers, loads=tuple(sources), loading=request_id))
         lost = tuple(missing)
         runs_ahead = may_run_ahead and not lost and set(tiers) == {HOST_DRAM}
-        self._loads.append(LoadJob(job_id, request_id, items, lost, runs_ahead))
+        self._loads.append(LoadJob(job_id, request_id, items, lost, runs_ahead, runs_ahead and by_layers))
         return runs_ahead
 
     def move(self, moves: Sequence[Move]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from dynamo_connectors.errors import ConfigError, UnsupportedLayoutError
 from dynamo_connectors.layout import page_layout
 from dynamo_connectors.vllm.groups import Geometry, Group
 from dynamo_connectors.vllm.kv_heads import check_compressible, planned_compressed_bytes, read_codec
-from dynamo_connectors.vllm.spans import Span, cover, offset_in_row
+from dynamo_connectors.vllm.spans import Span, cover, offset_in_row, part_in
 
 #: Exactly these: their subclasses keep, drop or share blocks by rules of their own.
 _FULL = (FullAttentionSpec, MLAAttentionSpec)
@@ -32,6 +32,8 @@ class Pages:
     #: Changes when the bytes of a row would be read differently. Addresses and the number of blocks do not matter.
     fingerprint: str
     codec: Codec | None = None
+    #: Which part holds a layer's page.
+    part_of_layer: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def row_bytes(self) -> int:
@@ -114,7 +116,8 @@ def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, comp
     device = next(iter(kv_caches.values())).device
     parts = tuple(_part(list(storages.values())[span.storage], span, num_blocks, device) for span in rows)
     told = (where, groups) if codec is None else (where, groups, codec)
-    pages = Pages(BlockView(parts), hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest(), codec)
+    fingerprint = hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
+    pages = Pages(BlockView(parts), fingerprint, codec, {layer: part_in(rows, span) for layer, span, _ in named})
     planned = planned_row_bytes(kv_cache_config, compression)
     if pages.row_bytes > planned:
         raise UnsupportedLayoutError(

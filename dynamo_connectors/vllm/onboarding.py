@@ -95,7 +95,10 @@ class Onboarding:
             assert names_the_first, "a load into the null block"
             sources, blocks, why_missing = [], [], "internal_error"
         may_run_ahead = self.holds is not None and _outlives_its_load(live)
-        if self._ledger.load(live.request_id, sources, blocks, missing, may_run_ahead) and self.holds is not None:
+        # Of a request that is loaded whole vLLM computes the last token again, and writes it before its layer waits.
+        by_layers = total < live.request.num_tokens
+        ahead = self._ledger.load(live.request_id, sources, blocks, missing, may_run_ahead, by_layers)
+        if ahead and self.holds is not None:
             self.holds.hold(blocks)
             self._held[live.request_id] = blocks
         self.loading[live.request_id] = live

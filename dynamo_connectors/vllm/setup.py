@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from dynamo_connectors.tiers.object_format import object_bytes
 from dynamo_connectors.transfer import Stores
 from dynamo_connectors.vllm.adapters import place_of
 from dynamo_connectors.vllm.compat import (
+    asks_before_it_reads,
     engine_logger,
     hashes_end_with_process,
     page_readers,
@@ -51,6 +53,8 @@ log = engine_logger(__name__)
 #: Offloads may hold at most this share of HBM away from new requests.
 _MAX_HELD_SHARE = 0.25
 _FIRST_WITH_FP8 = (8, 9)
+#: `off`: every load arrives at once. For comparing, and for what nobody has foreseen.
+BY_LAYERS_SETTING = "DYNAMO_KVBM_BY_LAYERS"
 
 
 def check_model(vllm_config: Any, kv_cache_config: Any, compression: str | None = None) -> None:
@@ -149,7 +153,23 @@ def build_worker_half(
     lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0), disk_rate)
     make_peer_tier = peers.make_tier if peers is not None and config.peer.reads else None
     stores = Stores(dram, disk, objects, codec=pages.codec, peer=make_peer_tier)
-    return WorkerHalf(pages.view, stores, lasting, len(geometry.groups), peers)
+    return WorkerHalf(pages.view, stores, lasting, len(geometry.groups), peers, layers_that_ask(vllm_config, pages))
+
+
+def layers_that_ask(vllm_config: Any, pages: Pages) -> Mapping[str, int]:
+    """Layer -> the part of a block that holds its KV; empty where a load must not arrive layer by layer.
+
+    On a CPU nothing goes on beside compute. A draft model reads KV in steps of its own, about which nobody asks; with
+    fast prefill not every step computes every layer. Compressed rows are expanded at once.
+    """
+    config = vllm_config.compilation_config
+    drafts = getattr(vllm_config, "speculative_config", None) is not None
+    skips = getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)
+    is_off = os.environ.get(BY_LAYERS_SETTING, "") == "off"
+    if pages.view.device.type != "cuda" or pages.codec is not None or drafts or skips or is_off:
+        return {}
+    layers = [config.static_forward_context.get(name) for name in pages.part_of_layer]
+    return pages.part_of_layer if all(map(asks_before_it_reads, layers)) else {}
 
 
 def _refuse_old_gpu(pages: Pages) -> None:

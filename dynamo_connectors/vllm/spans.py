@@ -61,9 +61,13 @@ def _refuse_mixed_blocks(spans: list[Span], num_blocks: int) -> None:
 
 def offset_in_row(rows: list[Span], page: Span) -> int:
     """Where the bytes of `page` begin in a host row that holds `rows` one behind the other."""
-    offset = 0
-    for span in rows:
+    part = part_in(rows, page)
+    return sum(span.num_bytes for span in rows[:part]) + page.start - rows[part].start
+
+
+def part_in(rows: list[Span], page: Span) -> int:
+    """Which of `rows` holds `page`, whole."""
+    for part, span in enumerate(rows):
         if span[:2] == page[:2] and span.start <= page.start and page.stop <= span.stop:
-            return offset + page.start - span.start
-        offset += span.num_bytes
+            return part
     raise AssertionError(f"{page} is not covered by {rows}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
@@ -15,6 +16,7 @@ from dynamo_connectors.jobs import EraseJob, JobReport, LoadJob, MoveJob, StoreJ
 from dynamo_connectors.transfer import Stores, TransferEngine
 from dynamo_connectors.vllm.compat import engine_logger
 from dynamo_connectors.vllm.lasting import LastingTiers
+from dynamo_connectors.vllm.layer_hooks import LayerHooks
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.peers import WorkerPeers
 
@@ -37,12 +39,16 @@ class WorkerHalf:
         lasting: LastingTiers,
         num_groups: int = 1,
         peers: WorkerPeers | None = None,
+        part_of_layer: Mapping[str, int] | None = None,
     ) -> None:
         self._device = hbm.device
         self._lasting = lasting
         self._num_groups = num_groups
         self._peers = peers
         self._transfers = TransferEngine(hbm, stores)
+        self._layers = LayerHooks(part_of_layer or {})
+        if part_of_layer:
+            self._transfers.prepare_layers()
         self._loads: dict[int, LoadJob] = {}
         #: Behind what was computed before this step, if it loads.
         self._begun: ComputeFence | None = None
@@ -57,9 +63,33 @@ class WorkerHalf:
         #: (what, tier) -> bytes and seconds of each transfer since the last `take_transfers`.
         self._transferred: defaultdict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
 
-    def begin(self, plan: StepPlan) -> None:
-        """Called before anything of the step is computed: its loads need not wait for more than what came before."""
+    def begin(self, plan: StepPlan, kind: str | None = None) -> None:
+        """Called before anything of the step is computed: its loads need not wait for more than what came before.
+
+        `kind`: of the step, if its layers are expected to ask before they read (`compat.kind_of_step`).
+        """
         self._begun = ComputeFence(self._device) if plan.loads else None
+        if not plan.is_idle and not self._layers.begin(kind, self._transfers.layers.is_open):
+            self._transfers.layers.join()
+
+    def wait_for_layer(self, layer: str) -> None:
+        """Called before each layer of this step reads KV. May be asked for the same one again."""
+        if not self._layers.listens:
+            return
+        part = self._layers.ask(layer)
+        if part is None:
+            self._transfers.layers.join()
+        else:
+            self._transfers.layers.wait(part)
+
+    def end_step(self) -> None:
+        """Called after all that the step computes was enqueued: what comes now knows nothing of layers."""
+        self._transfers.layers.join()
+        before = self._layers.may_come
+        # vLLM ends a step that raised in the same way, and its own error is the one to hear.
+        self._layers.end(is_broken=sys.exc_info()[0] is not None)
+        if self._layers.may_come and not before:
+            log.info("dynamo: loads from host memory may arrive layer by layer, from now on")
 
     def start_loads(self, plan: StepPlan) -> None:
         if self._peers is not None:
@@ -71,6 +101,8 @@ class WorkerHalf:
 
     def start_offloads(self, plan: StepPlan) -> None:
         """Called after the step's compute was enqueued, which may still be filling the blocks to store."""
+        if plan.stores:
+            self._transfers.layers.join()
         for store in plan.stores:
             self._start(store, "offload")
         for move in plan.moves:
@@ -129,12 +161,16 @@ class WorkerHalf:
     def check(self) -> None:
         assert self._loads.keys() | self._ahead <= self._running.keys(), "a load is known that is not running"
         assert self._num_groups > 1 or not self._failed_requests, "a request failed where a block would do"
+        self._layers.check()
 
     def _start_load(self, plan: StepPlan, load: LoadJob, begun: ComputeFence) -> None:
         """Its request waits for it; or the engine's stream does, before this step's end."""
         self._running[load.job_id] = "onboard"
         may_run_ahead = load.may_run_ahead and (plan.is_idle or plan.hides_loads)
-        if may_run_ahead and self._transfers.run_ahead(load, beside=None if plan.is_idle else begun):
+        # In a step that computes, what hides the load is that step; then the next one finds it there.
+        by_layers = plan.is_idle and load.by_layers and self._layers.may_come
+        beside = begun if by_layers or not plan.is_idle else None
+        if may_run_ahead and self._transfers.run_ahead(load, beside=beside, by_layers=by_layers):
             self._ahead.add(load.job_id)
             self._loaded_requests.add(load.request_id)
         else:

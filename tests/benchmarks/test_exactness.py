@@ -53,7 +53,7 @@ def test_equal_engines_are_equal_and_the_control_is_not(tmp_path: Path) -> None:
     found = compared(tmp_path, wrong_kv=False)
     control = found.pop("control: one token of the first block changed")
     assert control["same"] == 0
-    assert len(found) == 6
+    assert len(found) == 7
     assert all(fact["same"] == fact["prompts"] == SCALE.exact.prompts for fact in found.values())
 
 
@@ -65,3 +65,4 @@ def test_wrong_kv_is_seen_where_it_is(tmp_path: Path) -> None:
     for what in ("reload, preempted, against either hit", "reload, never preempted, against either hit"):
         assert found[what]["differ"] == dict.fromkeys(damaged, SCALE.exact.answer_tokens - 1)
         assert found[what]["first_token_differs"] == 0
+    assert found["reload, alone, against the hit alone"]["differ"] == dict.fromkeys(damaged, 1)

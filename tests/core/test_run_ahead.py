@@ -76,6 +76,71 @@ def test_a_load_beside_the_step_is_there_when_it_was_joined(rig: Rig) -> None:
     assert not rig.reports(1)[2].failed
 
 
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo_kernels.layered._GROUP_BYTES", 1)
+    monkeypatch.setattr("dynamo_kernels.layered._GROUP_PARTS", 1)
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_load_by_layers_is_there_part_by_part_and_reported_once(rig: Rig) -> None:
+    rig.engine.prepare_layers()
+    names = keys(2)
+    rig.store(names, [0, 1], [0, 1])
+    wanted = rig.hbm[:, :2].clone()
+    begun = ComputeFence(torch.device("cpu"))
+    assert rig.engine.run_ahead(load_job(2, names, HOST_DRAM, [0, 1], [10, 11]), begun, by_layers=True)
+    assert rig.engine.layers.is_open
+    rig.engine.join()
+    assert rig.engine.layers.is_open, "what is waited for beside a step are other loads"
+    for part in range(PAGES):
+        rig.engine.layers.wait(part)
+        assert torch.equal(rig.hbm[part, 10:12], wanted[part])
+    rig.engine.layers.join()
+    assert not rig.engine.layers.is_open
+    assert not rig.reports(1)[2].failed
+
+
+def test_a_load_too_small_for_layers_or_without_them_is_in_the_engines_own_order(rig: Rig) -> None:
+    names = keys(1)
+    rig.store(names, [0], [0])
+    begun = ComputeFence(torch.device("cpu"))
+    for number in (2, 3):
+        assert rig.engine.run_ahead(load_job(number, names, HOST_DRAM, [0], [10 + number]), begun, by_layers=True)
+        assert not rig.engine.layers.is_open
+        assert torch.equal(rig.hbm[:, 10 + number], rig.hbm[:, 0])
+        assert not rig.reports(1)[number].failed
+        rig.engine.prepare_layers()
+
+
+@pytest.mark.usefixtures("_small")
+def test_an_error_in_a_later_group_starts_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = keys(1)
+    rig.store(names, [0], [0])
+
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(rig.engine._copy, "by_layers", lambda *_: [lambda: None, broken])
+    begun = ComputeFence(torch.device("cpu"))
+    assert not rig.engine.run_ahead(load_job(2, names, HOST_DRAM, [0], [10]), begun, by_layers=True)
+    assert not rig.engine.layers.is_open
+    assert not rig.engine.poll(0.05), "what did not start has no report"
+    assert not rig.load(names, HOST_DRAM, [0], [10]).failed
+
+
+def test_without_room_for_the_buffers_loads_arrive_at_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("dynamo_connectors.row_copy.prepare_layers", full)
+    rig.engine.prepare_layers()
+    assert "will not arrive layer by layer: CUDA out of memory" in caplog.text
+    assert not rig.engine._copy.by_layers([0], [0])
+
+
 def test_memory_stays_while_a_load_that_ran_ahead_still_reads_it(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

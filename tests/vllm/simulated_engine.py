@@ -10,18 +10,21 @@ from __future__ import annotations
 import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from vllm import SamplingParams
+from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -87,6 +90,13 @@ class Step:
     computed: dict[str, int]
     samples: set[str]
 
+    @property
+    def graphs(self) -> CUDAGraphMode:
+        """How it is computed: decode as one graph, which asks for no layer; the rest in pieces, or without graphs."""
+        if max(self.output.num_scheduled_tokens.values()) == 1:
+            return CUDAGraphMode.FULL
+        return CUDAGraphMode.NONE if self.output.total_num_scheduled_tokens > BLOCK else CUDAGraphMode.PIECEWISE
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -96,6 +106,8 @@ class Mode:
     workers: int = 1
     #: The last layer belongs to a draft model, which runs after everything has been asked what ended.
     draft_layer: bool = False
+    #: Loads that run ahead arrive layer by layer, as on a GPU (`late_layers`).
+    by_layers: bool = False
 
 
 class SimulatedWorker:
@@ -105,6 +117,10 @@ class SimulatedWorker:
         self._vllm_config = vllm_config
         self._mode = mode
         self.kv = self.allocate((kv_cache_config.num_blocks, 1, BLOCK, 16))
+        layers = {layer: SimpleNamespace(kv_cache=tensor) for layer, tensor in self.kv.items()}
+        vllm_config.compilation_config.static_forward_context = layers
+        #: Called with each block and layer that is about to be written.
+        self.before_write: Callable[[int, str], None] = lambda block, layer: None
         self.connector = KVConnectorFactory.create_connector(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
         with self._as_current_rank():
             if mode.v2_runner:
@@ -129,7 +145,7 @@ class SimulatedWorker:
             no_forward = KVConnectorModelRunnerMixin.kv_connector_no_forward
             return no_forward(step.output, self._vllm_config).kv_connector_output
         with (
-            set_forward_context(None, self._vllm_config),
+            self._forward_context(step),
             KVConnectorModelRunnerMixin.maybe_get_kv_connector_output(
                 step.output, defer_finalize=self._mode.draft_layer
             ) as output,
@@ -139,15 +155,25 @@ class SimulatedWorker:
             else:
                 self._forward(step, truths)
         if self._mode.draft_layer:
-            self._forward(step, truths, LAYERS[1:])
+            with self._forward_context(step):
+                self._forward(step, truths, LAYERS[1:])
             KVConnectorModelRunnerMixin.finalize_kv_connector()
         return output
+
+    def _forward_context(self, step: Step) -> AbstractContextManager[None]:
+        metadata = {layer: object() for layer in LAYERS}
+        return set_forward_context(metadata, self._vllm_config, cudagraph_runtime_mode=step.graphs)
 
     def _execute_v2(self, step: Step, truths: dict[str, Truth]) -> Any:
         if not step.output.total_num_scheduled_tokens:
             return self._hooks.no_forward(step.output).kv_connector_output
-        self._hooks.pre_forward(step.output)
-        self._forward(step, truths)
+        if step.graphs == CUDAGraphMode.FULL:
+            self._hooks.pre_forward(step.output)
+            self._forward(step, truths)
+        else:
+            with self._forward_context(step):
+                self._hooks.pre_forward(step.output)
+                self._forward(step, truths)
         finished = step.output.finished_req_ids
         if not hasattr(self._hooks, "finalize_step"):
             return self._hooks.post_forward(finished)
@@ -157,13 +183,23 @@ class SimulatedWorker:
         return output
 
     def _forward(self, step: Step, truths: dict[str, Truth], layers: Sequence[str] = LAYERS) -> None:
-        for request_id, scheduled in step.output.num_scheduled_tokens.items():
-            truth, table, start = truths[request_id], step.tables[request_id], step.computed[request_id]
-            self.assert_kv(table, truth.numbers[:start], f"{request_id} before position {start}", layers)
-            for position in range(start, start + scheduled):
-                for layer in layers:
-                    number = truth.numbers[position] + LAYERS.index(layer)
-                    self.kv[layer][table[position // BLOCK], :, position % BLOCK] = number
+        """Layer by layer in vLLM's order: the new tokens' KV is written, the connector is asked, all KV is read."""
+
+        def attend(layer_name: str) -> None:
+            for request_id in step.output.num_scheduled_tokens:
+                start = step.computed[request_id]
+                past, what = truths[request_id].numbers[:start], f"{request_id} before position {start}"
+                self.assert_kv(step.tables[request_id], past, what, [layer_name])
+
+        asked = attend if step.graphs == CUDAGraphMode.FULL else maybe_transfer_kv_layer(attend)
+        for layer in layers:
+            for request_id, scheduled in step.output.num_scheduled_tokens.items():
+                truth, table, start = truths[request_id], step.tables[request_id], step.computed[request_id]
+                for position in range(start, start + scheduled):
+                    block = table[position // BLOCK]
+                    self.before_write(block, layer)
+                    self.kv[layer][block, :, position % BLOCK] = truth.numbers[position] + LAYERS.index(layer)
+            asked(layer)
 
     def assert_kv(
         self, table: Sequence[int], numbers: Sequence[float], what: str, layers: Sequence[str] = LAYERS

@@ -94,6 +94,19 @@ def test_who_may_run_ahead_of_its_load() -> None:
     end(half, plan)
 
 
+def test_a_load_to_the_last_token_comes_at_once() -> None:
+    """vLLM computes that token again, and writes it into the last loaded block before any layer waits."""
+    half, _ = make()
+    keep(half, "a", [1, 2])
+    for name, blocks, by_layers in (("whole", 2, False), ("longer", 3, True)):
+        what = request(name, blocks, prefix="a")
+        plan = load(half, what, [8, 9])
+        assert plan.loads[0].may_run_ahead
+        assert plan.loads[0].by_layers is by_layers, name
+        end(half, plan)
+        half.finished(what, [[8, 9]], 2 * BLOCK)
+
+
 def test_a_step_that_waits_for_a_load_says_nothing_of_computing() -> None:
     half, _ = make()
     keep(half, "a", [1, 2])

@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,15 @@ from dynamo_connectors.jobs import LoadJob
 from dynamo_connectors.transfer import TransferEngine
 from dynamo_connectors.vllm.compat import hashes_end_with_process
 from dynamo_connectors.vllm.connector import DynamoConnector
+from tests.vllm.by_layers_scenario import (
+    BY_LAYERS,
+    evict_hbm,
+    layers_wait_for_their_part,
+    prompt,
+    waits_are_needed,
+    what_is_loaded_whole_comes_at_once,
+)
+from tests.vllm.late_layers import late_layers, watch_writes
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, ours
 
 MODES = (
@@ -74,16 +84,6 @@ def multi_config(model: str) -> Any:
     multi = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
     multi["kv_connector_extra_config"] = {"connectors": [child]}
     return engine_config(model, "--kv-transfer-config", json.dumps(multi))
-
-
-def prompt(seed: int, tokens: int) -> list[int]:
-    return random.Random(seed).choices(range(500), k=tokens)
-
-
-def evict_hbm(engine: SimulatedEngine, name: str) -> None:
-    for index in range(4):
-        engine.submit(f"{name}-filler-{index}", prompt(1000 + index, 12 * BLOCK), 2)
-        engine.run()
 
 
 def assert_nothing_left(engine: SimulatedEngine) -> None:
@@ -220,7 +220,7 @@ def runs_ahead_beside_others(engine: SimulatedEngine) -> None:
     waiting: list[tuple[TransferEngine, LoadJob]] = []
     joins = 0
 
-    def later(self: TransferEngine, job: LoadJob, beside: Any = None) -> bool:
+    def later(self: TransferEngine, job: LoadJob, beside: Any = None, by_layers: bool = False) -> bool:
         if beside is None:
             return run_ahead(self, job)
         waiting.append((self, job))
@@ -343,8 +343,25 @@ PARTS: tuple[Callable[[SimulatedEngine], None], ...] = (
 )
 
 
+PARTS_BY_LAYERS: tuple[Callable[[SimulatedEngine], None], ...] = (
+    cold_evicted_and_hit,
+    what_is_loaded_whole_comes_at_once,
+    preempted_requests_come_back_right,
+    aborted_in_every_state,
+    forgets_on_reset,
+    layers_wait_for_their_part,
+)
+
+
 def run_parts(config: Any, mode: Mode, parts: Sequence[Callable[[SimulatedEngine], None]]) -> None:
-    engine = SimulatedEngine(config, mode, HBM_BLOCKS)
+    with late_layers() if mode.by_layers else nullcontext():
+        engine = SimulatedEngine(config, mode, HBM_BLOCKS)
+        if mode.by_layers:
+            watch_writes(engine)
+        _run_parts(engine, mode, parts)
+
+
+def _run_parts(engine: SimulatedEngine, mode: Mode, parts: Sequence[Callable[[SimulatedEngine], None]]) -> None:
     for part in parts:
         part(engine)
         assert_nothing_left(engine)
@@ -359,6 +376,9 @@ def main(model: str) -> None:
     run_parts(first, MODES[0], [*PARTS, partial(speaks_to_metrics_and_routers, config=first)])
     for mode in MODES[1:]:
         run_parts(dynamo_config(model), mode, PARTS)
+    for mode in BY_LAYERS:
+        run_parts(dynamo_config(model), mode, PARTS_BY_LAYERS)
+    waits_are_needed(dynamo_config(model), BY_LAYERS[0], HBM_BLOCKS)
     multi = Mode("a child of MultiConnector", workers=2)
     run_parts(multi_config(model), multi, [cold_evicted_and_hit, aborted_in_every_state])
     print("passed: everything", flush=True)
