@@ -33,6 +33,7 @@ class Arm:
     max_tokens: int = 40_960
     #: Bit-equal whatever else is in the batch (vLLM's own mode): needed to compare answers, too slow to time.
     batch_invariant: bool = False
+    env: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def server(arm: Arm, site: Site) -> ServerProcess:
         env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     elif arm.batch_invariant:
         env |= {"VLLM_BATCH_INVARIANT": "1"}
+    env |= dict(arm.env)
     return ServerProcess(arm.name, command, f"http://127.0.0.1:{port}", site.logs / f"{arm.name}.log", env)
 
 
