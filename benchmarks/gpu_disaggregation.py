@@ -40,6 +40,7 @@ _GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_s
 _LONGEST = {"warm": 40.0, "sweep": 45.0, "beside": 45.0, "load": 75.0, "equal": 25.0}
 _LONGEST_TINY = 400.0
 _SEEDS = (1, 2)
+_START_SECONDS = 120.0
 
 
 def main(arguments: list[str]) -> int:
@@ -83,6 +84,9 @@ def gpus() -> int:
 async def measure(options: argparse.Namespace, folder: Path, record: Record) -> None:
     scale = apart.TINY if options.tiny else apart.H200
     model = make_model(folder / "model") if options.tiny else weights.make_model(folder / "model")
+    if not options.tiny:
+        # Engines hand nothing over to one whose weights may be others; those without a file may.
+        (model / "drawn.pt").write_text(f"drawn from the seed by {weights.LOAD_FORMAT}")
     paths = () if options.tiny else (weights.make_plugin(folder / "plugin"), ROOT)
     site = Site(model, options.out, options.tiny, (), paths)
     token_bytes = _TOKEN_BYTES_TINY if options.tiny else _TOKEN_BYTES
@@ -92,7 +96,7 @@ async def measure(options: argparse.Namespace, folder: Path, record: Record) -> 
     wanted = [name for name in ARMS if name in options.arms.split(",")]
     for wave in [[name] for name in wanted] if options.tiny else [wanted]:
         engines = [engine for name in wave for engine in pair(name, options)]
-        async with Fleet(engines, site, record) as fleet:
+        async with Fleet(engines, site, record, None if options.tiny else _START_SECONDS) as fleet:
             await parts(routes(wave, fleet, schedule), scale, schedule, options.tiny)
 
 

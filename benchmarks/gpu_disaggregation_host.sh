@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs on a host of two GPUs, from the folder that gpu_engine_bundle.sh made, in two calls, because the archives are large:
-#   pd.sh probe NIXL_ARCHIVE OUT                    what copies and NIXL do between the GPUs
-#   pd.sh bench ENGINE_ARCHIVE OUT [option ...]     the engines; done after CALL_SECONDS (480)
+# Runs on a host of two GPUs, inside the folder DIR that gpu_engine_bundle.sh made, in two calls, because the archives are large:
+#   DIR/src/benchmarks/gpu_disaggregation_host.sh probe NIXL_ARCHIVE OUT                    what copies and NIXL do between the GPUs
+#   the same bench ENGINE_ARCHIVE OUT [option ...]     the engines; done after CALL_SECONDS (480)
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd); what=$1; archive=$2; out=$3; shift 3
+here=$(cd "$(dirname "$0")/../.." && pwd); what=$1; archive=$2; out=$3; shift 3
 site=${GPU_ENGINE_SITE:-/opt/gpu_engine}; mkdir -p "$out" "$site"
 # Multicast over NVLink can put the GPUs of a shared host out of service.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
@@ -25,6 +25,7 @@ if [ "$what" = probe ]; then
   rm -rf "$out"/probe-mail-*; cp "$out/probe.json" "$site/" || true
   say "probed"; exit 0
 fi
+[ -e "$site/nixl" ] || { say "no NIXL here: another machine than that of the probe; run it first"; exit 3; }
 # Six engines import the same files: compiled once, they start much faster.
 unset PYTHONDONTWRITEBYTECODE
 mkdir -p "$site/engine"; [ -e "$site/engine/vllm" ] || tar -C "$site/engine" -xJf "$archive"

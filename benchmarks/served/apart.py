@@ -47,6 +47,8 @@ class ApartScale:
     streams: int
     stream_tokens: int
     load_seconds: float
+    #: What has no answer so long after the last request is given up.
+    drain_seconds: float
     long_tokens: tuple[int, int]
     long_per_second: float
     short_tokens: int
@@ -59,12 +61,12 @@ class ApartScale:
 
 
 H200 = ApartScale(
-    128_000, 16, (1_024, 4_096, 16_384, 32_768), prompts=3, streams=16, stream_tokens=3_000, load_seconds=35.0,
+    128_000, 16, (1_024, 4_096, 16_384, 32_768), prompts=3, streams=16, stream_tokens=3_000, load_seconds=35.0, drain_seconds=15.0,
     long_tokens=(8_192, 16_384), long_per_second=1.2, short_tokens=256, short_answer=256, short_per_second=12.0,
     long_answer=16, equal_prompts=20, equal_tokens=1_024, equal_answer=16,
 )  # fmt: skip
 TINY = ApartScale(
-    500, 32, (128, 512, 1_024), prompts=2, streams=2, stream_tokens=400, load_seconds=6.0,
+    500, 32, (128, 512, 1_024), prompts=2, streams=2, stream_tokens=400, load_seconds=6.0, drain_seconds=120.0,
     long_tokens=(512, 1_024), long_per_second=0.4, short_tokens=32, short_answer=8, short_per_second=1.0,
     long_answer=4, equal_prompts=6, equal_tokens=256, equal_answer=8,
 )  # fmt: skip
@@ -188,7 +190,11 @@ async def load(route: Route, scale: ApartScale, seed: int, record: Record) -> No
         if arrival.kind == "short":
             gaps.update(round(gap * 10_000) for gap in served.answer.gaps)
 
-    done = await asyncio.gather(*(one(*each) for each in zip(planned, prompts, strict=True)), return_exceptions=True)
+    tasks = [asyncio.ensure_future(one(*each)) for each in zip(planned, prompts, strict=True)]
+    _, late = await asyncio.wait(tasks, timeout=scale.load_seconds + scale.drain_seconds)
+    for task in late:
+        task.cancel()
+    done = await asyncio.gather(*tasks, return_exceptions=True)
     failed = [f"{type(error).__name__}: {error}" for error in done if isinstance(error, BaseException)]
     facts: dict[str, Any] = {"failed": len(failed), "first_error": failed[0][:300] if failed else ""}
     facts |= {"seconds": time.perf_counter() - started, "requests": len(planned), **(await since(route, before))}
