@@ -3,8 +3,8 @@
 #   DIR/src/benchmarks/gpu_disaggregation_host.sh probe NIXL_ARCHIVE OUT                    what copies and NIXL do between the GPUs
 #   the same bench ENGINE_ARCHIVE OUT [option ...]     the engines; done after CALL_SECONDS (480)
 set -euo pipefail
-here=$(cd "$(dirname "$0")/../.." && pwd); what=$1; archive=$2; out=$3; shift 3
-site=${GPU_ENGINE_SITE:-/opt/gpu_engine}; mkdir -p "$out" "$site"
+here=$(cd "$(dirname "$0")/../.." && pwd); what=$1; archive=$(realpath "$2"); out=$(mkdir -p "$3" && realpath "$3"); shift 3
+site=${GPU_ENGINE_SITE:-/opt/gpu_engine}; mkdir -p "$site"
 # Multicast over NVLink can put the GPUs of a shared host out of service.
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1
 export PYTHONPATH="$site/ours:$site/engine:$site/nixl" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 PYTHONUNBUFFERED=1

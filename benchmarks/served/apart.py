@@ -61,12 +61,14 @@ class ApartScale:
 
 
 H200 = ApartScale(
-    128_000, 16, (1_024, 4_096, 16_384, 32_768), prompts=3, streams=16, stream_tokens=3_000, load_seconds=35.0, drain_seconds=15.0,
+    128_000, 16, (1_024, 4_096, 16_384, 32_768), prompts=3, streams=16, stream_tokens=3_000, load_seconds=35.0,
+    drain_seconds=15.0,
     long_tokens=(8_192, 16_384), long_per_second=1.2, short_tokens=256, short_answer=256, short_per_second=12.0,
     long_answer=16, equal_prompts=20, equal_tokens=1_024, equal_answer=16,
 )  # fmt: skip
 TINY = ApartScale(
-    500, 32, (128, 512, 1_024), prompts=2, streams=2, stream_tokens=400, load_seconds=6.0, drain_seconds=120.0,
+    500, 32, (128, 512, 1_024), prompts=2, streams=2, stream_tokens=400, load_seconds=6.0,
+    drain_seconds=120.0,
     long_tokens=(512, 1_024), long_per_second=0.4, short_tokens=32, short_answer=8, short_per_second=1.0,
     long_answer=4, equal_prompts=6, equal_tokens=256, equal_answer=8,
 )  # fmt: skip

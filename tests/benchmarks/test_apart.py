@@ -22,7 +22,8 @@ from benchmarks.served.routes import Aggregated, Apart, Route
 
 TICKET = {"remote_engine_id": "one"}
 SMALL = replace(
-    apart.TINY, lengths=(64, 96), load_seconds=0.4, drain_seconds=60.0, long_per_second=10.0, short_per_second=20.0, stream_tokens=100_000,
+    apart.TINY, lengths=(64, 96), load_seconds=0.4, drain_seconds=60.0,
+    long_per_second=10.0, short_per_second=20.0, stream_tokens=100_000,
     equal_prompts=2,
 )  # fmt: skip
 
