@@ -35,7 +35,6 @@ _KV_GIB = 20
 _HBM_BLOCKS_TINY = 120
 #: Of one token: Llama-3.1-8B's shape, and the tiny model's. Both in bfloat16.
 _TOKEN_BYTES, _TOKEN_BYTES_TINY = 32 * 2 * 8 * 128 * 2, 4 * 2 * 2 * 64 * 2
-_GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 40, 64]}
 #: A part that takes longer is given up, for the arms behind it.
 _LONGEST = {"warm": 40.0, "sweep": 45.0, "beside": 45.0, "load": 75.0, "equal": 25.0}
 _LONGEST_TINY = 400.0
@@ -112,7 +111,7 @@ def engine(name: str, place: int, more: Sequence[str], tiny: bool) -> Arm:
     if tiny:
         return Arm(name, 0, tuple(more), hbm_blocks=_HBM_BLOCKS_TINY, env=tuple(env.items()))
     env["CUDA_VISIBLE_DEVICES"] = str(place)
-    return Arm(name, _KV_GIB, ("--compilation-config", json.dumps(_GRAPHS), *more), env=tuple(env.items()))
+    return Arm(name, _KV_GIB, tuple(more), env=tuple(env.items()))
 
 
 def flags(name: str, place: int, port: int, options: argparse.Namespace) -> list[str]:
