@@ -54,7 +54,7 @@ def _keys(facts: Sequence[Fact], *names: str) -> list[tuple[Any, ...]]:
 
 
 def _median(facts: Sequence[Fact], name: str) -> float:
-    return statistics.median(fact[name] for fact in facts)
+    return float(statistics.median(fact[name] for fact in facts))
 
 
 def _machine(facts: Sequence[Fact]) -> list[str]:
