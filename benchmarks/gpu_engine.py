@@ -115,24 +115,29 @@ def floors(folder: Path) -> dict[str, object]:
     return facts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Schedule:
     """Runs parts one after another until `deadline` (of `time.monotonic`)."""
 
     record: Record
     parts: Sequence[str]
     deadline: float
+    failures: int = 0
 
-    async def run(self, what: str, part: Coroutine[None, None, None]) -> None:
+    async def run(
+        self, what: str, part: Coroutine[None, None, None], longest_seconds: float = _LONGEST_PART_SECONDS
+    ) -> None:
         """A part that fails or hangs is recorded; the ones after it still run, because the machine is only lent."""
         left = self.deadline - time.monotonic()
         if left < _LEAST_PART_SECONDS:
             part.close()
+            self.failures += 1
             self.record.note("failure", what=what, error=f"not begun: {left:.0f} s left")
             return
         try:
-            await asyncio.wait_for(part, min(left, _LONGEST_PART_SECONDS))
+            await asyncio.wait_for(part, min(left, longest_seconds))
         except Exception as error:  # noqa: BLE001 - whatever it was, it is in the record
+            self.failures += 1
             self.record.note("failure", what=what, error=f"{type(error).__name__}: {error}")
             self.record.say(f"{what} failed: {type(error).__name__}: {error}")
 

@@ -137,7 +137,9 @@ def server(arm: Arm, site: Site) -> ServerProcess:
 
 
 #: Decode runs from CUDA graphs, as in production, without the minute that compiling takes.
-_GRAPHS = '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 40]}'
+_GRAPHS = (
+    '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 40, 64]}'
+)
 
 
 def _gpu_flags(arm: Arm) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -22,6 +23,12 @@ class Answer(NamedTuple):
     logprobs: tuple[float, ...]
     ttft_seconds: float
     seconds: float
+    #: From one piece of the answer to the next.
+    gaps: tuple[float, ...] = ()
+
+
+#: What vLLM's documentation tells a proxy to ask of the prefill engine.
+_HAND_OUT = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
 class EngineClient:
@@ -32,8 +39,18 @@ class EngineClient:
         self.url = url
         self._session = session
 
-    async def ask(self, prompt: Sequence[int], max_tokens: int, logprobs: bool = False) -> Answer:
-        """A greedy streamed completion of `max_tokens` tokens. The clock starts with the request ready to send."""
+    async def ask(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        logprobs: bool = False,
+        ticket: dict[str, Any] | None = None,
+        seen: list[float] | None = None,
+    ) -> Answer:
+        """A greedy streamed completion of `max_tokens` tokens. The clock starts with the request ready to send.
+
+        `seen` gets the times at which pieces of it come, while they come.
+        """
         body: dict[str, Any] = {
             "model": MODEL_NAME,
             "prompt": list(prompt),
@@ -45,21 +62,36 @@ class EngineClient:
         }
         if logprobs:
             body["logprobs"] = 1
+        if ticket is not None:
+            body["kv_transfer_params"] = ticket
         data, headers = json.dumps(body).encode(), {"content-type": "application/json"}
         tokens: list[int] = []
         values: list[float] = []
+        times = [] if seen is None else seen
         first: float | None = None
         started = time.perf_counter()
         async with self._session.post(self.url + "/v1/completions", data=data, headers=headers) as answer:
             answer.raise_for_status()
             async for choice in _choices(answer):
+                times.append(time.perf_counter())
                 if first is None:
-                    first = time.perf_counter() - started
+                    first = times[-1] - started
                 tokens += choice.get("token_ids") or ()
                 values += (choice.get("logprobs") or {}).get("token_logprobs") or ()
         if len(tokens) != max_tokens or first is None:
             raise RuntimeError(f"{self.name}: {len(tokens)} tokens came back, {max_tokens} were asked for")
-        return Answer(tuple(tokens), tuple(values), first, time.perf_counter() - started)
+        gaps = tuple(later - earlier for earlier, later in pairwise(times))
+        return Answer(tuple(tokens), tuple(values), first, time.perf_counter() - started, gaps)
+
+    async def hand_out(self, prompt: Sequence[int]) -> dict[str, Any]:
+        """The prefill leg of a hand-off: computes the prompt, and says where its KV is."""
+        body = {"model": MODEL_NAME, "prompt": list(prompt), "max_tokens": 1, "kv_transfer_params": _HAND_OUT}
+        async with self._session.post(self.url + "/v1/completions", json=body) as answer:
+            answer.raise_for_status()
+            ticket: dict[str, Any] | None = (await answer.json()).get("kv_transfer_params")
+        if not ticket:
+            raise RuntimeError(f"{self.name}: the answer carries no kv_transfer_params")
+        return ticket
 
     async def counters(self) -> Counter[str]:
         """Every sample of /metrics, as `name` and, where it has a tier, reason or source, `name/label`."""

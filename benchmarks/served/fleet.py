@@ -22,9 +22,9 @@ _START_SECONDS = {"tiny": 400.0, "gpu": 150.0}
 class Fleet:
     """An arm that does not start is recorded with the first error of its log, and is missing from `clients`."""
 
-    def __init__(self, arms: Sequence[Arm], site: Site, record: Record) -> None:
+    def __init__(self, arms: Sequence[Arm], site: Site, record: Record, start_seconds: float | None = None) -> None:
         self._servers = {arm.name: server(arm, site) for arm in arms}
-        self._start_seconds = _START_SECONDS["tiny" if site.tiny else "gpu"]
+        self._start_seconds = start_seconds or _START_SECONDS["tiny" if site.tiny else "gpu"]
         self._record = record
         self._session: aiohttp.ClientSession | None = None
         self.clients: dict[str, EngineClient] = {}
