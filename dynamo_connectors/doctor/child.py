@@ -15,6 +15,7 @@ class Outcome:
     ok: bool
     stdout: str
     complaint: str
+    timed_out: bool = False
 
 
 def last_line(text: str) -> str:
@@ -31,7 +32,7 @@ def run_python(code: str, *arguments: str, timeout_seconds: float) -> Outcome:
             stdout, stderr = child.communicate(timeout=timeout_seconds)
         except subprocess.TimeoutExpired:
             child.kill()
-            return Outcome(False, "", f"no answer after {timeout_seconds:g} s")
+            return Outcome(False, "", f"no answer after {timeout_seconds:g} s", timed_out=True)
     if child.returncode < 0:
         return Outcome(False, stdout, f"killed by {signal.Signals(-child.returncode).name}")
     return Outcome(child.returncode == 0, stdout, last_line(stderr) or f"exit {child.returncode}")

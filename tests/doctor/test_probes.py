@@ -125,11 +125,13 @@ def test_a_good_entry_point_loads() -> None:
     assert plugins.load_plugin("vllm", entry).level is Level.OK
 
 
-def test_a_hanging_entry_point_fails() -> None:
+def test_an_entry_point_that_does_not_end_is_not_called_broken() -> None:
+    """A busy machine looks the same as a plugin that hangs; reinstalling helps with neither."""
     entry = EntryPoint(name="dynamo", value="signal:pause", group="vllm.general_plugins")
     finding = plugins.load_plugin("vllm", entry, timeout_seconds=1)
-    assert finding.level is Level.FAIL
-    assert "no answer after 1 s" in finding.detail
+    assert finding.level is Level.WARN
+    assert "hangs" in finding.detail and "no answer after 1 s" in finding.detail
+    assert "reinstall" not in finding.remedy
 
 
 def test_a_child_that_complains_is_quoted() -> None:
