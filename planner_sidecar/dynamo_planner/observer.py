@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from .errors import ObservationError
-from .peers import Peers, ProxyAdmin, ProxyListing
+from .peers import ListedEngine, Peers, ProxyAdmin, ProxyListing
 from .records import DOWN, DRAINING, READY, STARTING, EngineObservation, FleetObservation, ProxyObservation
 from .tracking import NO_TARGETS, EngineTracker, ProxyTracker, Targets
 
@@ -110,5 +110,10 @@ class Observer:
 
 
 def _states(listing: ProxyListing) -> dict[str, str]:
-    known = {STARTING, READY, DRAINING, DOWN}
-    return {engine.url: engine.state if engine.state in known else READY for engine in listing.engines}
+    return {engine.url: _state(engine) for engine in listing.engines}
+
+
+def _state(engine: ListedEngine) -> str:
+    if engine.state == DOWN and not engine.was_ready:
+        return STARTING  # the proxy's patience is for its clients; ours is as long as a large model loads
+    return engine.state if engine.state in (STARTING, READY, DRAINING, DOWN) else READY

@@ -26,6 +26,7 @@ class ListedEngine:
     url: str
     state: str
     in_flight: int
+    was_ready: bool = True  # at some time
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,12 @@ class ProxyAdmin:
         try:
             answer = json.loads(body)
             engines = tuple(
-                ListedEngine(str(entry["url"]).rstrip("/"), str(entry["state"]), int(entry["in_flight"]))
+                ListedEngine(
+                    str(entry["url"]).rstrip("/"),
+                    str(entry["state"]),
+                    int(entry["in_flight"]),
+                    bool(entry.get("was_ready", True)),
+                )
                 for entry in answer["engines"]
             )
             arrivals = float(answer.get("arrivals_total", 0))

@@ -54,6 +54,7 @@ class AdminRoutes:
             "url": engine.address.url,
             "name": engine.name,
             "state": engine.state,
+            "was_ready": engine.was_ready,
             "role": engine.role,
             "discovered": engine.address.options.discovered,
             "in_flight": self._fleet.ledger.own(engine.slot).in_flight,

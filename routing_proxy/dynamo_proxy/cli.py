@@ -109,6 +109,7 @@ FLAGS = (
     _Flag("idle_timeout", 300.0, "Seconds without a byte within an answer", 0.01, _DAY),
     _Flag("drain_timeout", 30.0, "Seconds that requests in flight get at shutdown", 0, _DAY),
     _Flag("health_interval", 2.0, "Seconds between health probes", 0.05, 3600),
+    _Flag("engine_start_grace", 120.0, "Seconds after which an engine that never answered counts as down", 0, _DAY),
 )
 
 
@@ -171,6 +172,7 @@ def _timeouts(values: dict[str, Any]) -> Timeouts:
         idle_seconds=values["idle_timeout"],
         drain_seconds=values["drain_timeout"],
         probe_interval_seconds=values["health_interval"],
+        start_grace_seconds=values["engine_start_grace"],
     )
 
 

@@ -77,6 +77,7 @@ class Timeouts:
     drain_seconds: float = 30.0
     probe_interval_seconds: float = 2.0
     probe_timeout_seconds: float = 5.0
+    start_grace_seconds: float = 120.0  # how long an engine that never answered counts as starting
     replay_seconds: float = 3.0
 
 

@@ -25,7 +25,7 @@ _MAX_FLEETS = 256  # clients may ask for models that nobody serves
 class Health(Enum):
     """What the last probes and requests say."""
 
-    STARTING = "starting"  # never seen ready
+    STARTING = "starting"  # never seen ready, and not looked for long
     READY = "ready"
     DOWN = "down"
 
@@ -53,6 +53,7 @@ class Engine:
     timeouts: Timeouts = field(default_factory=Timeouts)
     breaker: Breaker = field(default_factory=Breaker)
     health: Health = Health.STARTING
+    was_ready: bool = False  # at some time
     draining: bool = False
     models: ServedModels | None = None  # None: not known, so any model may be served
     event_feeds: int = 0
@@ -115,6 +116,10 @@ class Engine:
 
     def serves(self, model: str) -> bool:
         return not model or self.models is None or model in self.models.ids
+
+    def may_serve(self, model: str) -> bool:
+        """True if it serves this model or can be expected to: nothing is, of one that was down from the start."""
+        return self.serves(model) and (self.was_ready or self.health is not Health.DOWN)
 
 
 class EngineRegistry:
@@ -188,7 +193,7 @@ class EngineRegistry:
         if any(now - self.ready_since.get(slot, now) >= _TOGETHER_SECONDS for slot in others):
             self.warming[engine.slot] = now
         self.ready_since[engine.slot] = now
-        engine.health = Health.READY
+        engine.health, engine.was_ready = Health.READY, True
 
     def _roles_changed(self) -> None:
         self._fleets.clear()

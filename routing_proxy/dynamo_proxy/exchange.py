@@ -313,8 +313,8 @@ class Exchange:
             self._services.metrics.resumes.labels("no_engine").inc()
             self._end_broken(200, self._failure)
             return
-        unknown = not self._failure and self._services.router.model_is_unknown(self._prompt.model)
-        self.turn_away(*refusal(self._failure, self._prompt.model if unknown else ""))
+        standing = self._services.router.standing(self._prompt.model)
+        self.turn_away(*refusal(self._failure, self._prompt.model, standing))
 
     def turn_away(self, status: int, code: str, message: str) -> None:
         """Answer with an error; no engine has this request."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -42,6 +43,7 @@ class EngineWatch:
         self._monitor = monitor
         self._sources: tuple[dialects.EventSource, ...] = ()
         self._failures = 0
+        self._failing_since = 0.0
         self._probes = 0
         self._asking: asyncio.Task[None] | None = None  # the engine for its name among peers
         self.task = asyncio.get_running_loop().create_task(self._run())
@@ -67,8 +69,14 @@ class EngineWatch:
         engine = self.engine
         self._failures += 1
         self._monitor.metrics.probes.labels(engine.name, reason).inc()
-        if engine.health is Health.STARTING and self._failures == 1:
-            log.warning("engine %s is not reachable yet (%s); probing until it is", engine.address.url, reason)
+        now, grace = self._monitor.clock(), self._monitor.timeouts.start_grace_seconds
+        if self._failures == 1:
+            self._failing_since = now
+            if engine.health is Health.STARTING:
+                log.warning("engine %s is not reachable yet (%s); probing until it is", engine.address.url, reason)
+        if engine.health is Health.STARTING and now - self._failing_since >= grace:
+            log.warning("engine %s is down: never ready in %g s (%s); probing on", engine.address.url, grace, reason)
+            engine.health = Health.DOWN
         if engine.health is Health.READY and (reason == "connect_failed" or self._failures >= _FAILURES_UNTIL_DOWN):
             self.down(reason)
 
@@ -173,12 +181,14 @@ class Monitor:
         metrics: Metrics,
         tokens: TokenLearner,
         timeouts: Timeouts,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.registry = registry
         self.knowledge = knowledge
         self.metrics = metrics
         self.tokens = tokens
         self.timeouts = timeouts
+        self.clock = clock or asyncio.get_running_loop().time  # by which engines have time to start
         self.use_events = True
         self.watches: dict[int, EngineWatch] = {}
         self._session: aiohttp.ClientSession | None = None

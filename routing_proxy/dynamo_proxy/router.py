@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from . import policy
 from .engines import Engine, EngineRegistry
@@ -19,6 +19,10 @@ from .metrics import Metrics
 from .sessions import Sessions
 from .speeds import Speeds
 from .text_chain import Prompt
+
+# Why nobody takes a request: no engine is ready; who serves its model takes none now; who may serve it has not told its
+# models yet; nobody serves it.
+Standing = Literal["no_engine", "not_now", "not_told", "unknown"]
 
 
 class Placement(NamedTuple):
@@ -189,9 +193,14 @@ class Router:
         known = [e.models.max_model_tokens for e in self._registry if e.models is not None and e.serves(model)]
         return min(known, default=0)
 
-    def model_is_unknown(self, model: str) -> bool:
-        """True if engines are ready, and none of any state serves this model."""
-        return self._registry.any_ready() and not any(engine.serves(model) for engine in self._registry)
+    def standing(self, model: str) -> Standing:
+        """Why no engine takes a request for this model."""
+        if not self._registry.any_ready():
+            return "no_engine"
+        able = [engine for engine in self._registry if engine.may_serve(model)]
+        if any(engine.models is not None for engine in able):
+            return "not_now"
+        return "not_told" if able else "unknown"
 
     def failed(self, engine: Engine, reason: str) -> None:
         """A request failed on an engine: health looks again, at once."""

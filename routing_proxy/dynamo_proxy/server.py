@@ -49,7 +49,9 @@ log = logging.getLogger("dynamo_proxy")
 class ProxyServer:
     """One running proxy. Make it inside a running loop, `start` it, `drain` and `close` it."""
 
-    def __init__(self, config: ProxyConfig, rng: Random | None = None) -> None:
+    def __init__(
+        self, config: ProxyConfig, rng: Random | None = None, clock: Callable[[], float] | None = None
+    ) -> None:
         self.config = config
         self.metrics = Metrics()
         self.ledger = Ledger()
@@ -62,7 +64,7 @@ class ProxyServer:
             routing.host_hit_weight, routing.disk_hit_weight, routing.object_hit_weight
         )
         self.tokens = TokenLearner(self.knowledge, self.metrics)
-        self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts)
+        self.monitor = Monitor(self.registry, self.knowledge, self.metrics, self.tokens, config.timeouts, clock)
         self.monitor.use_events = config.use_kv_events
         self.router.when_failed(self.monitor.request_failed)
         self.router.when_slow(self.monitor.engine_is_slow)

@@ -5,8 +5,14 @@ from __future__ import annotations
 import orjson
 
 from .http_heads import RequestHead, ResponseHead
-from .router import Placement
+from .router import Placement, Standing
 
+_NOT_READY: dict[Standing, str] = {
+    "no_engine": "no engine is ready to take this request; try again in a few seconds, GET /health tells their states",
+    "not_now": "no engine that serves the model `{model}` takes requests now; try again in a few seconds",
+    "not_told": "no ready engine serves the model `{model}`, but an engine that has not told its models yet may: try "
+    "again in a few seconds, or check the name (GET /v1/models lists what is served now)",
+}
 _LATE = frozenset(("first_byte_timeout", "connect_timeout"))
 
 
@@ -50,22 +56,20 @@ def may_speak(head: ResponseHead, request: RequestHead, tail: bytes) -> bool:
     return head.is_events and head.chunked and is_framed(head, request) and tail.endswith(b"\n\n\r\n")
 
 
-def refusal(failure: str, unknown_model: str) -> tuple[int, str, str]:
-    """(status, code, message) for a request that no engine answered: `failure` says how the last one tried failed."""
+def refusal(failure: str, model: str, standing: Standing) -> tuple[int, str, str]:
+    """(status, code, message) for a request that no engine answered: `failure` says how the last one tried failed; if
+    none was tried, `standing` says why.
+    """
     if failure == "no_prefill_engine":
         message = "no prefill engine is ready, and decode engines cannot serve this alone; try again in a few seconds"
         return 503, failure, message
     if failure:
         status, code = (504, "engine_timeout") if failure in _LATE else (502, "engine_failed")
         return status, code, f"every engine that could serve this request failed ({failure}); try again"
-    if unknown_model:
-        message = f"The model `{unknown_model}` does not exist here; GET /v1/models lists what is served."
+    if standing == "unknown":
+        message = f"The model `{model}` does not exist here; GET /v1/models lists what is served."
         return 404, "model_not_found", message
-    message = (
-        "no engine is ready to take this request, and not every engine has told its models yet; "
-        "try again in a few seconds, and check the model's name if this goes on"
-    )
-    return 503, "no_engine_ready", message
+    return 503, "no_engine_ready", _NOT_READY[standing].format(model=model)
 
 
 def stream_error_bytes(message: str) -> bytes:

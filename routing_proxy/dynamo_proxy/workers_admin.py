@@ -99,6 +99,7 @@ def _row(rows: list[dict[str, Any]]) -> dict[str, Any]:
         **rows[0],
         "in_flight": sum(row["in_flight"] for row in rows),
         "state": states[0] if states else "ready",
+        "was_ready": any(row["was_ready"] for row in rows),
     }
 
 

@@ -110,6 +110,7 @@ class FakeProxy:
 
     states: dict[str, str] = field(default_factory=dict)
     in_flight: dict[str, int] = field(default_factory=dict)
+    never_ready: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     calls: list[str] = field(default_factory=list)
     arrivals_total: int = 0
@@ -122,6 +123,7 @@ class FakeProxy:
             {
                 "url": url,
                 "state": state,
+                "was_ready": url not in self.never_ready,
                 "in_flight": self.in_flight.get(url, 0),
                 "knowledge": "none",
                 "models": [],

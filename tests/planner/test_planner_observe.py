@@ -222,10 +222,21 @@ def test_an_admin_port_that_is_none_is_said_to_be_none() -> None:
     asyncio.run(story())
 
 
-def test_an_engine_of_others_that_starts_for_ever_stops_counting_as_supply() -> None:
+def test_an_engine_that_was_ready_and_is_down_is_no_supply() -> None:
+    async def story() -> None:
+        proxy = FakeProxy(states={"http://127.0.0.1:9": "down"})
+        async with served(proxy.app()) as admin:
+            fleet, _ = await look((), admin)
+        assert (fleet.engines[0].state, fleet.current) == ("down", 0)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("state", ["starting", "down"])  # the proxy's patience ends before ours
+def test_an_engine_of_others_that_starts_for_ever_stops_counting_as_supply(state: str) -> None:
     async def story() -> None:
         url = "http://127.0.0.1:9"
-        proxy = FakeProxy(states={url: "starting"})
+        proxy = FakeProxy(states={url: state}, never_ready={url})
         async with served(proxy.app()) as admin, aiohttp.ClientSession() as session:
             peers = Peers(session, 1.0)
             observer = Observer((), peers, ProxyAdmin(peers, admin))

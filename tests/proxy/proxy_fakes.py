@@ -275,10 +275,11 @@ async def proxy_before(*engines: Behind, **settings: Any) -> AsyncIterator[Proxy
     A second one before the same engines is `inner`: the outer one ends the engines and looks for tasks left.
     """
     ready, inner = settings.pop("ready", True), settings.pop("inner", False)
+    clock = settings.pop("clock", None)
     settings.setdefault("timeouts", QUICK)
     settings.setdefault("limits", Limits())
     config = ProxyConfig(tuple(engine.address for engine in engines), port=0, admin_port=0, **settings)
-    server = ProxyServer(config, Random(7))
+    server = ProxyServer(config, Random(7), clock)
     try:
         await server.start()
         if ready:

@@ -204,5 +204,6 @@ def test_pages_are_merged_by_kind() -> None:
 
 @pytest.mark.parametrize("states", [("ready", "down"), ("down", "ready")])
 def test_a_state_that_is_not_ready_anywhere_is_told(states: tuple[str, str]) -> None:
-    row = b'{"url":"u","in_flight":1,"state":"%b"}'
-    assert merged([row % state.encode() for state in states]) == {"url": "u", "in_flight": 2, "state": "down"}
+    row = b'{"url":"u","in_flight":1,"state":"%b","was_ready":%b}'
+    rows = [row % (state.encode(), b"true" if state == "ready" else b"false") for state in states]
+    assert merged(rows) == {"url": "u", "in_flight": 2, "state": "down", "was_ready": True}
