@@ -49,6 +49,7 @@ class Onboarding:
     def matched_tokens(self, live: Live, computed_tokens: int) -> int | None:
         """How many tokens behind `computed_tokens` can be loaded; None to be asked again later."""
         live.local_tokens = computed_tokens
+        live.has_run = False  # vLLM 0.33 may tell of an admission later than it counts the tokens of another's load
         if live.is_disappointed:
             return 0
         # It ran ahead of its load and was preempted: one load of a request at a time.

@@ -156,7 +156,8 @@ def _ahead(state: ForecastState, rule: ForecastRule, step: int) -> Pending:
         upper = point + float(np.quantile(errors, state.upper_level))
         lower = point + float(np.quantile(errors, state.lower_level))
     most = math.log(max(_CEILING_OF_PEAK * state.peak, _FLOOR))
-    return Pending(step + steps, point, max(min(upper, most), lower), min(upper, lower), level, terms)
+    upper = min(upper, most)
+    return Pending(step + steps, point, upper, min(upper, lower), level, terms)
 
 
 def _first_margin(residuals: tuple[float, ...]) -> float:
