@@ -17,6 +17,8 @@ BODY = b"dynamo"
 RIGHTS = "give these credentials ListBucket, GetObject, PutObject and DeleteObject under the prefix"
 REMEDIES = {
     "forbidden": f"set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use the machine's role; {RIGHTS}",
+    "no_credentials": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (profiles in ~/.aws are not read), or give this "
+    "machine an instance role",
     "no_bucket": "create the bucket, or name another --kvbm-object-url",
     "timeout": "without AWS_ACCESS_KEY_ID the machine's role is asked, which may hang; else check endpoint and network",
 }
