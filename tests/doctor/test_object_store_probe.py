@@ -113,10 +113,3 @@ def test_no_credentials_is_not_told_as_a_fault_of_the_bucket(
     assert "no_credentials" in finding.detail
     assert "AWS_ACCESS_KEY_ID" in finding.remedy
     assert "create the bucket" not in finding.remedy
-
-
-@pytest.mark.parametrize(("url", "endpoint"), [("http://b/kv", None), (None, "http://x:1"), (URL, "ftp://x")])
-def test_flags_that_make_no_sense_fail_with_their_line(url: str | None, endpoint: str | None) -> None:
-    finding = ask(url, endpoint)
-    assert finding.level is Level.FAIL
-    assert "kvbm-object" in finding.detail
