@@ -156,6 +156,20 @@ def refuse_tiny(setting: str, size_bytes: int) -> None:
         )
 
 
+def refuse_tiny_tiers(config: KvbmConfig) -> None:
+    """Raises `ConfigError` for the first tier of `config` that is tiny."""
+    if HOST_DRAM in config.storage_tiers:
+        refuse_tiny("kvbm_host_dram_gb", config.host_dram_bytes)
+    if NVME_SSD in config.storage_tiers:
+        refuse_tiny("kvbm_nvme_gb", config.nvme_bytes)
+
+
+def tiers_meant(settings: Mapping[str, object]) -> tuple[str, ...]:
+    """The tiers that somebody means who gives their settings and does not list them."""
+    named = {tier for key in settings for prefix, tier in _TIER_OF_PREFIX.items() if key.startswith(prefix)}
+    return tuple(tier for tier in TIER_ORDER if tier in (HBM, HOST_DRAM) or tier in named)
+
+
 def _parse_tiers(value: object) -> tuple[str, ...]:
     names = value if isinstance(value, (list, tuple)) else str(value).split(",")
     tiers = tuple(str(name).strip() for name in names)

@@ -18,6 +18,7 @@ _PASSING = frozenset(
         "forgotten",
         "internal_error",
         "no_bucket",
+        "no_credentials",
         "not_whole",
         "tier_off",
         "timeout",

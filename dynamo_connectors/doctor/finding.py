@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 
 class Level(str, Enum):
@@ -29,17 +28,6 @@ class Finding:
     def __post_init__(self) -> None:
         if self.level is Level.FAIL and not self.remedy:
             raise ValueError(f"finding {self.name!r} fails without a remedy")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the operator means to run; None where nothing was said. GB are 10**9 bytes."""
-
-    host_dram_gb: float | None = None
-    nvme_path: Path | None = None
-    nvme_gb: float | None = None
-    object_url: str | None = None
-    object_endpoint_url: str | None = None
 
 
 def is_healthy(findings: Sequence[Finding]) -> bool:

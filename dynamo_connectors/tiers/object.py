@@ -31,7 +31,7 @@ Outcome: TypeAlias = "Future[Sequence[StoreError | None]]"
 _UPLOAD_SECONDS = 15.0
 _UPLOADS_AT_ONCE = 4
 #: What a store says that has kept nothing of an upload; after any other failure it may have.
-_REFUSALS = ("forbidden", "no_bucket")
+_REFUSALS = ("forbidden", "no_bucket", "no_credentials")
 
 
 @dataclass(frozen=True)

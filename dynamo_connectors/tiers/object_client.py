@@ -26,6 +26,9 @@ PAGE = 1000
 #: What S3 says besides 404.
 _NO_BUCKET = "<Code>NoSuchBucket</Code>"
 _STATUS = re.compile(r"status code: (\d{3})")
+#: Where the library asks for the machine's role when the environment holds no keys: EC2's metadata service, which on
+#: other machines does not answer, or answers anything (403 from a proxy, 404 where the machine has no role).
+_ROLE = re.compile(r"Error performing (?:PUT|GET) https?://[^/\s]+/latest/(?:api/token|meta-data/iam/)")
 
 
 class ObjectClient:
@@ -110,8 +113,10 @@ class ObjectClient:
             yield self._store
         except (self._obstore.exceptions.BaseError, OSError, ValueError) as error:
             reason, what = _reason(error), _first_line(error)
+            if reason == "no_credentials":
+                what = f"no credentials found in the environment, and none from a role of this machine ({what})"
             # A list is empty where there is nothing; only its bucket can be missing.
-            if _NO_BUCKET in str(error) or (reason == "bad_answer" and verb == "LIST" and _status(error) == 404):
+            elif _NO_BUCKET in str(error) or (reason == "bad_answer" and verb == "LIST" and _status(error) == 404):
                 reason = "no_bucket"
                 what = "there is no such bucket; create it or name another --kvbm-object-url"
             raise StoreError(reason, f"{verb} {self.name}/{name}: {what}") from None
@@ -127,6 +132,8 @@ def _reason(error: Exception) -> str:
     """The library has types for a few failures; the others differ in their text alone."""
     if isinstance(error, FileNotFoundError):
         return "not_found"
+    if _ROLE.search(str(error)):
+        return "no_credentials"
     code = _status(error)
     if code in (401, 403) or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
         return "forbidden"

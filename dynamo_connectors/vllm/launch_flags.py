@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from dynamo_connectors.config import HOST_DRAM, NVME_SSD, SETTINGS, flag_of, parse_config, refuse_tiny
+from dynamo_connectors.config import SETTINGS, flag_of, parse_config, refuse_tiny_tiers
 from dynamo_connectors.errors import ConfigError, PluginError
 from dynamo_connectors.host_limits import check_host
 from dynamo_connectors.vllm.compat import require_supported_engine
@@ -114,10 +114,7 @@ def check_settings(transfer_config: Any) -> None:
     for settings in _our_settings(transfer_config):
         require_supported_engine()
         config = parse_config(settings)
-        if HOST_DRAM in config.storage_tiers:
-            refuse_tiny("kvbm_host_dram_gb", config.host_dram_bytes)
-        if NVME_SSD in config.storage_tiers:
-            refuse_tiny("kvbm_nvme_gb", config.nvme_bytes)
+        refuse_tiny_tiers(config)
         check_host(config)
         transfer_config.kv_load_failure_policy = "recompute"
 

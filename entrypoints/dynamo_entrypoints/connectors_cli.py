@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from dynamo_connectors import __version__
+from dynamo_connectors.config import SETTINGS
 from dynamo_connectors.doctor.examine import examine
-from dynamo_connectors.doctor.finding import Plan, is_healthy
-from dynamo_connectors.doctor.report import as_json, render
+from dynamo_connectors.doctor.finding import is_healthy
+from dynamo_connectors.doctor.plan import plan_of
+from dynamo_connectors.doctor.report import as_json, render_one, render_summary
+from dynamo_connectors.errors import ConfigError
 
 app = typer.Typer(
     help="KV tiering, KV-aware routing and planning for unchanged vLLM and SGLang.",
@@ -29,28 +33,49 @@ def version() -> None:
     typer.echo(__version__)
 
 
-@app.command()
-def doctor(
-    kvbm_host_dram_gb: Annotated[
-        float | None, typer.Option(min=0, help="Host memory you mean to give to KV, in GB.")
-    ] = None,
-    kvbm_nvme_path: Annotated[Path | None, typer.Option(help="Directory of the nvme_ssd tier.")] = None,
-    kvbm_nvme_gb: Annotated[float | None, typer.Option(min=0, help="Disk space for KV, in GB.")] = None,
-    kvbm_object_url: Annotated[str | None, typer.Option(help="s3://bucket/prefix of the object_store tier.")] = None,
-    kvbm_object_endpoint_url: Annotated[str | None, typer.Option(help="Its S3 service, http://host:port.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Machine-readable report.")] = False,
-) -> None:
-    """Looks at engines, plugins, NIXL, GPU, memory, disk and bucket. Exits 1 when something would not work.
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives `command` every `--kvbm-*` flag of the engines, for its `**settings`."""
+    own = [param for param in inspect.signature(command, eval_str=True).parameters.values() if param.name != "settings"]
+    flags = [
+        inspect.Parameter(
+            setting,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=typer.Option(None, metavar="VALUE", help=text),
+            annotation=str | None,
+        )
+        for setting, text in SETTINGS.items()
+    ]
+    command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    return command
 
-    Most of its time an installed engine imports itself: that proves that it finds us.
+
+@app.command()
+@_with_settings
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable report, when all is known.")] = False,
+    **settings: str | None,
+) -> None:
+    """Looks at memory, disk, bucket, engines, plugins, NIXL and GPU. Exits 1 when something would not work.
+
+    Takes the --kvbm-* flags of a launch line; one that the engine would refuse ends it at once with exit code 2. Most
+    of its time an installed engine imports itself: that proves that it finds us.
     """
-    plan = Plan(kvbm_host_dram_gb, kvbm_nvme_path, kvbm_nvme_gb, kvbm_object_url, kvbm_object_endpoint_url)
-    with Console(stderr=True).status("looking at this machine (an engine takes a while to import)"):
-        findings = examine(plan, os.environ)
+    try:
+        plan = plan_of({setting: value for setting, value in settings.items() if value is not None})
+    except ConfigError as error:
+        typer.echo(f"dynamo-connectors doctor: error: {error}", err=True)
+        raise typer.Exit(2) from None
+    findings = []
+    console = Console(stderr=json_)
+    with console.status("looking at this machine (an engine takes a while to import)"):
+        for finding in examine(plan, os.environ):
+            findings.append(finding)
+            if not json_:
+                render_one(finding, console)
     if json_:
         typer.echo(as_json(findings))
     else:
-        render(findings, Console())
+        render_summary(findings, console)
     raise typer.Exit(0 if is_healthy(findings) else 1)
 
 

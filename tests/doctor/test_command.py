@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from dynamo_connectors import __version__
+from dynamo_connectors.config import SETTINGS, flag_of
 from dynamo_connectors.doctor.finding import Finding, Level
 from dynamo_connectors.doctor.report import as_json, summary
+from tests.doctor.test_probes import write_distribution
 from tests.house.repository import import_path
 
 MAIN = "from dynamo_entrypoints.connectors_cli import main; main()"
@@ -38,6 +41,47 @@ def test_bad_usage_is_one_message_and_exit_2(arguments: list[str]) -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--kvbm-object-url", "http://foo/bar"], ["--kvbm-host-dram-gb", "lots"], ["--kvbm-compression", "fp9", "--json"]],
+)
+def test_a_wrong_value_ends_it_before_any_probe(arguments: list[str]) -> None:
+    result = start("doctor", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert arguments[0] in result.stderr
+
+
+def test_help_lists_every_flag_of_the_engine() -> None:
+    text = start("doctor", "--help").stdout
+    assert [flag_of(setting) for setting in SETTINGS if f"{flag_of(setting)} " not in text] == []
+
+
+def test_what_is_known_at_once_is_printed_while_an_engine_is_still_asked(tmp_path: Path) -> None:
+    """Into a pipe, which nobody flushes for it. The plugin here never ends."""
+    write_distribution(tmp_path, "dynamo-connectors", "9.9", "[vllm.general_plugins]\ndynamo = signal:pause\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{import_path()}", "COLUMNS": "200"}
+    missing = str(tmp_path / "none")
+    command = [sys.executable, "-c", MAIN, "doctor", "--kvbm-nvme-path", missing]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as doctor:
+        try:
+            assert doctor.stdout is not None
+            lines = []
+            for line in doctor.stdout:
+                lines.append(line)
+                if "GPU" in line:
+                    break
+            is_running = doctor.poll() is None
+        finally:
+            os.killpg(doctor.pid, signal.SIGKILL)
+    assert is_running
+    assert lines[0].split()[1] == "memory"
+    assert any(f"{missing} does not exist" in line for line in lines)
+    assert not any("plugin" in line for line in lines)
 
 
 def test_red_lines_mean_exit_1(tmp_path: Path) -> None:

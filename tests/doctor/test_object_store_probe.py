@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -76,8 +78,38 @@ def test_a_store_that_is_not_well_fails(behave: object, words: str, monkeypatch:
     assert words in finding.detail
 
 
-@pytest.mark.parametrize(("url", "endpoint"), [("http://b/kv", None), (None, "http://x:1"), (URL, "ftp://x")])
-def test_flags_that_make_no_sense_fail_with_their_line(url: str | None, endpoint: str | None) -> None:
-    finding = ask(url, endpoint)
+@pytest.fixture
+def without_keys(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_no_credentials_on_a_machine_without_metadata_service(without_keys: pytest.MonkeyPatch) -> None:
+    """The store is down too, and nobody gets as far as asking it."""
+    without_keys.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    finding = ask(URL, "http://127.0.0.1:1")
     assert finding.level is Level.FAIL
-    assert "kvbm-object" in finding.detail
+    assert "no credentials found" in finding.detail
+    assert "instance role" in finding.remedy
+    assert "ListBucket" not in finding.remedy
+
+
+def no_role(to: socket.socket, line: str) -> None:
+    to.sendall(answer("200 OK", b"token") if "token" in line else answer("404 Not Found"))
+
+
+@pytest.mark.parametrize("behave", [no_role, say(answer("404 No")), say(answer("403 denied")), say(answer("500 No"))])
+def test_no_credentials_is_not_told_as_a_fault_of_the_bucket(
+    behave: Callable[[socket.socket, str], None], without_keys: pytest.MonkeyPatch
+) -> None:
+    server = FaultServer(behave)
+    without_keys.setenv("AWS_METADATA_ENDPOINT", server.url)
+    try:
+        finding = ask(URL, "http://127.0.0.1:1")
+    finally:
+        server.close()
+    assert server.requests, "the role was never asked for"
+    assert "no_credentials" in finding.detail
+    assert "AWS_ACCESS_KEY_ID" in finding.remedy
+    assert "create the bucket" not in finding.remedy
