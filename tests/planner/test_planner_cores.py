@@ -190,6 +190,14 @@ def test_a_rise_is_seen_in_time_however_long_a_start_takes(horizon: int) -> None
     assert fed(risen, replace(RULE, horizon_steps=horizon)).trend > 0.5 * 0.05
 
 
+@pytest.mark.parametrize("horizon", [4, 12])
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_a_fleet_that_wakes_is_not_ordered_to_its_limit(horizon: int, steps: int) -> None:
+    seen = outlook(fed([0.0] * 20 + [10.0] * steps, replace(RULE, horizon_steps=horizon)), RULE)
+    assert seen is not None
+    assert seen.lower <= seen.upper <= 1.25 * 10.0 * (1 + 1e-9)
+
+
 def test_the_first_bound_narrows_on_a_calm_rate_and_widens_on_a_wild_one() -> None:
     first, calm = outlook(fed([40.0] * 2), RULE), outlook(fed([40.0] * 12), RULE)
     wild = outlook(fed([20.0, 60.0] * 6), RULE)
