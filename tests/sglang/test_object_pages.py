@@ -63,6 +63,7 @@ def start(service: Moto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
             "kvbm_object_deadline_ms": deadline_ms,
         }
         pool = FakeHostPool(pages=128)
+        (tmp_path / name).mkdir(exist_ok=True)
         backend = HiCacheBackend(storage_config(tmp_path / name, extra_config=extra))
         started.append(backend)
         backend.register_mem_pool_host(pool)
