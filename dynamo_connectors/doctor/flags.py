@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 
 from dynamo_connectors.config import parse_config
 from dynamo_connectors.doctor.finding import Finding, Level
@@ -10,8 +10,7 @@ from dynamo_connectors.doctor.plan import Plan
 from dynamo_connectors.doctor.versions import ENGINES, installed_version
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.host_limits import read_secret
-from dynamo_connectors.peer_config import PEER_SETTINGS, PeerConfig
-from dynamo_connectors.sglang.settings import parse_storage_settings
+from dynamo_connectors.peer_config import PeerConfig
 from dynamo_connectors.transport.agent import require_nixl
 from dynamo_connectors.transport.channel import require_curve
 
@@ -24,39 +23,15 @@ def examine_flags(plan: Plan) -> list[Finding]:
 
 
 def judge_spelling(plan: Plan, engines: Collection[str]) -> list[Finding]:
-    """A warning when none of these engines takes the flags as they stand: each wants tiers told in its own way."""
-    if not plan.given:
+    """A warning when vLLM, the only engine here, refuses the flags as they stand. What SGLang says is its adapter's."""
+    if not plan.given or list(engines) != ["vllm"]:
         return []
-    refusals = {engine: _refusal(engine, plan) for engine in engines}
-    if None in refusals.values():
-        return []
-    remedies = {
-        "vllm": f"name them, with their sizes: --kvbm-storage-tiers {','.join(plan.tiers)}",
-        "sglang": "see docs/sglang.md",
-    }
-    return [
-        Finding(Level.WARN, f"{engine} flags", f"refused as they stand: {refusal}", remedies[engine])
-        for engine, refusal in refusals.items()
-    ]
-
-
-def _refusal(engine: str, plan: Plan) -> str | None:
-    parsers: dict[str, Callable[[Mapping[str, object]], object]] = {
-        "vllm": parse_config,
-        "sglang": parse_sglang_settings,
-    }
     try:
-        parsers[engine](plan.given)
+        parse_config(plan.given)
     except ConfigError as error:
-        return str(error)
-    return None
-
-
-def parse_sglang_settings(given: Mapping[str, object]) -> None:
-    """The role is a flag of SGLang's own there, so what belongs to it may stand alone."""
-    storage = {setting: value for setting, value in given.items() if setting not in PEER_SETTINGS}
-    if storage:
-        parse_storage_settings(storage)
+        remedy = f"name them, with their sizes: --kvbm-storage-tiers {','.join(plan.tiers)}"
+        return [Finding(Level.WARN, "vllm flags", f"refused as they stand: {error}", remedy)]
+    return []
 
 
 def examine_peers(peer: PeerConfig) -> list[Finding]:
