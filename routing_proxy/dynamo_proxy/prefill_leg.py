@@ -60,8 +60,8 @@ def _begin_in_room(
     if isinstance(chosen, str):
         services.metrics.prefill_legs.labels(chosen).inc()
         return None
-    engine = chosen.engine
-    room, half = handoff.in_a_room(request.body, engine.address.host, engine.bootstrap_port, _draw_room)
+    engine, path = chosen.engine, request.head.path
+    room, half = handoff.in_a_room(path, request.body, engine.address.host, engine.bootstrap_port, _draw_room)
     leg = PrefillLeg(services, request, half, chosen, done)
     leg.room = room
     leg.start()

@@ -18,6 +18,7 @@ from tests.proxy.proxy_fakes import Client, ask, chat, post, proxy_before, run, 
 from tests.proxy.test_proxy_resume import CHAT, COMPLETIONS, text_of
 from tests.proxy.token_engine import TokenEngine, expected_text
 
+GENERATE = "/generate"
 ROOM = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 TEXT = "both halves of this"
 RIGHT = expected_text([ord(letter) for letter in TEXT], 5)
@@ -177,15 +178,42 @@ def test_a_client_that_leaves_ends_both_halves() -> None:
     run(body())
 
 
-def test_a_batch_has_a_room_for_each_prompt() -> None:
+@pytest.mark.parametrize(("path", "name"), [(COMPLETIONS, "prompt"), (GENERATE, "text"), (GENERATE, "input_ids")])
+def test_a_batch_has_a_room_for_each_prompt(path: str, name: str) -> None:
     rooms = iter(range(1, 100))
-    body = orjson.dumps({"prompt": ["a", "b"], "stream": True})
-    fields, half = handoff.in_a_room(body, "10.0.0.7", 8998, lambda: next(rooms))
+    prompts = [[1], [2]] if name == "input_ids" else ["a", "b"]
+    body = orjson.dumps({name: prompts, "stream": True})
+    fields, half = handoff.in_a_room(path, body, "10.0.0.7", 8998, lambda: next(rooms))
     assert fields["bootstrap_host"] == ["10.0.0.7"] * 2
     assert len(set(fields["bootstrap_room"])) == 2
-    assert orjson.loads(half) == {"prompt": ["a", "b"], "stream": False, **fields}
-    fields, _ = handoff.in_a_room(b'{"input_ids": [1, 2]}', "h", 1, lambda: 5)
-    assert fields == {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 5}
+    assert orjson.loads(half) == {name: prompts, "stream": False, **fields}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [], "text": ["a", "b"], "prompt": ["a", "b"], "input_ids": [[1], [2]]}),
+        (COMPLETIONS, {"prompt": "one", "text": ["a", "b"], "input_ids": [[1], [2]]}),
+        (COMPLETIONS, {"prompt": [1, 2], "text": ["a", "b"]}),
+        (COMPLETIONS, {"text": ["a", "b"]}),
+        (GENERATE, {"text": "one", "prompt": ["a", "b"], "input_ids": [[1], [2]]}),
+        (GENERATE, {"text": None, "prompt": ["a", "b"], "input_ids": [1, 2]}),
+    ],
+)
+def test_lists_that_its_route_does_not_read_make_no_batch(path: str, fields: dict[str, Any]) -> None:
+    room, half = handoff.in_a_room(path, orjson.dumps(fields), "h", 1, lambda: 5)
+    assert room == {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 5}
+    assert orjson.loads(half) == {**fields, **room, "stream": False}
+
+
+def test_a_chat_with_stray_lists_gets_one_room_at_both_halves() -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), decode):
+            said = chat(TEXT, max_tokens=5) | {"text": ["a", "b"], "prompt": ["a", "b"]}
+            assert (await ask(proxy.port, post(CHAT, said))).status == 200
+            assert [type(half["bootstrap_room"]) for half in prefill.prompts + decode.prompts] == [int, int]
+
+    run(body())
 
 
 def test_only_a_prefill_engine_has_a_bootstrap_port() -> None:
