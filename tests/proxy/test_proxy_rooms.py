@@ -34,6 +34,7 @@ class Half(TokenEngine):
         self.role, self.rooms = role, rooms
         self.how_half = "well"
         self.bad_halves = 1 << 30  # so many halves of a prefill engine go as `how_half` says
+        self.in_chunks = False
         self.bad_answers = 0  # so many answers of a decode engine are 500
         self.server_info = {"disaggregation_mode": role, "disaggregation_bootstrap_port": 8998}
 
@@ -47,7 +48,10 @@ class Half(TokenEngine):
         self.bad_halves -= 1
         if type(room) is not int or how.startswith("status"):
             self.requests.append((request.path, dict(request.headers), await request.read()))
-            return web.json_response({"error": {"message": "no room"}}, status=int(how[7:] or 400))
+            answer = web.json_response({"error": {"message": "no room"}}, status=int(how[7:] or 400))
+            if self.in_chunks:
+                answer.enable_chunked_encoding()
+            return answer
         met = self.rooms.setdefault(room, asyncio.Event())
         if self.role == "decode":
             if self.bad_answers:
@@ -130,6 +134,51 @@ def test_a_prefill_engine_that_fails_costs_a_room_and_no_answer(how: str) -> Non
             await wait_until(lambda: decode.active == 0 and proxy.ledger.in_flight == 0, "nothing is left")
             assert b'retries_total{reason="prefill_failed"}' in proxy.front_end.metrics()
             assert proxy.registry.at(2).state == "ready"
+
+    run(body())
+
+
+@pytest.mark.parametrize("decode_refuses", [True, False])
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_request_that_prefill_refuses_is_refused_at_once(status: int, decode_refuses: bool) -> None:
+    async def body() -> None:
+        async with fleet(2) as (proxy, prefills, decode):
+            for engine in (*prefills, *([decode] if decode_refuses else [])):
+                engine.how_half = f"status {status}"
+            async with Client.to(proxy.port) as client:
+                for number in range(1, 9):
+                    client.send(asked(CHAT, stream=True))
+                    answer = await client.answer()
+                    assert (answer.status, answer.json()["error"]["message"]) == (status, "no room")
+                    assert sum(len(engine.requests) for engine in prefills) == number
+            await wait_until(lambda: decode.active == 0 and proxy.ledger.in_flight == 0, "nothing is left")
+            assert [engine.breaker.score for engine in proxy.registry] == [0, 0, 0]
+            assert b"prefill_failed" not in proxy.front_end.metrics()
+
+    run(body())
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_prefill_engine_that_is_too_busy_costs_a_room(status: int) -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), _):
+            prefill.how_half, prefill.bad_halves = f"status {status}", 1
+            assert (await ask(proxy.port, asked(CHAT))).status == 200
+            assert len(prefill.requests) == 2
+            assert proxy.registry.at(0).breaker.score == 0
+
+    run(body())
+
+
+def test_a_refusal_in_chunks_comes_whole() -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), _):
+            prefill.how_half, prefill.in_chunks = "status 400", True
+            async with Client.to(proxy.port) as client:
+                for _ in range(2):
+                    client.send(asked(CHAT))
+                    answer = await client.answer()
+                    assert (answer.status, answer.json()) == (400, {"error": {"message": "no room"}})
 
     run(body())
 
