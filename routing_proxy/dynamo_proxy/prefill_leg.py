@@ -106,7 +106,8 @@ class PrefillLeg:
         return self._placement.engine.name
 
     def start(self) -> None:
-        self._timer = self._loop.call_later(self._services.prefill_seconds, self._late)
+        if not self.room:  # there it answers when decode took its KV: the other half's deadline counts for both
+            self._timer = self._loop.call_later(self._services.prefill_seconds, self._late)
         connection = self._placement.engine.pool.take()
         self._reused = connection is not None
         if connection is not None:
@@ -162,9 +163,10 @@ class PrefillLeg:
             self._fail(f"status_{head.status}")
             return
         ticket = handoff.ticket(b"".join(self._answer)) if not self.room else self.room
-        seconds = self._loop.time() - self._began
+        seconds = self._loop.time() - self._began if not self.room else 0.0  # in a room it waited for decode, too
         self._services.router.first_byte(self._placement, seconds)
-        self._services.metrics.prefilled(self.engine_name, seconds)
+        if seconds:
+            self._services.metrics.prefilled(self.engine_name, seconds)
         if self._placement.engine.breaker.score:
             self._placement.engine.breaker.passed()
         self._end("handed_over" if ticket is not None else "no_ticket", ticket)

@@ -11,7 +11,7 @@ import orjson
 import pytest
 from aiohttp import web
 from dynamo_proxy import dialects, handoff
-from dynamo_proxy.config import EngineAddress, EngineOptions
+from dynamo_proxy.config import EngineAddress, EngineOptions, Routing
 from dynamo_proxy.server import ProxyServer
 
 from tests.proxy.proxy_fakes import Client, ask, chat, post, proxy_before, run, wait_until
@@ -34,7 +34,7 @@ class Half(TokenEngine):
         self.role, self.rooms = role, rooms
         self.how_half = "well"
         self.bad_halves = 1 << 30  # so many halves of a prefill engine go as `how_half` says
-        self.in_chunks = False
+        self.in_chunks, self.wait_seconds = False, 0.0
         self.bad_answers = 0  # so many answers of a decode engine are 500
         self.server_info = {"disaggregation_mode": role, "disaggregation_bootstrap_port": 8998}
 
@@ -78,6 +78,7 @@ class Half(TokenEngine):
             finally:
                 self.active -= 1
                 self.aborted += 1
+        await asyncio.sleep(self.wait_seconds)
         met.set()
         return web.json_response({"text": "x"})
 
@@ -166,6 +167,20 @@ def test_a_prefill_engine_that_is_too_busy_costs_a_room(status: int) -> None:
             assert (await ask(proxy.port, asked(CHAT))).status == 200
             assert len(prefill.requests) == 2
             assert proxy.registry.at(0).breaker.score == 0
+
+    run(body())
+
+
+def test_a_half_that_waits_for_decode_is_not_late_and_teaches_nothing() -> None:
+    async def body() -> None:
+        async with fleet(routing=Routing(prefill_seconds=0.05)) as (proxy, (prefill,), _):
+            prefill.wait_seconds = 0.3
+            told: list[float] = []
+            proxy.router.first_byte = lambda placement, seconds: told.append(seconds)  # type: ignore[method-assign]
+            assert (await ask(proxy.port, asked(CHAT))).status == 200
+            assert len(prefill.requests) == 1
+            assert set(told) == {0.0}
+            assert b'prefill_legs_total{reason="timeout"}' not in proxy.front_end.metrics()
 
     run(body())
 
