@@ -85,9 +85,7 @@ FLAGS = (
     _Flag("queue_timeout", 30.0, "Seconds a request may wait, then it gets 503", 0.01, 3600),
     _Flag("disagg_prefill_min_tokens", 512, "Uncached tokens that a decode engine computes itself", 0, 10_000_000),
     _Flag("disagg_prefill_max_queued_tokens", -1, _QUEUED, -1, 1_000_000_000),
-    _Flag(
-        "disagg_prefill_timeout", 60.0, "Seconds a prefill engine may take; then the decode engine computes", 0.01, 3600
-    ),
+    _Flag("disagg_prefill_timeout", 60.0, "vLLM: seconds a prefill engine may take; then decode computes", 0.01, 3600),
     _Flag("replica_sync_listen", "", "IP:PORT where other proxies before this fleet tell their load (UDP)"),
     _Flag("replica_sync_peer", None, "IP:PORT of another proxy; repeat for each"),
     _Flag("replica_sync_key_file", "", "File with the key that all of them share"),

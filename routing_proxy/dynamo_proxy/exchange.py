@@ -48,9 +48,8 @@ class Exchange:
         self._services = services
         self._loop = asyncio.get_running_loop()
         self._arrived = self._loop.time()
-        self._tried = 0
-        self._failure, self._relaying = "", False
-        self.over = False
+        self._tried, self._failure = 0, ""
+        self._relaying = self.over = False
         self._meter = meter
         self._receipt: Receipt | None = None
         self._out = Outgoing(asked, endpoint)
@@ -65,8 +64,7 @@ class Exchange:
         self._head: ResponseHead | None = None
         self._frames: Frames | None = None  # None: the engine's bytes pass as they are
         self._timer: asyncio.TimerHandle | None = None
-        self._reused, self._stale = False, 0
-        self._last_tail = b""
+        self._reused, self._stale, self._last_tail = False, 0, b""
 
     def start(self) -> None:
         self._services.metrics.arrived(len(self._request.body))
@@ -105,7 +103,10 @@ class Exchange:
         assert placement is not None
         self._prefilled_by = leg.engine_name if ticket is not None else ""
         if leg.room:
-            if ticket is None and not self._relaying:
+            if leg.refusal is not None and not self._relaying:
+                self._leave_engine()
+                self._conclude(leg.refusal[0], "engine_answer", leg.refusal[1])
+            elif ticket is None and not self._relaying:
                 self._in_another_room("prefill_failed")
             return
         self._out.ticket = ticket
@@ -129,10 +130,8 @@ class Exchange:
         if self.over or placement is None:
             if connection is not None:
                 connection.abandon()
-        elif connection is None:
-            self._next_engine(reason)
-        elif not connection.is_open:
-            self._next_engine("connection_lost")
+        elif connection is None or not connection.is_open:
+            self._next_engine(reason or "connection_lost")
         else:
             self._send(placement, connection)
 
@@ -340,9 +339,7 @@ class Exchange:
         if outcome != "go_on":
             self._services.metrics.resumes.labels(outcome).inc()
         if outcome == "concluded":
-            self._client.write(said)
-            self._close(200, "ok")
-            self._client.finish(self._request.head.keep_alive)
+            self._conclude(200, "ok", said)
             return True
         if outcome != "go_on":
             return False
@@ -367,13 +364,10 @@ class Exchange:
 
     def _leave_engine(self) -> None:
         """The one place where an exchange lets go of its engines."""
-        leg, self._leg = self._leg, None
-        if leg is not None:
-            leg.cancel()
-        for waiting in (self._timer, self._dial):
+        for waiting in (self._leg, self._timer, self._dial):
             if waiting is not None:
                 waiting.cancel()
-        self._timer = self._dial = None
+        self._leg = self._timer = self._dial = None
         self._client.flow.detach()
         up, self._up = self._up, None
         if up is not None:
@@ -381,6 +375,12 @@ class Exchange:
         placement, self._placement = self._placement, None
         if placement is not None:
             self._services.router.release(placement)
+
+    def _conclude(self, status: int, reason: str, said: bytes) -> None:
+        """The end of an answer, or all of it, when no engine is at work on it any more."""
+        self._client.write(said)
+        self._close(status, reason)
+        self._client.finish(self._request.head.keep_alive)
 
     def _close(self, status: int, reason: str) -> None:
         self.over = True

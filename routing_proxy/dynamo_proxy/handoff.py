@@ -19,7 +19,8 @@ ROOM_FIELDS = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 INTERNAL_FIELDS = frozenset((*ROOM_FIELDS, PARAMS))
 #: What SGLang's engines serve together.
 ROOM_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions", "/generate"))
-_PROMPTS = ("prompt", "text", "input_ids")
+#: Where they read prompts; only these make a batch. A chat is one, whatever else its body says.
+_PROMPTS = {"/v1/completions": ("prompt",), "/generate": ("text", "input_ids")}
 _REMOTE = ("do_remote_", "remote_")
 #: Where vLLM reads them.
 PARAMS_ROUTES = frozenset(("/v1/chat/completions", "/v1/completions"))
@@ -60,13 +61,13 @@ def prefill_body(path: str, body: bytes) -> bytes | None:
     return orjson.dumps(half)
 
 
-def in_a_room(body: bytes, host: str, port: int, draw: Callable[[], int]) -> tuple[dict[str, Any], bytes]:
+def in_a_room(path: str, body: bytes, host: str, port: int, draw: Callable[[], int]) -> tuple[dict[str, Any], bytes]:
     """What both halves of a request to SGLang are told, and the whole prefill half; `draw` gives unused rooms.
 
-    A batch has a room for each of its prompts.
+    A batch has a room for each of its prompts; lists of rooms for what is none end an engine.
     """
     asked = orjson.loads(body)
-    prompts = next((value for name in _PROMPTS if (value := asked.get(name)) is not None), None)
+    prompts = next((value for name in _PROMPTS.get(path, ()) if (value := asked.get(name)) is not None), None)
     fields: dict[str, Any] = dict(zip(ROOM_FIELDS, (host, port, draw()), strict=True))
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
         fields = {name: [value] * len(prompts) for name, value in fields.items()}

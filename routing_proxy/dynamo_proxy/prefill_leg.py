@@ -18,10 +18,11 @@ from .router import Placement
 from .services import Services
 from .text_chain import Prompt
 from .upstream import UpstreamConnection
-from .wire import request_bytes
+from .wire import request_bytes, whole_response_bytes
 
 _MAX_ANSWER_BYTES = 16 << 20
 _ROOM_BITS = 62
+_MAY_PASS = frozenset((408, 429))  # refusals for the moment: another engine may take the request
 Done = Callable[[dict[str, Any] | None], None]
 
 
@@ -60,8 +61,8 @@ def _begin_in_room(
     if isinstance(chosen, str):
         services.metrics.prefill_legs.labels(chosen).inc()
         return None
-    engine = chosen.engine
-    room, half = handoff.in_a_room(request.body, engine.address.host, engine.bootstrap_port, _draw_room)
+    engine, path = chosen.engine, request.head.path
+    room, half = handoff.in_a_room(path, request.body, engine.address.host, engine.bootstrap_port, _draw_room)
     leg = PrefillLeg(services, request, half, chosen, done)
     leg.room = room
     leg.start()
@@ -77,8 +78,8 @@ class PrefillLeg:
     """One prompt at one prefill engine. Exactly one call of `done` ends it, unless it is cancelled before."""
 
     __slots__ = (
-        "_answer", "_answered", "_began", "_dial", "_done", "_half", "_loop", "_placement", "_request", "_reused",
-        "_services", "_status", "_timer", "_up", "over", "room",
+        "_answer", "_answered", "_began", "_dial", "_done", "_half", "_head", "_loop", "_placement", "_request",
+        "_reused", "_services", "_timer", "_up", "over", "refusal", "room",
     )  # fmt: skip
 
     def __init__(self, services: Services, request: Request, half: bytes, placement: Placement, done: Done) -> None:
@@ -93,18 +94,20 @@ class PrefillLeg:
         self._dial: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reused = False
-        self._status = 0
+        self._head: ResponseHead | None = None
         self._answer: list[bytes] = []
         self._answered = 0
         self.over = False
         self.room: dict[str, Any] = {}  # what the other half is told, which runs beside this one; empty: it waits
+        self.refusal: tuple[int, bytes] | None = None  # in a room: status and bytes of the answer to a bad request
 
     @property
     def engine_name(self) -> str:
         return self._placement.engine.name
 
     def start(self) -> None:
-        self._timer = self._loop.call_later(self._services.prefill_seconds, self._late)
+        if not self.room:  # there it answers when decode took its KV: the other half's deadline counts for both
+            self._timer = self._loop.call_later(self._services.prefill_seconds, self._late)
         connection = self._placement.engine.pool.take()
         self._reused = connection is not None
         if connection is not None:
@@ -141,7 +144,7 @@ class PrefillLeg:
     # --- from the engine (ResponseSink)
 
     def on_head(self, head: ResponseHead) -> None:
-        self._status = head.status
+        self._head = head
 
     def on_body(self, data: bytes) -> None:
         self._answer.append(data)
@@ -151,19 +154,25 @@ class PrefillLeg:
 
     def on_end(self) -> None:
         self._up = None
-        if self._status != 200:
-            self._fail(f"status_{self._status}")
+        head = self._head
+        assert head is not None
+        if head.status != 200:
+            if self.room and 400 <= head.status < 500 and head.status not in _MAY_PASS:
+                answer = whole_response_bytes(head, self._request.head, self._placement, b"".join(self._answer))
+                self.refusal = head.status, answer
+            self._fail(f"status_{head.status}")
             return
         ticket = handoff.ticket(b"".join(self._answer)) if not self.room else self.room
-        seconds = self._loop.time() - self._began
+        seconds = self._loop.time() - self._began if not self.room else 0.0  # in a room it waited for decode, too
         self._services.router.first_byte(self._placement, seconds)
-        self._services.metrics.prefilled(self.engine_name, seconds)
+        if seconds:
+            self._services.metrics.prefilled(self.engine_name, seconds)
         if self._placement.engine.breaker.score:
             self._placement.engine.breaker.passed()
         self._end("handed_over" if ticket is not None else "no_ticket", ticket)
 
     def on_lost(self, reason: str) -> None:
-        if self._reused and reason == "connection_lost" and not self._status:
+        if self._reused and reason == "connection_lost" and self._head is None:
             # It closed an idle connection just as we used it: not its fault.
             self._services.metrics.retries.labels("stale_connection").inc()
             self._up, self._reused = None, False

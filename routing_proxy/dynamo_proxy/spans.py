@@ -7,7 +7,10 @@ engine's spans stand beside this one. The SDK's own OTEL_* variables (sampling, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,8 +19,10 @@ from .access_log import Record
 from .errors import ConfigError
 
 _TRACE_HEADER = re.compile(rb"^(traceparent|tracestate):[ \t]*([^\r\n]{1,512})", re.IGNORECASE | re.MULTILINE)
+_CLOSE_SECONDS = 5.0
 _UNNAMED = "unknown_service"  # as the SDK calls a service that nobody named
 _MISSING = "--otlp-traces-endpoint needs OpenTelemetry; pip install 'dynamo-connectors[otel]'"
+log = logging.getLogger("dynamo_proxy")
 
 
 class SpanSink:
@@ -53,8 +58,21 @@ class SpanSink:
         return 0
 
     async def close(self) -> None:
-        """Sends what waits, as long as the exporter's own deadline."""
-        await asyncio.to_thread(self._provider.shutdown)
+        """Sends what waits, for a few seconds: a thread that nobody joins, so a dead collector holds up no exit."""
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut_down() -> None:
+            try:
+                self._provider.shutdown()
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop is gone: it came too late
+                    loop.call_soon_threadsafe(done.set)
+
+        threading.Thread(target=shut_down, name="spans-close", daemon=True).start()
+        try:
+            await asyncio.wait_for(done.wait(), _CLOSE_SECONDS)
+        except asyncio.TimeoutError:
+            log.warning("the collector of spans did not take the last ones in %gs: they are lost", _CLOSE_SECONDS)
 
     def _write(self, record: Record) -> None:
         trace, ended, end = self._trace, record.ended, int(record.at * 1e9)

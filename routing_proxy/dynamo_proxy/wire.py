@@ -46,6 +46,14 @@ def response_bytes(head: ResponseHead, request: RequestHead, placement: Placemen
     )  # fmt: skip
 
 
+def whole_response_bytes(head: ResponseHead, request: RequestHead, placement: Placement, body: bytes) -> bytes:
+    """A whole answer as the client gets it; `body` is decoded."""
+    if head.content_length is None:
+        passing = head.passing + b"content-length: %d\r\n" % len(body)
+        head = head._replace(passing=passing, content_length=len(body), chunked=False)
+    return response_bytes(head, request, placement, b"") + body
+
+
 def is_framed(head: ResponseHead, request: RequestHead) -> bool:
     """True if the client can tell a whole answer from a cut one (a 1.0 client gets chunks decoded)."""
     return head.content_length is not None or (head.chunked and request.minor_version == 1)

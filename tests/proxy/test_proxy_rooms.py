@@ -11,13 +11,14 @@ import orjson
 import pytest
 from aiohttp import web
 from dynamo_proxy import dialects, handoff
-from dynamo_proxy.config import EngineAddress, EngineOptions
+from dynamo_proxy.config import EngineAddress, EngineOptions, Routing
 from dynamo_proxy.server import ProxyServer
 
 from tests.proxy.proxy_fakes import Client, ask, chat, post, proxy_before, run, wait_until
 from tests.proxy.test_proxy_resume import CHAT, COMPLETIONS, text_of
 from tests.proxy.token_engine import TokenEngine, expected_text
 
+GENERATE = "/generate"
 ROOM = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 TEXT = "both halves of this"
 RIGHT = expected_text([ord(letter) for letter in TEXT], 5)
@@ -33,6 +34,7 @@ class Half(TokenEngine):
         self.role, self.rooms = role, rooms
         self.how_half = "well"
         self.bad_halves = 1 << 30  # so many halves of a prefill engine go as `how_half` says
+        self.in_chunks, self.wait_seconds = False, 0.0
         self.bad_answers = 0  # so many answers of a decode engine are 500
         self.server_info = {"disaggregation_mode": role, "disaggregation_bootstrap_port": 8998}
 
@@ -46,7 +48,10 @@ class Half(TokenEngine):
         self.bad_halves -= 1
         if type(room) is not int or how.startswith("status"):
             self.requests.append((request.path, dict(request.headers), await request.read()))
-            return web.json_response({"error": {"message": "no room"}}, status=int(how[7:] or 400))
+            answer = web.json_response({"error": {"message": "no room"}}, status=int(how[7:] or 400))
+            if self.in_chunks:
+                answer.enable_chunked_encoding()
+            return answer
         met = self.rooms.setdefault(room, asyncio.Event())
         if self.role == "decode":
             if self.bad_answers:
@@ -73,6 +78,7 @@ class Half(TokenEngine):
             finally:
                 self.active -= 1
                 self.aborted += 1
+        await asyncio.sleep(self.wait_seconds)
         met.set()
         return web.json_response({"text": "x"})
 
@@ -133,6 +139,65 @@ def test_a_prefill_engine_that_fails_costs_a_room_and_no_answer(how: str) -> Non
     run(body())
 
 
+@pytest.mark.parametrize("decode_refuses", [True, False])
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_request_that_prefill_refuses_is_refused_at_once(status: int, decode_refuses: bool) -> None:
+    async def body() -> None:
+        async with fleet(2) as (proxy, prefills, decode):
+            for engine in (*prefills, *([decode] if decode_refuses else [])):
+                engine.how_half = f"status {status}"
+            async with Client.to(proxy.port) as client:
+                for number in range(1, 9):
+                    client.send(asked(CHAT, stream=True))
+                    answer = await client.answer()
+                    assert (answer.status, answer.json()["error"]["message"]) == (status, "no room")
+                    assert sum(len(engine.requests) for engine in prefills) == number
+            await wait_until(lambda: decode.active == 0 and proxy.ledger.in_flight == 0, "nothing is left")
+            assert [engine.breaker.score for engine in proxy.registry] == [0, 0, 0]
+            assert b"prefill_failed" not in proxy.front_end.metrics()
+
+    run(body())
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_prefill_engine_that_is_too_busy_costs_a_room(status: int) -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), _):
+            prefill.how_half, prefill.bad_halves = f"status {status}", 1
+            assert (await ask(proxy.port, asked(CHAT))).status == 200
+            assert len(prefill.requests) == 2
+            assert proxy.registry.at(0).breaker.score == 0
+
+    run(body())
+
+
+def test_a_half_that_waits_for_decode_is_not_late_and_teaches_nothing() -> None:
+    async def body() -> None:
+        async with fleet(routing=Routing(prefill_seconds=0.05)) as (proxy, (prefill,), _):
+            prefill.wait_seconds = 0.3
+            told: list[float] = []
+            proxy.router.first_byte = lambda placement, seconds: told.append(seconds)  # type: ignore[method-assign]
+            assert (await ask(proxy.port, asked(CHAT))).status == 200
+            assert len(prefill.requests) == 1
+            assert set(told) == {0.0}
+            assert b'prefill_legs_total{reason="timeout"}' not in proxy.front_end.metrics()
+
+    run(body())
+
+
+def test_a_refusal_in_chunks_comes_whole() -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), _):
+            prefill.how_half, prefill.in_chunks = "status 400", True
+            async with Client.to(proxy.port) as client:
+                for _ in range(2):
+                    client.send(asked(CHAT))
+                    answer = await client.answer()
+                    assert (answer.status, answer.json()) == (400, {"error": {"message": "no room"}})
+
+    run(body())
+
+
 def test_a_decode_engine_that_lost_its_other_half_is_asked_again_in_another_room() -> None:
     async def body() -> None:
         async with fleet() as (proxy, (prefill,), decode):
@@ -177,15 +242,42 @@ def test_a_client_that_leaves_ends_both_halves() -> None:
     run(body())
 
 
-def test_a_batch_has_a_room_for_each_prompt() -> None:
+@pytest.mark.parametrize(("path", "name"), [(COMPLETIONS, "prompt"), (GENERATE, "text"), (GENERATE, "input_ids")])
+def test_a_batch_has_a_room_for_each_prompt(path: str, name: str) -> None:
     rooms = iter(range(1, 100))
-    body = orjson.dumps({"prompt": ["a", "b"], "stream": True})
-    fields, half = handoff.in_a_room(body, "10.0.0.7", 8998, lambda: next(rooms))
+    prompts = [[1], [2]] if name == "input_ids" else ["a", "b"]
+    body = orjson.dumps({name: prompts, "stream": True})
+    fields, half = handoff.in_a_room(path, body, "10.0.0.7", 8998, lambda: next(rooms))
     assert fields["bootstrap_host"] == ["10.0.0.7"] * 2
     assert len(set(fields["bootstrap_room"])) == 2
-    assert orjson.loads(half) == {"prompt": ["a", "b"], "stream": False, **fields}
-    fields, _ = handoff.in_a_room(b'{"input_ids": [1, 2]}', "h", 1, lambda: 5)
-    assert fields == {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 5}
+    assert orjson.loads(half) == {name: prompts, "stream": False, **fields}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [], "text": ["a", "b"], "prompt": ["a", "b"], "input_ids": [[1], [2]]}),
+        (COMPLETIONS, {"prompt": "one", "text": ["a", "b"], "input_ids": [[1], [2]]}),
+        (COMPLETIONS, {"prompt": [1, 2], "text": ["a", "b"]}),
+        (COMPLETIONS, {"text": ["a", "b"]}),
+        (GENERATE, {"text": "one", "prompt": ["a", "b"], "input_ids": [[1], [2]]}),
+        (GENERATE, {"text": None, "prompt": ["a", "b"], "input_ids": [1, 2]}),
+    ],
+)
+def test_lists_that_its_route_does_not_read_make_no_batch(path: str, fields: dict[str, Any]) -> None:
+    room, half = handoff.in_a_room(path, orjson.dumps(fields), "h", 1, lambda: 5)
+    assert room == {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 5}
+    assert orjson.loads(half) == {**fields, **room, "stream": False}
+
+
+def test_a_chat_with_stray_lists_gets_one_room_at_both_halves() -> None:
+    async def body() -> None:
+        async with fleet() as (proxy, (prefill,), decode):
+            said = chat(TEXT, max_tokens=5) | {"text": ["a", "b"], "prompt": ["a", "b"]}
+            assert (await ask(proxy.port, post(CHAT, said))).status == 200
+            assert [type(half["bootstrap_room"]) for half in prefill.prompts + decode.prompts] == [int, int]
+
+    run(body())
 
 
 def test_only_a_prefill_engine_has_a_bootstrap_port() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 import sys
+import threading
 from typing import Any
 
 import pytest
 from aiohttp import web
+from dynamo_proxy import spans
 from dynamo_proxy.errors import ConfigError
 from dynamo_proxy.spans import SpanSink
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -91,6 +93,18 @@ def test_a_collector_that_is_not_there_costs_no_request(monkeypatch: pytest.Monk
             assert (await ask(proxy.port, post(ROUTE, chat()))).status == 200
 
     run(body())
+
+
+def test_a_collector_that_takes_nothing_does_not_hold_up_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "_CLOSE_SECONDS", 0.05)
+    sink, release = SpanSink("http://127.0.0.1:9/v1/traces"), threading.Event()
+    shut_down = sink._provider.shutdown
+    monkeypatch.setattr(sink._provider, "shutdown", lambda: (release.wait(), shut_down()))
+    run(sink.close())
+    (left,) = [thread for thread in threading.enumerate() if thread.name == "spans-close"]
+    assert left.daemon
+    release.set()
+    left.join()
 
 
 def test_what_cannot_be_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
