@@ -101,6 +101,36 @@ def failures(pair: Pair) -> float:
     return pair.decode.metric("dynamo_kvbm_load_failures_total")
 
 
+def test_dynamo_proxy_names_the_holder_of_a_prefix_to_the_engine_that_gets_the_prompt(pair: Pair, old: Handed) -> None:
+    seeds = iter(range(30_000, 30_100))
+
+    async def body() -> None:
+        holder, reader = Standing(pair.prefill.url), Standing(pair.decode.url)
+        async with proxy_before(holder, reader, timeouts=PATIENT, router_mode="round-robin") as proxy:
+            client = VllmClient(f"http://127.0.0.1:{proxy.port}")
+            await wait(lambda: all(engine.peer_name is not None for engine in proxy.registry), "names are known", 120.0)
+            assert [bool(engine.peer_name) for engine in proxy.registry] == [True, False]
+            assert proxy.registry.at(0).knowledge == "exact"
+
+            def is_in_host_memory(tokens: list[int]) -> bool:
+                reaches = proxy.knowledge.reaches(read_prompt({"model": MODEL_NAME, "prompt": tokens}), 1)
+                return 0 in reaches and reaches[0].host >= BLOCKS * BLOCK_TOKENS
+
+            for seed in seeds:
+                tokens, before = prompt(seed), await aside(pair.from_peer)
+                alone = await aside(lambda: client.complete(tokens))  # noqa: B023
+                await wait(lambda: is_in_host_memory(tokens), "the events tell of its copy", 60.0)  # noqa: B023
+                assert await aside(lambda: client.complete(tokens)) == alone  # noqa: B023
+                if await aside(pair.from_peer) == before + BLOCKS:
+                    break
+            else:
+                raise AssertionError("no prompt was fetched from the engine that holds it")
+            name = "dynamo_router_hints_total"
+            assert (proxy.metrics.registry.get_sample_value(name, {"kind": "peer"}) or 0) >= 1
+
+    run(body())
+
+
 def test_answers_equal_those_of_one_engine_alone(pair: Pair, old: Handed) -> None:
     hand_over(pair, 0)
     handed = [hand_out(pair, seed) for seed in range(100, 100 + PROMPTS)]
@@ -208,36 +238,6 @@ def test_dynamo_proxy_answers_as_one_engine_alone(pair: Pair, old: Handed) -> No
             for stream in (False, True):
                 await aside(lambda: wait_until(lambda: goes_over(stream), "a prompt goes over", 120.0))  # noqa: B023
             assert legs(proxy, "handed_over") >= 2
-
-    run(body())
-
-
-def test_dynamo_proxy_names_the_holder_of_a_prefix_to_the_engine_that_gets_the_prompt(pair: Pair, old: Handed) -> None:
-    seeds = iter(range(30_000, 30_100))
-
-    async def body() -> None:
-        holder, reader = Standing(pair.prefill.url), Standing(pair.decode.url)
-        async with proxy_before(holder, reader, timeouts=PATIENT, router_mode="round-robin") as proxy:
-            client = VllmClient(f"http://127.0.0.1:{proxy.port}")
-            await wait(lambda: all(engine.peer_name is not None for engine in proxy.registry), "names are known", 120.0)
-            assert [bool(engine.peer_name) for engine in proxy.registry] == [True, False]
-            assert proxy.registry.at(0).knowledge == "exact"
-
-            def is_in_host_memory(tokens: list[int]) -> bool:
-                reaches = proxy.knowledge.reaches(read_prompt({"model": MODEL_NAME, "prompt": tokens}), 1)
-                return 0 in reaches and reaches[0].host >= BLOCKS * BLOCK_TOKENS
-
-            for seed in seeds:
-                tokens, before = prompt(seed), await aside(pair.from_peer)
-                alone = await aside(lambda: client.complete(tokens))  # noqa: B023
-                await wait(lambda: is_in_host_memory(tokens), "the events tell of its copy", 60.0)  # noqa: B023
-                assert await aside(lambda: client.complete(tokens)) == alone  # noqa: B023
-                if await aside(pair.from_peer) == before + BLOCKS:
-                    break
-            else:
-                raise AssertionError("no prompt was fetched from the engine that holds it")
-            name = "dynamo_router_hints_total"
-            assert (proxy.metrics.registry.get_sample_value(name, {"kind": "peer"}) or 0) >= 1
 
     run(body())
 
