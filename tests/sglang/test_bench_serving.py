@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("sglang")
 
 from tests.proxy.proxy_fakes import proxy_before, run
 from tests.proxy.token_engine import TokenEngine
@@ -33,7 +30,7 @@ def test_bench_serving(tmp_path: Path, backend: str) -> None:
             what = ["--model", "tiny", "--tokenizer", str(model), "--dataset-name", "random-ids"]
             load = ["--random-input-len", "40", "--random-output-len", "4", "--random-range-ratio", "1"]
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "sglang.bench_serving", *where, *what, *load,
+                str(default_environment() / "bin" / "python"), "-m", "sglang.bench_serving", *where, *what, *load,
                 "--num-prompts", str(PROMPTS), "--output-file", str(out), "--disable-tqdm",
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
                 env={**os.environ, **server_variables(default_environment(), os.environ.get("PYTHONPATH", ""))},
