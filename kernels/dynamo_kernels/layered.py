@@ -68,7 +68,7 @@ class LayeredCopy:
                     copies.append(partial(_by_torch, *pair))
                 else:
                     shares = cast(Machine, _SharesStaging(machine, pool))
-                    copies.append(CopyPlan(*pair, Direction.H2D, shares, chooser).enqueue)
+                    copies.append(CopyPlan(*pair, Direction.H2D, shares, chooser).enqueue_checked)
             groups //= 2
 
     def copies(self, src_ids: Sequence[int], dst_ids: Sequence[int]) -> list[Callable[[], None]]:

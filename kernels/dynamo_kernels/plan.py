@@ -57,7 +57,10 @@ class CopyPlan:
 
         Raises `CopyError` before anything is copied when an id is out of range or a destination is named twice.
         """
-        sources, targets = checked_ids(self._blocks[0], src_ids, self._blocks[1], dst_ids)
+        self.enqueue_checked(*checked_ids(self._blocks[0], src_ids, self._blocks[1], dst_ids))
+
+    def enqueue_checked(self, sources: Addresses, targets: Addresses) -> None:
+        """As `enqueue`, of ids that have been through `checked_ids` for these blocks."""
         if not len(sources):
             return
         machine = self._machine

@@ -303,17 +303,22 @@ def test_a_full_quarantine_restarts_the_data_plane_and_fences_late_bytes(fleet: 
         fleet.reader = shared
 
 
-def test_a_reader_that_is_killed_under_its_read_leaves_nothing(fleet: Fleet) -> None:
+def lose_a_reader_at(fleet: Fleet, kind: type, deadline_seconds: float) -> None:
+    """A reader of this test's own is killed at that message; what it had leased comes back."""
     owner = fleet.start_owner(lease_seconds=0.5)
     with ExitStack() as stack:
         doomed = PeerProcess("tcp")
         stack.callback(doomed.end)
-        doomed.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": 1.0})
+        doomed.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": deadline_seconds})
         fleet.export()
-        fleet.at(Grant, doomed.kill)
+        fleet.at(kind, doomed.kill)
         doomed.say("read", port=fleet.port, lease=fleet.lease, keys=KEYS, rows=list(range(len(KEYS))))
         wait_until(lambda: owner.call("ended") == [fleet.lease], "the owner has its blocks back", 60.0)
     assert owner.call("open_leases") == 0
+
+
+def test_a_reader_that_is_killed_under_its_read_leaves_nothing(fleet: Fleet) -> None:
+    lose_a_reader_at(fleet, Grant, deadline_seconds=1.0)
     fleet.between.hook = lambda message: 1
 
     def serves_another() -> bool:
@@ -329,16 +334,7 @@ def test_a_reader_that_is_killed_under_its_read_leaves_nothing(fleet: Fleet) -> 
 
 @pytest.mark.parametrize("kind", [Welcome, Verdict])
 def test_a_reader_that_is_killed_at_any_other_step_leaves_nothing(fleet: Fleet, kind: type) -> None:
-    owner = fleet.start_owner(lease_seconds=0.5)
-    with ExitStack() as stack:
-        doomed = PeerProcess("tcp")
-        stack.callback(doomed.end)
-        doomed.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": 5.0})
-        fleet.export()
-        fleet.at(kind, doomed.kill)
-        doomed.say("read", port=fleet.port, lease=fleet.lease, keys=KEYS, rows=list(range(len(KEYS))))
-        wait_until(lambda: owner.call("ended") == [fleet.lease], "the owner has its blocks back", 60.0)
-    assert owner.call("open_leases") == 0
+    lose_a_reader_at(fleet, kind, deadline_seconds=5.0)
 
 
 @pytest.mark.parametrize("how", ["close", "fail"])

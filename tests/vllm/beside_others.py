@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import vllm
@@ -16,7 +15,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.vllm.other_connectors import FailingInStep, SlowRemote
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, SimulatedWorker
-from tests.vllm.version_scenario import HBM_BLOCKS, assert_nothing_left, engine_config, evict_hbm, prompt
+from tests.vllm.version_scenario import HBM_BLOCKS, engine_config, evict_hbm, prompt, run_on
 
 MODES = (
     Mode("one worker"),
@@ -110,19 +109,10 @@ def aborted_before_the_step_ends(engine: Engine) -> None:
     expect_kept(engine, "after-aborted", text)
 
 
-def run_parts(config: Any, mode: Mode, parts: tuple[Callable[[Engine], None], ...]) -> None:
-    engine = Engine(config, mode, HBM_BLOCKS)
-    for part in parts:
-        part(engine)
-        assert_nothing_left(engine)
-        print(f"passed: {mode.name}: {part.__name__}", flush=True)
-    engine.close()
-
-
 def main(model: str) -> None:
     print(f"vllm {vllm.__version__}", flush=True)
     for mode in MODES:
-        run_parts(beside_config(model, SlowRemote), mode, (aborted_while_another_loads,))
+        run_on(Engine(beside_config(model, SlowRemote), mode, HBM_BLOCKS), mode, (aborted_while_another_loads,))
     in_step = (
         recomputed_after_a_load_within_the_step,
         shared_with_one_that_comes_in_the_next_step,
@@ -130,7 +120,7 @@ def main(model: str) -> None:
     )
     # vLLM before 0.29 does not tell of such loads: docs/vllm-versions.md, "On 0.24".
     for mode in MODES if hasattr(SchedulerOutput, "has_sync_kv_loads") else ():
-        run_parts(beside_config(model, FailingInStep), mode, in_step)
+        run_on(Engine(beside_config(model, FailingInStep), mode, HBM_BLOCKS), mode, in_step)
     print("passed: everything", flush=True)
 
 

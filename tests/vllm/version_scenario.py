@@ -358,10 +358,11 @@ def run_parts(config: Any, mode: Mode, parts: Sequence[Callable[[SimulatedEngine
         engine = SimulatedEngine(config, mode, HBM_BLOCKS)
         if mode.by_layers:
             watch_writes(engine)
-        _run_parts(engine, mode, parts)
+        run_on(engine, mode, parts)
 
 
-def _run_parts(engine: SimulatedEngine, mode: Mode, parts: Sequence[Callable[[SimulatedEngine], None]]) -> None:
+def run_on(engine: SimulatedEngine, mode: Mode, parts: Sequence[Callable[[Any], None]]) -> None:
+    """The parts one after another on one engine, which ends with them; each leaves nothing behind."""
     for part in parts:
         part(engine)
         assert_nothing_left(engine)
