@@ -241,7 +241,7 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     elif fault == "lease over, slots re-used":
         refill(fleet, keys)
         for worker in fleet.prefill.workers:
-            ours(worker.connector)._worker._peers._server.revoke_all()
+            ours(worker.connector)._worker._peers._server._owner.revoke_all()
     elif fault.startswith("slots re-used at "):
         at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, keys))
     elif fault.startswith("silence at "):
