@@ -40,7 +40,8 @@ class Plan:
     act: Callable[[], object] | None = None
     times: Callable[[], int] = lambda: 1
     delay: Callable[[], float] = lambda: 0.0
-    is_done: bool = False
+    #: Whether such a message has come by.
+    is_met: bool = False
 
     def meets(self, message: Request | Reply) -> bool:
         return self.kind is None or isinstance(message, self.kind)
@@ -66,8 +67,8 @@ class Middle(Between):
         plan_of = self._plan(message)
         if plan_of is None or not plan_of.meets(message):
             return 1
-        if plan_of.act is not None and not plan_of.is_done:
-            plan_of.is_done = True
+        is_first, plan_of.is_met = not plan_of.is_met, True
+        if plan_of.act is not None and is_first:
             plan_of.act()
         return plan_of.times()
 

@@ -137,24 +137,26 @@ class Storm:
                 fault = "ticket of an engine that was killed"
             self.engines.ready["decode"].wait()
             lives, started = self.engines.lives, time.monotonic()
-            how = self._one(fault, number)
+            fault, how = self._one(fault, number)
             if how and (self.engines.lives > lives and how.startswith("error")):
                 how = "error: decode was killed"
             if how:
                 self.ended.append(Ended(fault, how, time.monotonic() - started))
 
-    def _one(self, fault: str, number: int) -> str:
-        """How it ended; empty when there was nothing to ask."""
+    def _one(self, fault: str, number: int) -> tuple[str, str]:
+        """What was done to it, and how it ended; empty when there was nothing to ask."""
         try:
             if "old" in fault or "killed" in fault:
-                return self._with_an_old_ticket(0.0 if "killed" in fault else AGED_SECONDS, number)
+                return fault, self._with_an_old_ticket(0.0 if "killed" in fault else AGED_SECONDS, number)
             ticket = self._ticket(fault, number)
         except (OSError, http.client.HTTPException):
-            return ""  # the prefill engine was killed under it: no ticket, no hand-off
+            return fault, ""  # the prefill engine was killed under it: no ticket, no hand-off
         lease = bytes.fromhex(ticket.get("dynamo_lease", ""))
         if (plan := self._plan(fault, lease)) is not None:
             self.middle.plans[lease] = plan
-        return self._leave(number, ticket) if fault == "client leaves" else self._judge(number, ticket)
+        how = (self._leave if fault == "client leaves" else self._judge)(number, ticket)
+        # An engine that others' faults have made silent is not asked for a while.
+        return "none: nothing was asked of the peer" if plan is not None and not plan.is_met else fault, how
 
     def _ticket(self, fault: str, number: int) -> dict[str, Any]:
         tokens = prompt(number + 1, CHUNKS)
@@ -242,7 +244,7 @@ def report(storm: Storm, pair: Pair) -> bool:
         print(f"{fault:45} {how:28} {count:6}   longest {longest:5.1f} s")
     for note in storm.engines.notes:
         print(note)
-    faulted = sum(count for (fault, _), count in table.items() if fault != "none")
+    faulted = sum(count for (fault, _), count in table.items() if not fault.startswith("none"))
     ends = Counter(how for _, how in table.elements())
     tokens = ends["right"] * ANSWER_TOKENS
     print(f"{sum(ends.values())} requests, {faulted} with a fault of their own: {dict(ends)}; {tokens} tokens compared")
