@@ -37,7 +37,7 @@ from dynamo_connectors.transport.messages import (
     Welcome,
     Window,
 )
-from dynamo_connectors.transport.window_desk import Fill, Source, WindowDesk
+from dynamo_connectors.transport.window_desk import Fill, ReadName, Source, WindowDesk
 
 #: How long a lease lives without a word from its reader.
 DEFAULT_LEASE_SECONDS = 30.0
@@ -101,6 +101,8 @@ class Owner:
         self._shelf = shelf
         self._desk = WindowDesk(0 if offer.window is None else offer.window.rows)
         self._leases: dict[bytes, _Lease] = {}
+        #: Questions about leases whose blocks are still on their way, and when their readers give up.
+        self._waiting: dict[ReadName, tuple[Ask, float]] = {}
         #: Ended lease -> why.
         self._remembered: OrderedDict[bytes, str] = OrderedDict()
         self._ended: list[bytes] = []
@@ -154,6 +156,16 @@ class Owner:
 
         read = self._desk.filled(number, holds)
         return None if read is None else self._from_window(*read)
+
+    def answers(self, now: float) -> list[Grant]:
+        """What can be told by now to readers who were told to wait; they need not ask again."""
+        ready = [read for read, (ask, until) in self._waiting.items() if until <= now or not self._is_early(ask)]
+        asked = [self._waiting.pop(read) for read in ready]
+        return [self._ask(ask, now) for ask, until in asked if now < until]
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting)
 
     def expire(self, now: float) -> None:
         self._desk.expire(now)
@@ -227,12 +239,21 @@ class Owner:
         if lease.is_done and is_new:
             return Grant(ask.reader, ask.read, epoch, "gone")
         self._renew(ask.lease, now)
-        slots = self._on_shelf(ask) if lease.slots is None else lease.slots
-        is_early = lease.slots is None and not all(self._has(slots, BlockKey(key)) for key in ask.keys)
+        is_early = self._is_early(ask)
+        if is_early and len(self._waiting) < _MOST_REMEMBERED:
+            self._waiting[ask.reader, ask.read] = ask, now + ask.seconds
         if is_early or (len(lease.grants) >= _MOST_GRANTS and is_new):
             return Grant(ask.reader, ask.read, epoch, "pending")
         lease.grants[ask.reader, ask.read] = now + ask.seconds + _GRACE_SECONDS
-        return self._grant(ask, slots, now)
+        return self._grant(ask, self._on_shelf(ask) if lease.slots is None else lease.slots, now)
+
+    def _is_early(self, ask: Ask) -> bool:
+        """Whether the lease is announced only, and not all of this lies there yet."""
+        lease = self._leases.get(ask.lease)
+        if lease is None or lease.slots is not None:
+            return False
+        slots = self._on_shelf(ask)
+        return not all(key in slots and self._holdings.holds(slots[key], key) for key in map(BlockKey, ask.keys))
 
     def _on_shelf(self, ask: Ask) -> Mapping[BlockKey, int]:
         """Where these blocks lie in host memory, whoever keeps them."""
@@ -240,9 +261,6 @@ class Owner:
             return {}
         there = [(key, self._shelf.slot_of(key)) for key in map(BlockKey, ask.keys)]
         return {key: slot for key, slot in there if slot is not None}
-
-    def _has(self, slots: Mapping[BlockKey, int], key: BlockKey) -> bool:
-        return key in slots and self._holdings.holds(slots[key], key)
 
     def _grant(self, ask: Ask, slots: Mapping[BlockKey, int], now: float) -> Grant:
         places = [self._place(slots, BlockKey(key)) for key in ask.keys]

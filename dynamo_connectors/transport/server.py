@@ -24,7 +24,7 @@ from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import channel
 from dynamo_connectors.transport.agent import Agent, Region
 from dynamo_connectors.transport.bell import Bell
-from dynamo_connectors.transport.messages import Ask, Codec, MessageError, Reply, Request
+from dynamo_connectors.transport.messages import Ask, Codec, Grant, MessageError, Reply, Request
 from dynamo_connectors.transport.messages import Window as WindowPlace
 from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Holdings, Offer, Owner, Shelf
 from dynamo_connectors.window import Window
@@ -32,6 +32,8 @@ from dynamo_connectors.window import Window
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
+#: And while somebody waits for blocks that are on their way to host memory.
+_WAITING_SECONDS = 0.004
 _CLOSE_SECONDS = 5.0
 #: Whom a grant can be sent to later. Others hear of it when they ask again.
 _MOST_READERS = 4096
@@ -187,7 +189,9 @@ class PeerServer:
         poller.register(self._bell.fd, zmq.POLLIN)
         expiry = 0.0
         while not self._stopping:
-            ready = dict(poller.poll(int(_TICK_SECONDS * 1000)))
+            with self._lock:
+                pause = _WAITING_SECONDS if self._owner.has_waiting else _TICK_SECONDS
+            ready = dict(poller.poll(int(pause * 1000)))
             now = time.monotonic()
             try:
                 if now >= expiry:
@@ -201,6 +205,7 @@ class PeerServer:
                 if self._bell.fd in ready:
                     self._bell.hush()
                     self._pass_on_filled()
+                self._answer_waiting(now)
                 if self._socket in ready:
                     self._answer(now)
                 self._start_fills()
@@ -266,8 +271,18 @@ class PeerServer:
                 return
             with self._lock:
                 grant = self._owner.filled(number, is_good)
-            if grant is not None and grant.reader in self._ways:
-                self._send(self._ways[grant.reader], grant)
+            if grant is not None:
+                self._tell_reader(grant)
+
+    def _answer_waiting(self, now: float) -> None:
+        with self._lock:
+            grants = self._owner.answers(now)
+        for grant in grants:
+            self._tell_reader(grant)
+
+    def _tell_reader(self, grant: Grant) -> None:
+        if grant.reader in self._ways:
+            self._send(self._ways[grant.reader], grant)
 
 
 def _told_of(rows: HbmRows) -> WindowPlace:
