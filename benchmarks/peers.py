@@ -15,11 +15,11 @@ from collections import deque
 from multiprocessing.connection import Connection
 from typing import Any
 
+from dynamo_connectors.below import PEER_READS
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.loads import MOST_ROWS
 from dynamo_connectors.tiers.base import Batch, Place
 from dynamo_connectors.tiers.dram import DramStore
-from dynamo_connectors.transfer import PEER_READS
 from dynamo_connectors.transport.agent import Agent, Region
 from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
 from dynamo_connectors.transport.server import PeerServer, ServerSettings

@@ -10,6 +10,12 @@ NIXL_COUNTERS: dict[str, tuple[str, str | None, str]] = {
     "nixl_descriptors": ("dynamo_nixl_descriptors", None, "Pieces of memory in READs, as NIXL tells it."),
     "nixl_post_microseconds": ("dynamo_nixl_post_seconds", None, "Time NIXL took to start READs, as it tells it."),
     "nixl_transfer_microseconds": ("dynamo_nixl_transfer_seconds", None, "Time READs took, as NIXL tells it."),
+    "nixl_window_blocks": ("dynamo_nixl_window_blocks", None, "Blocks of these that went from HBM to HBM."),
+    "nixl_windows_off": (
+        "dynamo_nixl_windows_off",
+        None,
+        "Times that a worker started without rows in HBM for peers, which it should have.",
+    ),
     "nixl_reads": ("dynamo_nixl_reads", None, "READs of peers that ended, well or badly."),
     "nixl_late_reads": ("dynamo_nixl_late_reads", None, "READs that were not over at their deadline."),
     "nixl_fences_refused": ("dynamo_nixl_fences_refused", "reason", "READs whose bytes were not what was granted."),

@@ -21,6 +21,7 @@ from dynamo_connectors.transport.reader_state import (
     Post,
     Restart,
     Send,
+    Wanted,
 )
 
 PEER = "owner"
@@ -113,7 +114,7 @@ class World:
     def read(self, lease: bytes, keys: list[BlockKey], seconds: float) -> int:
         number = len(self.asked)
         self.asked[number] = Asked(tuple(keys), lease, self.now + seconds)
-        self.reader.read(number, PEER, lease, keys, self.now + seconds, self.now)
+        self.reader.read(number, PEER, Wanted(lease, tuple(keys)), self.now + seconds, self.now)
         self.obey()
         return number
 
