@@ -276,7 +276,7 @@ class Exchange:
         self._events, self._first_token = 0, now if is_token else 0.0
         learns = is_token and not placement.engine.hands_over  # a prompt that came from elsewhere teaches nothing
         self._services.router.first_byte(placement, now - self._attempt_started if learns else 0.0)
-        self._services.metrics.ttft.observe(now - self._arrived)
+        self._services.metrics.began(now - self._arrived, self._prompt.slo if is_token else None)
         if is_token:
             self._services.metrics.prefilled(placement.engine.name, now - self._attempt_started)
         if head.status == 200:
