@@ -81,6 +81,11 @@ class Timeouts:
     start_grace_seconds: float = 120.0  # how long an engine that never answered counts as starting
     replay_seconds: float = 3.0
 
+    @property
+    def soonest_seconds(self) -> float:
+        """No deadline of an answer is over before."""
+        return min(self.first_byte_seconds, self.idle_seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
