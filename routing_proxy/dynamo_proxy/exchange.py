@@ -25,7 +25,7 @@ from .upstream import UpstreamConnection
 from .wire import is_framed, may_speak, refusal, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
-_RETRY_STATUSES = frozenset((502, 503))
+_RETRY_STATUSES = frozenset((502, 503))  # and 500, once: an engine that shuts down says so, or fails by the request
 
 
 class Exchange:
@@ -176,7 +176,8 @@ class Exchange:
         if self._out.room and head.status >= 500:
             self._in_another_room(f"status_{head.status}")
             return
-        if head.status in _RETRY_STATUSES and self._services.router.another(self._prompt, self._tried):
+        is_asked_again = head.status in _RETRY_STATUSES or (head.status == 500 and self._failure != "status_500")
+        if is_asked_again and self._services.router.another(self._prompt, self._tried):
             self._next_engine(f"status_{head.status}")
             return
         self._head = head
@@ -262,15 +263,15 @@ class Exchange:
             self._client.write(first)
             return
         self._relaying = True
-        if head.status >= 500:
-            self._services.router.failed(placement.engine, f"status_{head.status}")
-        elif placement.engine.breaker.score:
-            placement.engine.breaker.passed()
         # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
         is_token = head.status == 200 and head.is_events
         self._events, self._first_token = 0, now if is_token else 0.0
         learns = is_token and not placement.engine.hands_over  # a prompt that came from elsewhere teaches nothing
         self._services.router.first_byte(placement, now - self._attempt_started if learns else 0.0)
+        if head.status >= 500:
+            self._services.router.failed(placement.engine, f"status_{head.status}")
+        elif placement.engine.breaker.score:
+            placement.engine.breaker.passed()  # unless it was so late that it is left alone again
         self._services.metrics.began(now - self._arrived, self._prompt.slo if is_token else None)
         if is_token:
             self._services.metrics.prefilled(placement.engine.name, now - self._attempt_started)
