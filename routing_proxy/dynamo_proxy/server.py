@@ -254,6 +254,8 @@ def routing_state(config: ProxyConfig) -> RoutingState:
     """The rules that a configuration asks for."""
     state = RoutingState(config.router_mode, temperature=config.routing.temperature)
     state.warm_up_seconds = config.routing.warm_up_seconds
+    if config.routing.peer_hit_weight:
+        state.learner.expect_of_peers(config.routing.peer_hit_weight)
     state.max_in_flight = config.routing.engine_request_limit
     state.prefill = PrefillRule(config.routing.prefill_min_tokens, config.routing.prefill_max_queued_tokens)
     if config.routing.session_seconds:
