@@ -23,6 +23,7 @@ from .speeds import Speeds
 from .text_chain import Prompt
 
 NO_GAINS: Mapping[int, int] = MappingProxyType({})
+NO_TIERS: Mapping[str, int] = MappingProxyType({})
 # Why nobody takes a request: no engine is ready; who serves its model takes none now; who may serve it has not told its
 # models yet; nobody serves it.
 Standing = Literal["no_engine", "not_now", "not_told", "unknown"]
@@ -38,6 +39,7 @@ class Placement(NamedTuple):
     prompt_tokens: int
     hints: Hints = NO_HINTS  # for its engine
     peer_tokens: int = 0  # that a peer holds, of those that its engine lacks
+    tiers: Mapping[str, int] = NO_TIERS  # where its engine holds how many tokens of it, if that is to be explained
 
 
 @dataclass(slots=True)
@@ -121,6 +123,7 @@ class Router:
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         engine = self._registry.at(decision.slot)
         hints = self._hints(engine, prompt, fleet, reaches, queued) if engine.runs_connector else NO_HINTS
+        tiers = self._knowledge.tiers(prompt, decision.slot) if prompt.explained else NO_TIERS
         self._knowledge.sent(decision.slot, prompt, now)
         self._metrics.decided(self.state.mode, decision.reason)
         if not tried:
@@ -128,7 +131,7 @@ class Router:
             self._metrics.routed(tokens, decision.matched_tokens)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, decision, queued, tokens, hints, gains.get(decision.slot, 0))
+        return Placement(engine, lease, decision, queued, tokens, hints, gains.get(decision.slot, 0), tiers)
 
     def place_prefill(self, prompt: Prompt, placement: Placement, now: float, in_room: bool = False) -> Placement | str:
         """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does.

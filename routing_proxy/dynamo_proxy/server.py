@@ -89,6 +89,7 @@ class ProxyServer:
         self.front_end.intake.read_sessions = bool(routing.session_seconds)
         self.front_end.intake.slo_classes = {found.name: found for found in routing.slo_classes}
         self.front_end.intake.aliases = dict(config.aliases)
+        self.front_end.intake.explains_all = self.request_log is not None
         files = config.tls
         self._engine_tls = client_context(files.engine_ca_file)
         self.tls = ServerTls(files.cert_file, files.key_file) if files.cert_file else None
