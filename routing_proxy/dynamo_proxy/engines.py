@@ -110,9 +110,7 @@ class Engine:
 
     def tells_ids(self, path: str) -> bool:
         """True if streams of this route can carry token ids."""
-        if self.models is None or self.needs_room(path):  # the rest of a stream would need a room of its own
-            return False
-        return path in dialects.TELL_IDS.get(self.models.kind, ())
+        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
 
     def needs_room(self, path: str) -> bool:
         """True if an SGLang decode engine serves this route, and only together with a prefill engine."""
