@@ -79,6 +79,9 @@ FLAGS = (
     _Flag("router_host_cache_hit_weight", 0.75, "Worth of a block in host memory, of one in HBM", 0, 1),
     _Flag("router_disk_cache_hit_weight", 0.25, "Worth of a block on disk", 0, 1),
     _Flag("router_object_cache_hit_weight", 0.25, "Worth of a block in an object store", 0, 1),
+    _Flag(
+        "router_peer_cache_hit_weight", 0.25, "Worth of a block that a peer holds, until it is learnt; 0: none", 0, 1
+    ),
     _Flag("router_session_affinity_ttl_secs", 0.0, "Keep a session on its engine for so long; 0: no", 0, _DAY),
     _Flag("engine_warm_up", 10.0, "Seconds in which a new engine's share grows to a whole one; 0: at once", 0, 3600),
     _Flag("engine_request_limit", 0, "Requests an engine may have, then they wait; 0: no limit", 0, 1_000_000),
@@ -140,6 +143,7 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
             host_hit_weight=values["router_host_cache_hit_weight"],
             disk_hit_weight=values["router_disk_cache_hit_weight"],
             object_hit_weight=values["router_object_cache_hit_weight"],
+            peer_hit_weight=values["router_peer_cache_hit_weight"],
             session_seconds=values["router_session_affinity_ttl_secs"],
             warm_up_seconds=values["engine_warm_up"],
             engine_request_limit=values["engine_request_limit"],

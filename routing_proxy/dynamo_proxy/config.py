@@ -96,6 +96,7 @@ class Routing:
     host_hit_weight: float = 0.75
     disk_hit_weight: float = 0.25
     object_hit_weight: float = 0.25
+    peer_hit_weight: float = 0.25  # until it is learnt; 0: nothing, for ever
     session_seconds: float = 0.0  # how long a session stays with its engine; 0: it does not
     warm_up_seconds: float = 10.0  # how long an engine that is new among others gets less; 0: not at all
     engine_request_limit: int = 0  # requests an engine may have; 0: as many as come

@@ -87,8 +87,8 @@ class Exchange:
         self._tried |= 1 << placement.engine.slot
         self._attempt_started = now
         self._stale, self._prefilled_by = 0, ""
-        if placement.engine.hands_over and not self._out.resuming:
-            self._leg = begin_leg(self._services, self._request, self._prompt, placement, self._leg_over)
+        if placement.engine.hands_over and (whole := self._out.divisible(placement.engine)) is not None:
+            self._leg = begin_leg(self._services, whole, self._prompt, placement, self._leg_over)
         self._out.room = self._leg.room if self._leg is not None else {}
         if not self._out.room and placement.engine.needs_room(self._endpoint):
             self._next_engine("no_prefill_engine", is_fault=False)
@@ -106,7 +106,7 @@ class Exchange:
                 told = self._explain(leg.placement, self._loop.time())
                 self._leave_engine()
                 self._conclude(leg.refusal.status, "engine_answer", leg.answer_bytes(told))
-            elif ticket is None and not self._relaying:
+            elif ticket is None and (not self._relaying or self._out.resuming):
                 self._in_another_room("prefill_failed")
             return
         self._out.ticket = ticket
@@ -169,12 +169,12 @@ class Exchange:
     # --- from the engine (ResponseSink)
 
     def on_head(self, head: ResponseHead) -> None:
+        if self._out.room and head.status >= 500:
+            self._in_another_room(f"status_{head.status}")
+            return
         if self._out.resuming:
             if head.status != 200 or not head.is_events:
                 self._next_engine(f"status_{head.status}")
-            return
-        if self._out.room and head.status >= 500:
-            self._in_another_room(f"status_{head.status}")
             return
         is_asked_again = head.status in _RETRY_STATUSES or (head.status == 500 and self._failure != "status_500")
         if is_asked_again and self._services.router.another(self._prompt, self._tried):

@@ -43,6 +43,7 @@ class Intake:
         self.pass_control_routes = False
         self.read_sessions = False
         self.slo_classes: dict[str, SloClass] = {}
+        self.explains_all = False
 
     def read(self, path: str, request: Request) -> Asked:
         """Raises RequestError for what no engine should see."""
@@ -81,6 +82,8 @@ class Intake:
             prompt = prompt._replace(priority=body["priority"])
         if self.slo_classes and isinstance(tier := body.get("service_tier"), str) and tier in self.slo_classes:
             prompt = prompt._replace(slo=self.slo_classes[tier], priority=self.slo_classes[tier].priority)
+        if self.explains_all or request.head.wants_route:
+            prompt = prompt._replace(explained=True)
         return Asked(request, prompt, tapeable)
 
     def _other(self, request: Request) -> Asked:

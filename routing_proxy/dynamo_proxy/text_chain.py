@@ -51,6 +51,7 @@ class Prompt(NamedTuple):
     session: str = ""  # requests of one session stay on one engine, if that is wanted
     priority: int = 0  # the smallest is served first, as in vLLM
     slo: SloClass | None = None  # when its first token is wanted
+    explained: bool = False  # somebody wants to know why it went where it went
 
     @property
     def question(self) -> dict[str, Any] | None:

@@ -86,12 +86,20 @@ class Half(TokenEngine):
 
 @contextlib.asynccontextmanager
 async def fleet(prefills: int = 1, **settings: Any) -> AsyncIterator[tuple[ProxyServer, list[Half], Half]]:
-    rooms: dict[int, asyncio.Event] = {}
-    first, decode = [Half("prefill", rooms) for _ in range(prefills)], Half("decode", rooms)
-    for engine in (*first, decode):
-        await engine.start()
-    async with proxy_before(*first, decode, **settings) as proxy:
+    async with halves(prefills, 1, **settings) as (proxy, first, (decode,)):
         yield proxy, first, decode
+
+
+@contextlib.asynccontextmanager
+async def halves(
+    prefills: int, decodes: int, **settings: Any
+) -> AsyncIterator[tuple[ProxyServer, list[Half], list[Half]]]:
+    rooms: dict[int, asyncio.Event] = {}
+    first, last = [Half("prefill", rooms) for _ in range(prefills)], [Half("decode", rooms) for _ in range(decodes)]
+    for engine in (*first, *last):
+        await engine.start()
+    async with proxy_before(*first, *last, **settings) as proxy:
+        yield proxy, first, last
 
 
 def asked(path: str, **fields: Any) -> bytes:
@@ -120,7 +128,7 @@ def test_both_halves_get_one_room_and_the_client_the_answer_of_decode(path: str,
             assert (whole["bootstrap_host"], whole["bootstrap_port"]) == ("127.0.0.1", 8998)
             assert (half["stream"], whole["stream"]) == (False, stream)
             assert "stream_options" not in half
-            assert "return_token_ids" not in whole
+            assert ("return_token_ids" in whole) == (stream and path == COMPLETIONS)
 
     run(body())
 
@@ -245,6 +253,43 @@ def test_without_a_prefill_engine_decode_gets_nothing_and_is_not_to_blame() -> N
             proxy.registry.at(0).draining = False
             assert (await ask(proxy.port, asked(CHAT))).status == 200
             assert prefill.prompts
+
+    run(body())
+
+
+@pytest.mark.parametrize("lost_halves", [0, 1])
+@pytest.mark.parametrize("how", ["cut", "half", "end"])
+def test_a_stream_that_breaks_goes_on_at_another_decode_engine_in_a_room_of_its_own(how: str, lost_halves: int) -> None:
+    async def body() -> None:
+        async with halves(1, 2, router_mode="round-robin") as (proxy, (prefill,), decodes):
+            for engine in decodes:
+                engine.how, engine.break_after = how, 3
+            other = decodes[1]
+            other.break_after = None
+            other.bad_answers = lost_halves  # the first room for the rest
+            answer = await ask(proxy.port, asked(COMPLETIONS, stream=True))
+            assert text_of(answer) == RIGHT
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+            assert b'stream_resumes_total{reason="resumed"} 1.0' in proxy.front_end.metrics()
+            await wait_until(lambda: proxy.ledger.in_flight == 0, "nothing is left")
+        first, *rest = prefill.prompts
+        assert len(rest) >= 1
+        assert (first["prompt"], rest[-1]["prompt"][: len(TEXT)]) == (TEXT, [ord(letter) for letter in TEXT])
+        (whole,) = other.prompts
+        assert [rest[-1][name] for name in ROOM] == [whole[name] for name in ROOM]
+        assert whole["bootstrap_room"] != first["bootstrap_room"]
+
+    run(body())
+
+
+def test_a_chat_that_breaks_at_a_decode_engine_ends_with_an_error_in_its_stream() -> None:
+    async def body() -> None:
+        async with halves(1, 2, router_mode="round-robin") as (proxy, _, decodes):
+            for engine in decodes:
+                engine.break_after = 3
+            answer = await ask(proxy.port, asked(CHAT, stream=True))
+            assert b'"code":"engine_lost"' in answer.body
+            assert b"[DONE]" not in answer.body
 
     run(body())
 
