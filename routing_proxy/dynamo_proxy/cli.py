@@ -30,6 +30,7 @@ from .config import (
 )
 from .discovery import parse_service
 from .errors import ConfigError, ProxyError
+from .slo_classes import parse_slo_classes
 from .tls import ServerTls, client_context
 
 _DAY = 86_400.0
@@ -82,6 +83,7 @@ FLAGS = (
     _Flag("engine_warm_up", 10.0, "Seconds in which a new engine's share grows to a whole one; 0: at once", 0, 3600),
     _Flag("engine_request_limit", 0, "Requests an engine may have, then they wait; 0: no limit", 0, 1_000_000),
     _Flag("queue_size", 1024, "Requests that may wait; more get 429", 0, 1_000_000),
+    _Flag("slo_class", None, "NAME,ttft=SECONDS[,priority=N]: a class that requests name in service_tier; repeatable"),
     _Flag("queue_timeout", 30.0, "Seconds a request may wait, then it gets 503", 0.01, 3600),
     _Flag("disagg_prefill_min_tokens", 512, "Uncached tokens that a decode engine computes itself", 0, 10_000_000),
     _Flag("disagg_prefill_max_queued_tokens", -1, _QUEUED, -1, 1_000_000_000),
@@ -143,6 +145,7 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
             engine_request_limit=values["engine_request_limit"],
             queue_size=values["queue_size"],
             queue_seconds=values["queue_timeout"],
+            slo_classes=tuple(parse_slo_classes(values["slo_class"] or []).values()),
             prefill_min_tokens=values["disagg_prefill_min_tokens"],
             prefill_max_queued_tokens=values["disagg_prefill_max_queued_tokens"],
             prefill_seconds=values["disagg_prefill_timeout"],

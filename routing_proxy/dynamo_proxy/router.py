@@ -88,6 +88,7 @@ class Router:
 
     def place(self, prompt: Prompt, tried: int, now: float) -> Placement | None:
         """Pick an engine not yet in the bitmask `tried`, or None if there is none."""
+        loads: Sequence[policy.Load]
         loads, mask = self._registry.fleet(prompt.model, tried)
         if not loads:
             return None
@@ -98,6 +99,9 @@ class Router:
             loads = tuple(load for load in loads if load.in_flight < state.max_in_flight) or loads
         if self._registry.warming:
             loads = self._warmed(loads, now)
+        if prompt.slo is not None and state.mode == "kv":
+            capped, model = self._capped(loads, held, tokens), state.learner.model
+            loads = policy.in_time(loads, capped, tokens, model, prompt.slo.ttft_seconds)
         if prompt.session and state.sessions is not None:
             decision = self._choose_for_session(loads, held, tokens, prompt.session, now)
         else:
@@ -229,7 +233,7 @@ class Router:
         self.state.sessions.placed(session, decision.slot, now)
         return decision._replace(reason="session") if there else decision
 
-    def _warmed(self, loads: tuple[policy.Load, ...], now: float) -> tuple[policy.Load, ...]:
+    def _warmed(self, loads: Sequence[policy.Load], now: float) -> Sequence[policy.Load]:
         """The engines without the new ones that have their share already."""
         warming, seconds = self._registry.warming, self.state.warm_up_seconds
         for slot in [slot for slot, since in warming.items() if now - since >= seconds]:

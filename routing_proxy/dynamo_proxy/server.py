@@ -87,6 +87,7 @@ class ProxyServer:
             self.front_end.waiting = room
             self.router.when_room(room.wake)
         self.front_end.intake.read_sessions = bool(routing.session_seconds)
+        self.front_end.intake.slo_classes = {found.name: found for found in routing.slo_classes}
         self.front_end.intake.aliases = dict(config.aliases)
         files = config.tls
         self._engine_tls = client_context(files.engine_ca_file)

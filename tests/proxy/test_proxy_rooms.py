@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -14,7 +15,7 @@ from dynamo_proxy import dialects, handoff
 from dynamo_proxy.config import EngineAddress, EngineOptions, Routing
 from dynamo_proxy.server import ProxyServer
 
-from tests.proxy.proxy_fakes import Client, ask, chat, post, proxy_before, run, wait_until
+from tests.proxy.proxy_fakes import QUICK, Client, ask, chat, post, proxy_before, run, wait_until
 from tests.proxy.test_proxy_resume import CHAT, COMPLETIONS, text_of
 from tests.proxy.token_engine import TokenEngine, expected_text
 
@@ -139,6 +140,22 @@ def test_a_prefill_engine_that_fails_costs_a_room_and_no_answer(how: str) -> Non
     run(body())
 
 
+def test_a_prefill_engine_that_hangs_is_to_blame_and_decode_is_not() -> None:
+    timeouts = replace(QUICK, first_byte_seconds=0.3)
+
+    async def body() -> None:
+        async with fleet(timeouts=timeouts) as (proxy, (prefill,), decode):
+            prefill.how_half, prefill.bad_halves = "hang", 5
+            for _ in range(5):
+                answer = await ask(proxy.port, asked(CHAT, stream=True))
+                assert (answer.status, answer.json()["error"]["code"]) == (504, "engine_timeout")
+            assert proxy.registry.at(1).breaker.score == 0
+            assert proxy.registry.at(0).state == "tripped"
+            await wait_until(lambda: prefill.aborted == decode.aborted == 5, "both were told to stop")
+
+    run(body())
+
+
 @pytest.mark.parametrize("decode_refuses", [True, False])
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_request_that_prefill_refuses_is_refused_at_once(status: int, decode_refuses: bool) -> None:
@@ -148,9 +165,12 @@ def test_a_request_that_prefill_refuses_is_refused_at_once(status: int, decode_r
                 engine.how_half = f"status {status}"
             async with Client.to(proxy.port) as client:
                 for number in range(1, 9):
-                    client.send(asked(CHAT, stream=True))
+                    client.send(post(CHAT, chat(TEXT, max_tokens=5, stream=True), "x-dynamo-route: 1"))
                     answer = await client.answer()
                     assert (answer.status, answer.json()["error"]["message"]) == (status, "no room")
+                    receipt = orjson.loads(answer.headers["x-dynamo-route"])
+                    assert receipt["engine"] in ("engine-0", "engine-1")
+                    assert receipt["attempts"] == 1
                     assert sum(len(engine.requests) for engine in prefills) == number
             await wait_until(lambda: decode.active == 0 and proxy.ledger.in_flight == 0, "nothing is left")
             assert [engine.breaker.score for engine in proxy.registry] == [0, 0, 0]
