@@ -52,7 +52,7 @@ class PlannerConfig(BaseModel):
     stabilisation_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 300.0
     warmup_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 30.0
     startup_seconds: Seconds = 60.0
-    max_down_share: Share = 0.1
+    max_down_share: Share = 0.5
     down_period_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 60.0
     scale_to_zero_seconds: Seconds | None = None
     is_pooled: bool = False
