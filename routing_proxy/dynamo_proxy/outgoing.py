@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import handoff, stream_tape
-from .http1 import ResponseReader
+from .engines import Engine
+from .http1 import Request, ResponseReader
 from .intake import Asked
 from .router import Placement
 from .stream_tape import StreamTape
@@ -53,6 +54,8 @@ class Outgoing:
         if self.resuming and self.tape is not None:
             self.tape.rewind()
             body, target, decode = self._continuation, stream_tape.COMPLETIONS.encode(), True
+            if self.room:
+                body = handoff.with_fields(body, self.room)
         else:
             self.tape = None
             params = given if given is not None else placement.hints
@@ -65,6 +68,17 @@ class Outgoing:
                 body = stream_tape.asking_for_ids(body)
         reader = ResponseReader(head.method, max_head_bytes, decode)
         return request_bytes(head, target, body, engine.host_lines), reader
+
+    def divisible(self, engine: Engine) -> Request | None:
+        """The request whose prompt another engine may compute; None: none may. The rest of a stream is divided only if
+        its engine cannot do without.
+        """
+        if not self.resuming:
+            return self.request
+        if not engine.needs_room(stream_tape.COMPLETIONS):
+            return None
+        head = self.request.head._replace(path=stream_tape.COMPLETIONS, target=stream_tape.COMPLETIONS.encode())
+        return self.request._replace(head=head, body=self._continuation)
 
     def may_meet_again(self) -> bool:
         """True if the halves of a request to SGLang, of which one failed, may have another room."""
