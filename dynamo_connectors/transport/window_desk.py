@@ -115,7 +115,8 @@ class WindowDesk:
             self._give_back(serving)
 
     def expire(self, now: float) -> None:
-        for read in [read for read, serving in self._reads.items() if serving.until <= now]:
+        over = [read for read, serving in self._reads.items() if serving.until <= now]
+        for read in reversed(over):  # the last first: those that wait shall not get rows of the others
             self.leave(read)
 
     def check(self) -> None:
