@@ -33,7 +33,7 @@ class Exchange:
 
     __slots__ = (
         "_arrived", "_attempt_started", "_client", "_dial", "_endpoint", "_events", "_failure", "_first_token",
-        "_frames", "_head", "_heard", "_last_tail", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled_by",
+        "_frames", "_head", "_heard", "_last", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled_by",
         "_prompt", "_receipt", "_relaying", "_request", "_reused", "_services", "_stale", "_timer", "_tried", "_up",
         "over",
     )  # fmt: skip
@@ -63,7 +63,7 @@ class Exchange:
         self._head: ResponseHead | None = None
         self._frames: Frames | None = None  # None: the engine's bytes pass as they are
         self._timer: asyncio.TimerHandle | None = None
-        self._reused, self._stale, self._last_tail = False, 0, b""
+        self._reused, self._stale, self._last = False, 0, b""
 
     def start(self) -> None:
         self._services.metrics.arrived(len(self._request.body))
@@ -193,13 +193,14 @@ class Exchange:
         frames = self._frames
         if frames is not None:
             data = frames.feed(data)
-            if frames.failed or not data:
+            if frames.failed:
                 self._relay(data)
-                if frames.failed:
-                    self._lost(frames.failed)
+                self._lost(frames.failed)
+                return
+            if not data:
                 return
         self._relay(data)
-        self._last_tail = data[-8:]
+        self._last = data
 
     def _relay(self, data: bytes) -> None:
         if self._relaying and not self._out.resuming:
@@ -329,7 +330,7 @@ class Exchange:
         self._services.router.failed(placement.engine, reason)
         self._leave_engine()
         if self._out.tape is None:
-            self._end_broken(head.status, reason, at_boundary and may_speak(head, self._request.head, self._last_tail))
+            self._end_broken(head.status, reason, at_boundary and may_speak(head, self._request.head, self._last))
         elif not self._resume(1 << placement.engine.slot, reason):
             self._end_broken(head.status, reason)
 
