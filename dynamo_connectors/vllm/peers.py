@@ -50,12 +50,12 @@ class WorkerPeers:
         self._server: PeerServer | None = None
         #: Lease -> the job that exports it.
         self._exports: dict[bytes, int] = {}
+        if peer.reads:
+            self.rows = self._hbm_rows(dram.row_bytes, device)
         if peer.serves:
             settings = ServerSettings(peer.host, peer.port + rank, self._namespace, self._secret, opens_shelf=True)
             self._server = self._serve(settings, dram, self._hbm_rows(dram.row_bytes, device))
             log.info("dynamo: peers may read this worker's host memory at %s:%d", peer.host, peer.port + rank)
-        if peer.reads:
-            self.rows = self._hbm_rows(dram.row_bytes, device)
 
     def make_tier(self, staging: DramStore, rows: HbmRows | None) -> PeerTier:
         """The peer tier, which reads into these."""
