@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.handoff_faults import StockPair, Table
+from tests.house.repository import ROOT
 from tests.transport.network import Cable
 from tests.vllm.client import prompt
 from tests.vllm.pair import Pair
@@ -136,7 +137,17 @@ def main(arguments: list[str]) -> int:
     cable = Cable()
     try:
         cable.lay("aside", ASIDE)
-        command = [*cable.inside(0), sys.executable, "-m", "benchmarks", "handoff_cut", *arguments]
+        command = [
+            *cable.inside(0),
+            "env",
+            "-C",
+            str(ROOT),
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "handoff_cut",
+            *arguments,
+        ]
         return subprocess.run(command, env={**os.environ, FAR: str(cable.far)}, check=False).returncode
     finally:
         cable.close()
