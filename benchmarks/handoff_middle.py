@@ -78,11 +78,11 @@ class Middle(Between):
 
     def _plan(self, message: Request | Reply) -> Plan | None:
         read = (getattr(message, "reader", b""), getattr(message, "read", -1))
-        if isinstance(message, Ask):
+        if isinstance(message, Ask) and read not in self._reads:
             self._reads[read] = message.lease
-            if message.lease == STANDING_LEASE and (plan := self._at_random()) is not None:
+            if message.lease == STANDING_LEASE:
                 self._reads[read] = lease = os.urandom(16)
-                self.plans[lease] = plan
+                self.plans[lease] = self._at_random()
         lease = self._reads.get(read) or getattr(message, "lease", b"")
         return self.plans.get(lease)
 
