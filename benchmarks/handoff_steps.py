@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -55,9 +56,8 @@ def cut_short(message: Request | Reply, frame: bytes) -> bytes:
 
 
 class Steps:
-    def __init__(self, pair: StormPair) -> None:
-        self._pair = pair
-        self._engines = Engines(pair)
+    def __init__(self, pair: StormPair, engines: Engines) -> None:
+        self._pair, self._engines = pair, engines
         self._seeds = iter(range(1, 1 << 20))
         self._middle: Middle | None = None
 
@@ -128,24 +128,22 @@ class Steps:
 def main(arguments: list[str]) -> int:
     os.environ["UCX_LOG_LEVEL"] = "error"
     wrong = False
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         pair = StormPair(make_model(folder / "model"), folder, transports="tcp")
-        try:
-            pair.start()
-            pair.decode.complete(prompt(0))  # a CPU worker of vLLM may die of SIGILL at a first forward of one token
-            steps = Steps(pair)
-            try:
-                for how in arguments or ("changed", "stopped", "killed"):
-                    for what, said in steps.rows(how):
-                        wrong |= "WRONG" in said
-                        print(f"{what:30} {said}", flush=True)
-            finally:
-                steps.close()
-            wait_until(lambda: is_clean(pair), "nothing is leased, pinned or quarantined", 120.0)
-            print("at the end no lease, no pin, no quarantine, no request is left")
-        finally:
-            pair.close()
+        engines = Engines(pair)
+        stack.callback(engines.close)
+        stack.callback(pair.close)
+        pair.start()
+        pair.decode.complete(prompt(0))  # a CPU worker of vLLM may die of SIGILL at a first forward of one token
+        steps = Steps(pair, engines)
+        stack.callback(steps.close)
+        for how in arguments or ("changed", "stopped", "killed"):
+            for what, said in steps.rows(how):
+                wrong |= "WRONG" in said
+                print(f"{what:30} {said}", flush=True)
+        wait_until(lambda: is_clean(pair), "nothing is leased, pinned or quarantined", 120.0)
+        print("at the end no lease, no pin, no quarantine, no request is left")
     return 1 if wrong else 0
 
 
