@@ -6,6 +6,12 @@ from __future__ import annotations
 NIXL_COUNTERS: dict[str, tuple[str, str | None, str]] = {
     "nixl_read_bytes": ("dynamo_nixl_read_bytes", None, "Bytes of peers that were read and proven."),
     "nixl_read_blocks": ("dynamo_nixl_read_blocks", None, "Blocks of peers that were read and proven."),
+    "nixl_window_blocks": ("dynamo_nixl_window_blocks", None, "Blocks of these that went from HBM to HBM."),
+    "nixl_windows_off": (
+        "dynamo_nixl_windows_off",
+        None,
+        "Times that a worker started without rows in HBM for peers, which it should have.",
+    ),
     "nixl_reads": ("dynamo_nixl_reads", None, "READs of peers that ended, well or badly."),
     "nixl_late_reads": ("dynamo_nixl_late_reads", None, "READs that were not over at their deadline."),
     "nixl_fences_refused": ("dynamo_nixl_fences_refused", "reason", "READs whose bytes were not what was granted."),

@@ -177,5 +177,5 @@ def test_staging_rows_are_never_handed_out_twice() -> None:
     staging.give([1])
     with pytest.raises(AssertionError, match="given back twice"):
         staging.check()
-    staging._free.pop()
+    staging._free.remove(1)
     staging.store.close()

@@ -138,6 +138,7 @@ def test_answers_equal_those_of_one_engine_alone(pair: Pair, old: Handed) -> Non
     assert [answer(pair, each) for each in handed] == [each.alone for each in handed]
     assert pair.from_peer() > before
     assert pair.decode.metric("dynamo_nixl_read_bytes_total") >= BLOCKS * 65536
+    assert pair.decode.metric("dynamo_nixl_window_blocks_total") >= BLOCKS
 
 
 def test_a_prompt_that_only_another_engine_has_computed_is_fetched(pair: Pair, old: Handed) -> None:
