@@ -71,7 +71,9 @@ class Stand:
         """A counter of the proxy: what was handed over."""
         async with self.session.get(self.proxy + "/metrics") as answer:
             lines = (await answer.text()).splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{") and '"handed_over"' in line)
+        return sum(
+            float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{") and '"handed_over"' in line
+        )
 
 
 def engine_command(model: Path, *flags: str) -> str:
