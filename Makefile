@@ -29,7 +29,7 @@ test-kubernetes-engines: vllm-env ## fifty scale-downs of real vLLM engines unde
 	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
 	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_engines.py -s -o faulthandler_timeout=3000 $(ARGS)
 
-test-planner-engines: vllm-env ## a request wakes a sleeping pool; prefill and decode pools of real vLLM engines are sized apart
+test-planner-engines: vllm-env ## prefill and decode pools of real vLLM engines go up and down under load
 	$(BIN)/python -m pytest planner_sidecar/engines/real_pools.py -s -o faulthandler_timeout=3000 $(ARGS)
 
 lint: vllm-env ## ruff, and mypy --strict on our packages

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -68,7 +68,7 @@ def build_fleet(
     return Fleet(planners, config.max_gpus, memory_file)
 
 
-def _owned_role(role: str, roles: list[str]) -> str | None:
+def _owned_role(role: str, roles: Sequence[str]) -> str | None:
     """Which of the engines that the proxy lists are a pool's: all of them, or those with a role that no other has."""
     if len(roles) == 1:
         return ANY_ROLE
