@@ -1,8 +1,7 @@
 """A real prefill and a real decode vLLM, by the engine's own protocol and behind dynamo-proxy: answers equal those
 of one engine alone.
 
-The last test kills the prefill engine. What happens when it comes back is shown on its transport (`test_peers.py`) and
-by `python -m benchmarks handoff_faults`: another boot takes longer than all of this.
+The last tests kill the prefill engine and start it again at the same address.
 """
 
 from __future__ import annotations
@@ -279,6 +278,15 @@ def test_an_engine_that_is_killed_under_a_prompt_or_after_its_answer_costs_no_an
 
     wait_until(is_clean, "nothing is quarantined or pinned", 60.0)
     assert "Traceback" not in pair.decode_server.log.read_text()
+
+
+def test_an_engine_that_comes_back_at_the_same_address_is_met_anew(pair: Pair, old: Handed) -> None:
+    pair.prefill_server.kill()
+    pair.prefill_server.start().wait_ready(600.0)
+    before = pair.from_peer()
+    assert answer(pair, old) == old.alone  # a ticket of the run that is gone
+    assert pair.from_peer() == before
+    hand_over(pair, 700)
 
 
 def before_both(pair: Pair) -> AbstractAsyncContextManager[ProxyServer]:
