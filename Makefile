@@ -21,7 +21,7 @@ test-kubernetes: vllm-env ## the planner against a real Kubernetes API server bu
 	planner_sidecar/kubernetes/api_server.sh build
 	run=$$(planner_sidecar/kubernetes/api_server.sh start) && \
 	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
-	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_api.py --timeout 600 $(ARGS)
+	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_api.py planner_sidecar/kubernetes/real_autoscaler.py --timeout 600 $(ARGS)
 
 test-kubernetes-engines: vllm-env ## fifty scale-downs of real vLLM engines under load, on the same API server (SCALE_DOWNS=50)
 	planner_sidecar/kubernetes/api_server.sh build

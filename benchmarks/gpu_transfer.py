@@ -18,7 +18,7 @@ from dynamo_kernels import BlockView, ComputeFence
 from dynamo_connectors.blocks import BlockKey, Namespace
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD
 from dynamo_connectors.jobs import LoadItem, LoadJob, MoveItem, MoveJob, StoreItem, StoreJob
-from dynamo_connectors.layout import KVLayout, page_layout
+from dynamo_connectors.layout import page_layout
 from dynamo_connectors.pinning import pin_host_memory
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.nvme import NvmeStore
@@ -53,7 +53,7 @@ class Rig:
 def rig(device: torch.device) -> Iterator[Rig]:
     layers = [torch.randn(BLOCKS, *PAGE, device=device).to(torch.bfloat16) for _ in range(LAYERS)]
     pages = [page_layout(str(i), tuple(t.shape), t.stride(), 2, 0) for i, t in enumerate(layers)]
-    row_bytes = KVLayout(tuple(pages)).row_bytes
+    row_bytes = sum(page.page_bytes for page in pages)
     with tempfile.TemporaryDirectory() as folder:
         dram = DramStore(BLOCKS, row_bytes, pin_host_memory)
         disk = NvmeStore(Path(folder), DISK_BLOCKS, row_bytes, Namespace("bench", "m", "r", "d", "l", 16))

@@ -1,10 +1,10 @@
 """Which rule gives the soonest first token: our policy code and published rules on simulated engines, in virtual time.
 
-    python -m benchmarks router_rules [--trace mooncake_conversation_trace.jsonl] [--requests N] [--quick]
+    python -m benchmarks router_rules [--trace mooncake_conversation_trace.jsonl] [--requests N] [--quick | --peers]
 
 No sockets and no clock: other work on the machine cannot change a figure. The proxies' ledger, index and learning are
 the real ones. With several proxies each sees its own requests at once and those of the others 3 ms later, or never.
-Without a trace the requests are agentic sessions made here.
+Without a trace the requests are agentic sessions made here. --peers: engines that read what others have computed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from random import Random
 from typing import Any
 
 from dynamo_proxy.approx_index import ApproxIndex
+from dynamo_proxy.hints import Reach, gains
 from dynamo_proxy.learning import CostLearner
 from dynamo_proxy.ledger import Counts, Ledger
 from dynamo_proxy.policy import CostModel
 
 from benchmarks.routing import rules, traces
-from benchmarks.routing.simulated import BLOCK_TOKENS, Running, SimulatedEngine
+from benchmarks.routing.simulated import BLOCK_TOKENS, T_A, T_P, Running, SimulatedEngine
 
 GOSSIP_SECONDS = 0.003  # two until it is told, one on the way
 RULES = (
@@ -56,10 +57,14 @@ class Setting:
     capacity_tokens: int = 500_000
     proxies: int = 1
     gossip: bool = True
+    fetch_seconds: float = 0.0  # of a token that an engine reads from another one; 0: they do not
+    peer_worth: float = 0.0  # of such a token, until it is learnt
 
 
 def new_proxy(name: str, setting: Setting, seed: int) -> Proxy:
     rng, learner = Random(seed), CostLearner()
+    if setting.peer_worth:
+        learner.expect_of_peers(setting.peer_worth)
     made = {
         "ours": lambda: rules.ours(rng, learner),
         "ours, nothing learnt": lambda: rules.ours(rng, CostLearner()),
@@ -92,6 +97,8 @@ class Replay:
         self.hit_tokens = self.prompt_tokens = 0
         self._open: dict[int, Any] = {}
         self._begun: dict[int, float] = {}
+        self._reads_until = [0.0] * setting.engines  # one prefix after the other
+        self.fetched_tokens = 0
 
     def at(self, seconds: float, call: Any) -> None:
         heapq.heappush(self._queue, (seconds, next(self._order), call))
@@ -112,6 +119,8 @@ class Replay:
             "p90": ordered[int(len(ordered) * 0.9)],
             "p99": ordered[int(len(ordered) * 0.99)],
             "tpot_ms": statistics.fmean(self.token_seconds) * 1000,
+            "fetched": self.fetched_tokens / self.prompt_tokens,
+            "worth": self.proxies[0].learner.peer_worth,
         }
 
     def _arrive(self, number: int, arrival: traces.Arrival, now: float) -> None:
@@ -121,8 +130,12 @@ class Replay:
         nodes = proxy.index.matched(chain, (1 << self.setting.engines) - 1)
         held = {slot: min(depth * BLOCK_TOKENS, tokens) for slot, depth in nodes.items()}
         loads = [proxy.ledger.load(slot) for slot in range(self.setting.engines)]
-        slot = proxy.rule(loads, held, tokens)
-        new, queued = tokens - held.get(slot, 0), loads[slot].pending_tokens
+        more_elsewhere = self._gains(held)
+        worth = proxy.learner.peer_worth
+        seen = {**held, **{slot: held.get(slot, 0) + int(worth * more) for slot, more in more_elsewhere.items()}}
+        slot = proxy.rule(loads, seen, tokens)
+        new, queued = tokens - seen.get(slot, 0), loads[slot].pending_tokens
+        peer = more_elsewhere.get(slot, 0), tokens - held.get(slot, 0)
         lease = proxy.ledger.charge(slot, new, tokens)
         proxy.index.insert(slot, chain, now)
         self._tell(proxy, slot, now)
@@ -131,9 +144,36 @@ class Replay:
                 self.at(now + GOSSIP_SECONDS, lambda then, o=other: o.index.insert(slot, chain, then))
         sequence = Running(number, arrival.blocks, tokens, arrival.output_tokens)
         self.prompt_tokens += tokens
-        ends = (proxy, lease, now, new, queued)
+        self._open[number] = (proxy, lease, now, new, queued, peer)
+        came = self._fetch(slot, arrival, now) if more_elsewhere.get(slot) else []
+        if came:
+            self._reads_until[slot] = (
+                max(now, self._reads_until[slot]) + len(came) * BLOCK_TOKENS * self.setting.fetch_seconds
+            )
+            self.at(self._reads_until[slot], lambda then: self._came(slot, came, sequence, then))
+        else:
+            self._came(slot, came, sequence, now)
+
+    def _gains(self, held: dict[int, int]) -> dict[int, int]:
+        if not self.setting.fetch_seconds:
+            return {}
+        reaches = {slot: Reach(tokens, tokens, tokens) for slot, tokens in held.items()}
+        return gains(range(self.setting.engines), reaches, reaches)
+
+    def _fetch(self, slot: int, arrival: traces.Arrival, now: float) -> Sequence[int]:
+        """The blocks that another engine has and this one reads, if reading is sooner than computing."""
+        whole = arrival.blocks[: (arrival.prompt_tokens - 1) // BLOCK_TOKENS]
+        here = self.engines[slot].leading(whole)
+        there = max(engine.leading(whole) for engine in self.engines)
+        tokens = max(0, there - here) * BLOCK_TOKENS
+        reading = max(0.0, self._reads_until[slot] - now) + tokens * self.setting.fetch_seconds
+        computing = T_P * tokens + T_A * tokens * (arrival.prompt_tokens - tokens / 2)
+        self.fetched_tokens += tokens if reading < computing else 0
+        return whole[here:there] if reading < computing else []
+
+    def _came(self, slot: int, blocks: Sequence[int], sequence: Running, now: float) -> None:
+        self.engines[slot].take(blocks)
         self.engines[slot].waiting.append(sequence)
-        self._open[number] = ends
         self._step(slot, now)
 
     def _tell(self, proxy: Proxy, slot: int, now: float) -> None:
@@ -159,10 +199,13 @@ class Replay:
     def _stepped(self, slot: int, now: float) -> None:
         first, done = self.engines[slot].end_step()
         for sequence in first:
-            proxy, lease, placed, new, queued = self._open[sequence.number]
+            proxy, lease, placed, new, queued, (peer, lacked) = self._open[sequence.number]
             seconds = proxy.learner.model.prefill_seconds(new, sequence.prompt_tokens)
             proxy.ledger.prefilled(lease, seconds)
-            proxy.learner.first_token(now - placed, queued, new, sequence.prompt_tokens)
+            if peer:
+                proxy.learner.fetched(now - placed, queued, lacked, peer, sequence.prompt_tokens)
+            else:
+                proxy.learner.first_token(now - placed, queued, new, sequence.prompt_tokens)
             self._tell(proxy, slot, now)
             self.first_token.append(now - placed)
             self.hit_tokens += sequence.hit_tokens
@@ -179,6 +222,18 @@ class Replay:
         self._step(slot, now)
 
 
+def show_peers(title: str, requests: Sequence[traces.Arrival]) -> None:
+    """How soon first tokens come when engines read from each other, with and without credit for it."""
+    print(f"\n{title}, 8 engines that read from each other\n")
+    print("| reading a token / computing it | credit | TTFT mean s | p90 | p99 | read | worth at the end |")
+    print("|---|---|---|---|---|---|---|")
+    for times in (0.05, 0.25, 0.5, 1.0, 2.0):
+        for credit, worth in (("none", 0.0), ("learnt", 0.25)):
+            row = Replay("ours", Setting(fetch_seconds=times * T_P, peer_worth=worth)).run(requests)
+            print(f"| {times:g} | {credit} | {row['mean']:.3f} | {row['p90']:.2f} | {row['p99']:.1f} "
+                  f"| {row['fetched']:.3f} | {row['worth']:.2f} |", flush=True)  # fmt: skip
+
+
 def show(title: str, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{title}\n")
     print("| rule | hit | TTFT mean s | p50 | p90 | p99 | TPOT ms |\n|---|---|---|---|---|---|---|")
@@ -192,6 +247,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--trace", type=Path)
     parser.add_argument("--requests", type=int, default=3400)
     parser.add_argument("--quick", action="store_true", help="one setting instead of all")
+    parser.add_argument("--peers", action="store_true", help="engines that read from each other")
     options = parser.parse_args(arguments)
 
     def arrivals(load: float) -> list[traces.Arrival]:
@@ -201,6 +257,9 @@ def main(arguments: list[str]) -> int:
 
     what = options.trace.name if options.trace is not None else "agentic sessions"
     everyone = arrivals(1.0)
+    if options.peers:
+        show_peers(what, everyone)
+        return 0
     show(f"{what}, 8 engines, load 1", {name: Replay(name, Setting()).run(everyone) for name in RULES})
     if options.quick:
         return 0

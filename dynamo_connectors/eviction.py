@@ -121,10 +121,8 @@ class EvictionPolicy(Protocol):
     def enter(self, slot: int) -> None:
         """The expected block has `slot` now; it is not in the order before `add`."""
 
-    def use(self, slot: int) -> None:
-        """One more request uses the block in `slot`. In the order it becomes the last; outside it stays outside."""
-
-    def use_all(self, slots: Sequence[int]) -> None: ...
+    def use_all(self, slots: Sequence[int]) -> None:
+        """One more request uses these blocks. Those in the order become the last; those outside stay outside."""
 
     def add(self, slot: int) -> None:
         """The block in `slot` may be evicted from now on, last of all; or it is in the order, and becomes the last."""
@@ -174,10 +172,6 @@ class LruPolicy:
 
     def enter(self, slot: int) -> None:
         """Nothing to learn."""
-
-    def use(self, slot: int) -> None:
-        if slot in self._lists:
-            self.add(slot)
 
     def use_all(self, slots: Sequence[int]) -> None:
         self._lists.renew_all(0, slots)
@@ -262,16 +256,13 @@ class ArcPolicy:
         self._home[slot] = _T1 if self._ghost_of is None else _T2
         self._ghost_of, self._forget_victim = None, False
 
-    def use(self, slot: int) -> None:
-        is_evictable = slot in self
-        self.remove(slot)
-        self._home[slot] = _T2
-        if is_evictable:
-            self.add(slot)
-
     def use_all(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self.use(slot)
+            is_evictable = slot in self
+            self.remove(slot)
+            self._home[slot] = _T2
+            if is_evictable:
+                self.add(slot)
 
     def add(self, slot: int) -> None:
         self.remove(slot)

@@ -6,7 +6,6 @@ so that one block is one contiguous range in every tier below HBM.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from dynamo_connectors.errors import UnsupportedLayoutError
@@ -24,24 +23,6 @@ class PageLayout:
     #: (size, stride in elements) of every dimension inside a page, in the engine's order: two pages of equal size may
     #: still be read in different orders (NHD, HND).
     order: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class KVLayout:
-    """The pages of every layer, in the order in which they lie in a host row."""
-
-    pages: tuple[PageLayout, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        return sum(page.page_bytes for page in self.pages)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the bytes of a row would be read differently. Addresses and block counts do not matter."""
-        # `repr` quotes the names: a separator would let one layer imitate two.
-        text = repr([(page.layer, page.page_bytes, page.order) for page in self.pages])
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def page_layout(

@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--mean-rps", type=float, default=14.0, help="mean rate of each stream")
     parser.add_argument("--start", type=workers, default=(3, 3), metavar="P-D", help="workers at the beginning")
     parser.add_argument("--burst-factor", type=float, default=1.0, help="of the planner: see its README")
+    parser.add_argument("--window-seconds", type=float, default=100.0, help="of the planner: its window")
     parser.add_argument("--limit-seconds", type=float, default=600.0, help="for one run")
     parser.add_argument("--log", type=Path, help="write the planner's decisions here")
     parser.add_argument("--seed", type=int, default=0)

@@ -199,7 +199,7 @@ def _run_in_child(pipe: Any, trace: Path, names: list[str], aim: Aim, start: tup
 
 def judged(trace: Path, names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run in a process of its own, which is ended when it takes too long."""
-    aim = Aim(TTFT_MS / 1e3, ITL_MS / 1e3, options.attainment, options.burst_factor)
+    aim = Aim(TTFT_MS / 1e3, ITL_MS / 1e3, options.attainment, options.burst_factor, options.window_seconds)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_run_in_child, args=(theirs, trace, names, aim, options.start), daemon=True)

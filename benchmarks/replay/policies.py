@@ -31,12 +31,13 @@ _SLOT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Aim:
-    """What the planner and the oracle are asked for."""
+    """What the planner and the oracle are asked for, and how long the planner's window is."""
 
     ttft_seconds: float
     itl_seconds: float
     attainment: float
     burst_factor: float = 1.0
+    window_seconds: float = STARTUP_SECONDS + INTERVAL_SECONDS  # idle at most what a start too many would cost
 
 
 class Planned:
@@ -54,7 +55,7 @@ class Planned:
             burst_factor=aim.burst_factor,
             startup_seconds=STARTUP_SECONDS,
             interval_seconds=INTERVAL_SECONDS,
-            stabilisation_seconds=STARTUP_SECONDS + INTERVAL_SECONDS,  # idle at most what a start too many would cost
+            stabilisation_seconds=aim.window_seconds,
             max_kv_usage=0.9,
             max_running_per_replica=256.0,
         )
@@ -107,6 +108,7 @@ class Planned:
         running = sum(step["num_decode_requests"] for step in steps) if role == "decode" else 0.0
         kv = sum(step["sum_decode_kv_tokens"] for step in steps) / KV_TOKENS if role == "decode" else 0.0
         share = max(1, ready)
+        served, first = float(traffic.get("ttft_count") or 0), float(traffic.get("avg_ttft_ms") or 0) / 1e3
         engines = [
             EngineObservation(
                 f"{role}{number}",
@@ -116,8 +118,9 @@ class Planned:
                 running=running / share,
                 waiting=waiting / share,
                 kv_usage=kv / share,
-                generation_tokens=count * output / share,
-                ttft=Delta(0.0, count / share),
+                generation_tokens=served * output / share,
+                prompt_tokens=served * prompt / share,
+                ttft=Delta(first * served / share, served / share),
             )
             for number in range(total)
         ]

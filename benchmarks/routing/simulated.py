@@ -128,6 +128,23 @@ class SimulatedEngine:
                 self._used -= 1
                 self._free_cached[block] = None
 
+    def leading(self, blocks: Sequence[int]) -> int:
+        """How many leading blocks it has cached."""
+        return next((number for number, block in enumerate(blocks) if block not in self._references), len(blocks))
+
+    def take(self, blocks: Sequence[int]) -> None:
+        """These come from a peer: cached, and referred to by nobody."""
+        for block in blocks:
+            if block in self._references:
+                continue
+            if self._used + len(self._free_cached) >= self._capacity:
+                if not self._free_cached:
+                    return
+                oldest, _ = self._free_cached.popitem(last=False)
+                del self._references[oldest]
+            self._references[block] = 0
+            self._free_cached[block] = None
+
     def check(self) -> None:
         assert len(self._references) >= len(self._free_cached), "a free block that is not cached"
         assert self._used + len(self._free_cached) <= self._capacity, "more blocks than the cache has"

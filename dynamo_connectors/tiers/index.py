@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
 from typing import NoReturn
 
 from dynamo_connectors.blocks import BlockKey
@@ -92,10 +91,6 @@ class TierIndex:
     def filling(self) -> Mapping[BlockKey, int]:
         """key -> slot of what is on its way here, likewise."""
         return self._filling
-
-    def lookup(self, keys: Iterable[BlockKey]) -> int:
-        """Length of the leading run of `keys` that can be read now."""
-        return sum(1 for _ in takewhile(self._ready.__contains__, keys))
 
     def reserve(self, key: BlockKey, touches: int = 1) -> int | None:
         """A slot to fill with `key`, evicting the oldest unpinned block if need be.

@@ -148,10 +148,6 @@ class WorkerHalf:
         """What stands at a level now, by metric."""
         return self._peers.levels() if self._peers is not None else {}
 
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
     def close(self) -> None:
         # First, so that nobody reads host memory that is given back.
         if self._peers is not None:

@@ -1,5 +1,5 @@
-"""One engine in its own session: start it, signal its whole process group, and know for certain that it is
-gone.
+"""One engine in its own session, started or taken over: signal its whole process group, and know for certain that it
+is gone.
 """
 
 from __future__ import annotations
@@ -8,45 +8,41 @@ import os
 import shlex
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import ActuationError
+from .replica_record import Life, ReplicaRecord, birth_of, record_path
 
 
-class ChildProcess:
-    """A started command. Its output goes to `log_path`; its process group lives and dies as one."""
+class EngineProcess:
+    """An engine's process group, which lives and dies as one. Its output goes to `log_path`."""
 
-    def __init__(self, command: str, port: int, log_path: Path) -> None:
-        """Start `command` with `{port}` filled in. Raises ActuationError if it cannot be started."""
+    def __init__(self, pid: int, log_path: Path, record: ReplicaRecord | None) -> None:
+        self.pid = pid
         self.log_path = log_path
+        self.record = record
         self.signalled: set[int] = set()
         self._gone = False
-        arguments = [part.replace("{port}", str(port)) for part in shlex.split(command)]
-        try:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
-            with log_path.open("ab") as output:
-                self._process = subprocess.Popen(
-                    arguments,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise ActuationError("cannot_start", f"cannot start {arguments[0]!r}: {error.strerror or error}") from error
-        self.pid = self._process.pid
 
     def gone(self) -> bool:
-        """True once the leader is reaped and no process of its group runs. Orphans of a dead leader are
+        """True once the leader has ended and no process of its group runs. Orphans of a dead leader are
         killed. It stays gone: its number may by then belong to somebody else's group.
         """
-        if self._gone or self._process.poll() is None:
+        if self._gone or self._leader_runs():
             return self._gone
-        if not group_alive(self.pid):
+        if not self._is_ours() or not group_alive(self.pid):
             self._gone = True
+            if self.record is not None:
+                self.record.remove()
             return True
         self._signal(signal.SIGKILL, once=False)
         return False
+
+    def release(self) -> None:
+        """Let go of it without a word: whoever comes next may go on with it."""
+        if self.record is not None:
+            self.record.release()
 
     def terminate(self) -> None:
         """SIGTERM, once: engines take a second one as an order to abort."""
@@ -58,10 +54,8 @@ class ChildProcess:
     @property
     def exit_text(self) -> str:
         """How it ended and the last line that it wrote, for one clear sentence."""
-        code = self._process.returncode
-        how = "still runs" if code is None else f"died of signal {-code}" if code < 0 else f"exited with code {code}"
         last = last_line(self.log_path)
-        return f"{how}; last words: {last}" if last else how
+        return f"{self._how()}; last words: {last}" if last else self._how()
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
@@ -69,15 +63,85 @@ class ChildProcess:
         assert self.signalled <= {signal.SIGTERM, signal.SIGKILL}, "only SIGTERM and SIGKILL are ever sent"
 
     def _signal(self, number: int, once: bool) -> None:
-        if self._gone or (once and number in self.signalled):
+        if self._gone or not self._is_ours() or (once and number in self.signalled):
             return
         self.signalled.add(number)
+        if self.record is not None:
+            self.record.terminated()
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
             pass  # gone already, which is what the signal was for
         except PermissionError as error:
             raise ActuationError("not_permitted", f"may not signal process group {self.pid}: {error}") from error
+
+    def _is_ours(self) -> bool:
+        """False once the number belongs to somebody else."""
+        return True
+
+    def _leader_runs(self) -> bool:
+        raise NotImplementedError
+
+    def _how(self) -> str:
+        raise NotImplementedError
+
+
+class ChildProcess(EngineProcess):
+    """An engine that this planner has started, in a session of its own."""
+
+    def __init__(self, command: str, port: int, log_path: Path, gpus: tuple[str, ...] = ()) -> None:
+        """Start `command` with `{port}` and `{gpus}` filled in. Raises ActuationError if it cannot be started."""
+        fills = {"{port}": str(port), "{gpus}": ",".join(gpus)}
+        arguments = [_filled(part, fills) for part in shlex.split(command)]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": fills["{gpus}"]} if gpus else None
+        try:
+            log_path.parent.mkdir(parents=True, exist_ok=True)
+            with log_path.open("ab") as output:
+                self._process = subprocess.Popen(
+                    arguments,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=env,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ActuationError("cannot_start", f"cannot start {arguments[0]!r}: {error.strerror or error}") from error
+        pid = self._process.pid
+        life = Life(port, pid, birth_of(pid) or "", command, gpus)
+        super().__init__(pid, log_path, ReplicaRecord.write(record_path(log_path.parent, port), life))
+
+    def _leader_runs(self) -> bool:
+        return self._process.poll() is None
+
+    def _how(self) -> str:
+        code = self._process.returncode
+        return "still runs" if code is None else f"died of signal {-code}" if code < 0 else f"exited with code {code}"
+
+
+class AdoptedProcess(EngineProcess):
+    """An engine that an earlier planner has started; its exit code goes to somebody else."""
+
+    def __init__(self, record: ReplicaRecord, log_path: Path) -> None:
+        super().__init__(record.life.pid, log_path, record)
+        self._birth = record.life.birth
+        if record.life.is_terminated:
+            self.signalled.add(signal.SIGTERM)
+
+    def _is_ours(self) -> bool:  # a number is not given anew while a group bears it
+        return birth_of(self.pid) in (None, self._birth)
+
+    def _leader_runs(self) -> bool:
+        return birth_of(self.pid) == self._birth
+
+    def _how(self) -> str:
+        return "still runs" if self._leader_runs() else "has ended; an earlier planner had started it"
+
+
+def _filled(text: str, fills: Mapping[str, str]) -> str:
+    for name, value in fills.items():
+        text = text.replace(name, value)
+    return text
 
 
 def group_alive(group: int) -> bool:

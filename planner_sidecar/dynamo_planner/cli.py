@@ -66,7 +66,8 @@ _FLAGS: tuple[tuple[str, Any, str], ...] = (
     ("--port", int, "Own port: /metrics, /health, /decisions, /scale (default 8790; 0 takes a free one)."),
     ("--engine-command", str, "How to start a replica: 'vllm serve MODEL --port {port}'."),
     ("--engine-port-range", str, "Ports for started replicas (default 8100-8199)."),
-    ("--engine-log-dir", Path, "Where started replicas write their output."),
+    ("--engine-gpus", str, "GPUs for started replicas, as 0-7 or 0,1,4; each gets --gpus-per-replica of its own."),
+    ("--engine-log-dir", Path, "Where started replicas write their output, and are found again."),
     (
         "--keep-replicas/--stop-replicas",
         bool,

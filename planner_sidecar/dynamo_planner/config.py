@@ -52,7 +52,7 @@ class PlannerConfig(BaseModel):
     stabilisation_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 300.0
     warmup_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 30.0
     startup_seconds: Seconds = 60.0
-    max_down_share: Share = 0.1
+    max_down_share: Share = 0.5
     down_period_seconds: Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)] = 60.0
     scale_to_zero_seconds: Seconds | None = None
     is_pooled: bool = False
@@ -75,6 +75,7 @@ class PlannerConfig(BaseModel):
     port: Annotated[int, Field(ge=0, le=65_535)] = 8790
     engine_command: str | None = None
     engine_port_range: str = "8100-8199"
+    engine_gpus: tuple[str, ...] = ()
     engine_log_dir: Path = Path(tempfile.gettempdir(), "dynamo-planner")
     keep_replicas: bool = False
     start_seconds: Seconds = 600.0
@@ -109,6 +110,16 @@ class PlannerConfig(BaseModel):
         if not 1 <= first <= last <= 65_535:
             raise ValueError(f"{value!r} is not a range of ports; write it as 8100-8199")
         return value
+
+    @field_validator("engine_gpus", mode="before")
+    @classmethod
+    def _gpus(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list | tuple) else str(value).split(",")
+        found = [gpu for entry in entries for gpu in _gpu_names(str(entry).strip())]
+        twice = next((gpu for gpu in found if found.count(gpu) > 1), None)
+        if twice is not None:
+            raise ValueError(f"GPU {twice} is named twice; name each GPU once")
+        return tuple(found)
 
     @field_validator("engine_command")
     @classmethod
@@ -151,6 +162,13 @@ class PlannerConfig(BaseModel):
         held = self.min_replicas * self.gpus_per_replica
         if self.max_gpus is not None and held > self.max_gpus:
             raise ValueError(f"min_replicas take {held} GPUs but max_gpus is {self.max_gpus}; change one of them")
+        if self.engine_gpus and not self.engine_command:
+            raise ValueError("engine_gpus are for replicas that engine_command starts; give engine_command too")
+        most = self._most_replicas()
+        few = self.max_replicas if "max_replicas" in self.model_fields_set else self.min_replicas
+        if few > most:
+            named = f"engine_gpus names {len(self.engine_gpus)}; name more or lower the count"
+            raise ValueError(f"{few} replicas take {few * self.gpus_per_replica} GPUs but {named}")
         if not self.engine and self.proxy_admin is None and self.advisory:
             raise ValueError("nothing to observe; give at least one --engine URL or a --proxy-admin URL")
         if not self.advisory and self.engine_command and self.port and self.ports[0] <= self.port <= self.ports[1]:
@@ -160,6 +178,12 @@ class PlannerConfig(BaseModel):
     @property
     def ports(self) -> tuple[int, int]:
         return _ports(self.engine_port_range)
+
+    def _most_replicas(self) -> int:
+        """Never more than there are GPUs for."""
+        if not self.engine_gpus:
+            return self.max_replicas
+        return min(self.max_replicas, len(self.engine_gpus) // self.gpus_per_replica)
 
     def policy(self) -> SizingPolicy:
         """What the pure rules need."""
@@ -176,7 +200,7 @@ class PlannerConfig(BaseModel):
             has_daily_profile=self.daily_profile,
             burst_factor=self.burst_factor,
             min_replicas=self.min_replicas,
-            max_replicas=self.max_replicas,
+            max_replicas=self._most_replicas(),
             ttft_seconds=None if self.target_ttft_ms is None else self.target_ttft_ms / 1e3,
             itl_seconds=None if self.target_itl_ms is None else self.target_itl_ms / 1e3,
             attainment=self.target_attainment,
@@ -241,6 +265,8 @@ class PlannerConfig(BaseModel):
             log_dir=self.engine_log_dir,
             keep_on_exit=self.keep_replicas,
             exit_seconds=self.exit_drain_seconds,
+            gpus=self.engine_gpus,
+            gpus_per_replica=self.gpus_per_replica,
         )
 
 
@@ -262,7 +288,8 @@ def _no_overlap(pools: Mapping[str, PlannerConfig]) -> None:
     taken: dict[str, str] = {}
     for name, pool in pools.items():
         local = [f"port {port}" for port in range(pool.ports[0], pool.ports[1] + 1)] if pool.engine_command else []
-        for thing in (*pool.engine, *local, *filter(None, [pool.kubernetes])):
+        gpus = [f"GPU {gpu}" for gpu in pool.engine_gpus]
+        for thing in (*pool.engine, *local, *gpus, *filter(None, [pool.kubernetes])):
             if thing in taken:
                 raise ConfigError(f"pools {taken[thing]} and {name} both have {thing}; give each its own")
             taken[thing] = name
@@ -306,6 +333,16 @@ def _one_line(error: ValidationError) -> str:
         got = f" (got {first['input']!r:.80})" if key and first["type"] != "value_error" else ""
         said = f"{key}: {text}{got}; change it" if got else f"{key}: {text}" if key else text
     return said.replace("\n", " ") + (f" (and {more} more mistakes)" if more else "")
+
+
+def _gpu_names(text: str) -> list[str]:
+    """An index, a range of them as in 0-7, or a name such as GPU-6f1c... of its own."""
+    first, dash, last = text.partition("-")
+    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < int(first) + 1024:
+        return [str(number) for number in range(int(first), int(last) + 1)]
+    if not text.isdecimal() and not text.startswith(("GPU-", "MIG-")):
+        raise ValueError(f"{text!r} is no GPU; write them as 0-7, as 0,1 or as GPU-... names")
+    return [text]
 
 
 def _url(text: str) -> str:

@@ -1,15 +1,15 @@
-"""The planner's own port: the page, /metrics, /health, /decisions and manual orders through /scale."""
+"""The planner's own port: the page, /metrics, /health, /desired, /decisions and manual orders through /scale."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from .errors import ActuationError, ConfigError
 from .fleet import Fleet
 from .page import render_page
-from .planner import DEFAULT_POOL
+from .planner import DEFAULT_POOL, Planner
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -36,6 +36,7 @@ class ControlPort:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/health", self._health)
         app.router.add_get("/decisions", self._decisions)
+        app.router.add_get("/desired", self._desired)
         app.router.add_post("/scale", self._scale)
         app.router.add_post("/restart", self._restart)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -67,13 +68,16 @@ class ControlPort:
         text = render_page(pools, list(self._fleet.first.parts.log.last), self._fleet.first.parts.actuator.mode)
         return web.Response(text=text, content_type="text/html")
 
+    def _age_seconds(self, planners: Iterable[Planner]) -> float:
+        """Since the oldest of their last ticks, or since the start."""
+        ticks = [planner.last_tick_seconds for planner in planners]
+        return self._clock() - min((tick for tick in ticks if tick is not None), default=self._born)
+
     async def _health(self, request: web.Request) -> web.Response:
         from aiohttp import web
 
         planners = self._fleet.planners.values()
-        ticks = [planner.last_tick_seconds for planner in planners]
-        last = min((tick for tick in ticks if tick is not None), default=None)
-        age = self._clock() - (self._born if last is None else last)
+        age = self._age_seconds(planners)
         stalled = age > self._stalled_seconds
         said = {
             "status": "stalled" if stalled else "ok",
@@ -82,6 +86,19 @@ class ControlPort:
             "replicas": {url: state for each in planners for url, state in each.parts.actuator.states().items()},
         }
         return web.json_response(said, status=503 if stalled else 200)
+
+    async def _desired(self, request: web.Request) -> web.Response:
+        """For KEDA's metrics-api scaler. What is too old to act on is no answer."""
+        from aiohttp import web
+
+        pool = request.query.get("pool", DEFAULT_POOL)
+        planner = self._fleet.planners.get(pool)
+        if planner is None:
+            return _refuse(404, f"no pool {pool!r}; there are: {', '.join(self._fleet.planners)}")
+        if not planner.history.sights or self._age_seconds([planner]) > self._stalled_seconds:
+            return _refuse(503, "no fresh decision; see /health")
+        last = planner.history.sights[-1]
+        return web.json_response({"pool": pool, "desired_replicas": last.desired, "current_replicas": last.current})
 
     async def _decisions(self, request: web.Request) -> web.Response:
         from aiohttp import web

@@ -1,7 +1,8 @@
 """The decision: one frozen record of inputs in, one frozen decision out. Pure, so a log of inputs can be replayed.
 
 Up at once and by as many as needed. Down only after the need has stayed below the current count for the whole
-stabilisation window, and at a limited rate. Numbers that are stale can never cause a scale-down.
+stabilisation window, to the most that was needed in it, but by no more than a share of what is there in a period.
+Numbers that are stale can never cause a scale-down.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ def decide(inputs: DecisionInputs) -> Decision:
     fleet, policy = cleaned(inputs.observation), _bounded(inputs)
     now, current = fleet.time_seconds, fleet.current
     memory = learn(inputs.memory, fleet, policy)
+    if fleet.is_complete:
+        has_fallen = memory.last_count is not None and current < memory.last_count  # what was only said has no pace
+        memory = replace(memory, last_count=current, last_down_seconds=now if has_fallen else memory.last_down_seconds)
     if fleet.is_edited:  # somebody's wish: it gets its own window
         memory = replace(memory, since_seconds=now, needs=((now, current),))
     if inputs.order is not None:
@@ -43,8 +47,6 @@ def decide(inputs: DecisionInputs) -> Decision:
     down = current if need is None or stale else need.down
     memory = _remembered(memory, now, down, policy.stabilisation_seconds)
     verdict = _verdict(fleet, policy, memory, need, stale)
-    if 0 < verdict.desired < current or verdict.reason == "idle_to_zero":
-        memory = replace(memory, last_down_seconds=now)
     up = current if need is None else need.up
     return Decision(current, verdict.desired, verdict.reason, verdict.explanation, up, down, inputs, memory)
 
@@ -138,8 +140,8 @@ def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, ne
     last = memory.last_down_seconds
     if last is not None and 0 <= now - last < policy.down_period_seconds:
         period = f"the next may follow after {policy.down_period_seconds:g} s"
-        return _Verdict(current, "rate_limited", f"{said}; one fewer was decided {now - last:.0f} s ago, {period}")
-    step = max(1, math.floor(current * policy.max_down_share))
+        return _Verdict(current, "rate_limited", f"{said}; there were more {now - last:.0f} s ago, {period}")
+    step = max(1, math.ceil(current * policy.max_down_share - 1e-9))
     return _Verdict(max(floor, current - step), "idle_window", said)
 
 

@@ -16,6 +16,7 @@ from .errors import IllegalTransitionError
 
 class State(str, Enum):
     STARTING = "starting"
+    ADOPTING = "adopting"  # an earlier planner has started it
     REGISTERING = "registering"
     ABANDONING = "abandoning"
     READY = "ready"
@@ -63,6 +64,11 @@ TABLE: dict[tuple[State, Event], tuple[State, Effect]] = {
     (S.STARTING, E.DEADLINE): (S.TERMINATING, F.TERMINATE),
     (S.STARTING, E.LAST_DEADLINE): (S.TERMINATING, F.TERMINATE),
     (S.STARTING, E.EXITED): (S.FORGETTING, F.REMOVE),
+    (S.ADOPTING, E.HEALTHY): (S.RESUMING, F.RESUME),  # that planner may have begun to drain it
+    (S.ADOPTING, E.DRAIN_ORDERED): (S.UNROUTING, F.ASK_DRAIN),
+    (S.ADOPTING, E.DEADLINE): (S.UNROUTING, F.ASK_DRAIN),
+    (S.ADOPTING, E.LAST_DEADLINE): (S.TERMINATING, F.TERMINATE),
+    (S.ADOPTING, E.EXITED): (S.FORGETTING, F.REMOVE),
     (S.REGISTERING, E.ACCEPTED): (S.READY, F.NOTHING),
     (S.REGISTERING, E.FAILED): (S.REGISTERING, F.REGISTER),
     (S.REGISTERING, E.DRAIN_ORDERED): (S.UNROUTING, F.ASK_DRAIN),
@@ -120,15 +126,20 @@ TABLE: dict[tuple[State, Event], tuple[State, Effect]] = {
     (S.FORGETTING, E.LAST_DEADLINE): (S.GONE, F.NOTHING),
 }
 
+BEGINNINGS = {S.STARTING: F.AWAIT_HEALTH, S.ADOPTING: F.AWAIT_HEALTH, S.TERMINATING: F.TERMINATE}
+"""Where a life may begin: started now, or found running, or found on its way out."""
 SETTLED = frozenset({S.READY, S.GONE, S.LOST})
 ENDED = frozenset({S.GONE, S.LOST})
 AFTER_EXIT = frozenset({S.FORGETTING, S.GONE, S.LOST})
-SUPPLY = frozenset({S.STARTING, S.REGISTERING, S.READY, S.RESUMING})
+SUPPLY = frozenset({S.STARTING, S.ADOPTING, S.REGISTERING, S.READY, S.RESUMING})
 
 REASONS: dict[tuple[State, Event], str] = {
     (S.STARTING, E.DEADLINE): "start_timeout",
     (S.STARTING, E.LAST_DEADLINE): "start_timeout",
     (S.STARTING, E.EXITED): "start_exited",
+    (S.ADOPTING, E.DEADLINE): "start_timeout",
+    (S.ADOPTING, E.LAST_DEADLINE): "start_timeout",
+    (S.ADOPTING, E.EXITED): "crashed",
     (S.REGISTERING, E.DEADLINE): "register_failed",
     (S.READY, E.EXITED): "crashed",
     (S.UNROUTING, E.FAILED): "drain_refused",
@@ -171,9 +182,9 @@ def phase(state: State) -> str:
 class Lifecycle:
     """One replica's state, its pending effect and the words collected on the way."""
 
-    def __init__(self) -> None:
-        self.state = State.STARTING
-        self.effect = Effect.AWAIT_HEALTH
+    def __init__(self, state: State = State.STARTING) -> None:
+        self.state = state
+        self.effect = BEGINNINGS[state]
         self.reasons: list[str] = []
 
     def feed(self, event: Event) -> None:
@@ -188,7 +199,7 @@ class Lifecycle:
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
-        reached = set(TABLE.values()) | {(State.STARTING, Effect.AWAIT_HEALTH)}
+        reached = set(TABLE.values()) | set(BEGINNINGS.items())
         assert (self.state, self.effect) in reached, f"{self.state} never has {self.effect} to do"
         assert (self.state in SETTLED) == (self.effect is Effect.NOTHING), "a settled replica has nothing to do"
 

@@ -1,5 +1,5 @@
-"""Starts and stops engine replicas as processes of this machine; only replicas it started are ever
-stopped.
+"""Starts and stops engine replicas as processes of this machine; only replicas that it, or the planner before it,
+started are ever stopped.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .actuator import NOTHING_MORE, Happening, Outcome, Supplement
-from .child_process import ChildProcess
+from .actuator import Happening, Outcome, Supplement
+from .child_process import AdoptedProcess, ChildProcess
 from .drain import ENDED, State, choose_victim
 from .errors import ActuationError, ObservationError
 from .records import DRAINING, STARTING
 from .replica import Replica, Surroundings
+from .replica_record import records
 from .rolling import RollingRestart
 
 _FIRST_BACKOFF_SECONDS = 15.0
@@ -25,7 +26,9 @@ _MAX_BACKOFF_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How to start one replica: a command with `{port}`, the inclusive port range, where its output goes."""
+    """How to start one replica: a command with `{port}`, the inclusive port range, where its output goes, and the GPUs
+    that there are for all of them; none named: replicas see what the planner sees.
+    """
 
     command: str
     ports: tuple[int, int]
@@ -33,6 +36,8 @@ class LaunchPlan:
     host: str = "127.0.0.1"
     keep_on_exit: bool = False
     exit_seconds: float = 30.0
+    gpus: tuple[str, ...] = ()
+    gpus_per_replica: int = 1
 
 
 class LocalProcessActuator:
@@ -46,6 +51,8 @@ class LocalProcessActuator:
         self._replicas: dict[str, Replica] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._happenings: list[Happening] = []
+        self._startups: list[float] = []
+        self._has_adopted = False
         self._failed_starts = 0
         self._not_before = 0.0
         self._closing = False
@@ -55,7 +62,12 @@ class LocalProcessActuator:
         return {url: replica.state for url, replica in self._replicas.items() if not replica.ended}
 
     async def refresh(self) -> Supplement:
-        return NOTHING_MORE
+        if not self._has_adopted:
+            self._has_adopted = True
+            self._adopt()
+        self.notice()
+        startups, self._startups = tuple(self._startups), []
+        return Supplement(startups, ordered=sum(not replica.ended for replica in self._replicas.values()))
 
     async def apply(self, current: int, desired: int, by_hand: bool) -> Outcome:
         """Start or drain as many as asked. An order by hand does not wait for the back-off."""
@@ -107,8 +119,14 @@ class LocalProcessActuator:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._tasks.clear()
-        if self._plan.keep_on_exit:
-            return
+        try:
+            if not self._plan.keep_on_exit:
+                await self._stop_all()
+        finally:
+            for replica in self._replicas.values():
+                replica.child.release()
+
+    async def _stop_all(self) -> None:
         leave_by = self._around.clock() + self._plan.exit_seconds
         remaining = [replica for replica in self._replicas.values() if not replica.ended]
         for replica in remaining:
@@ -171,18 +189,49 @@ class LocalProcessActuator:
 
     def _start_one(self) -> str:
         replica = self._replicas[self._launch()]
-        return f"starting {replica.url} (process {replica.child.pid}, output in {replica.child.log_path})"
+        on = f", GPU {','.join(replica.gpus)}" if replica.gpus else ""
+        return f"starting {replica.url} (process {replica.child.pid}{on}, output in {replica.child.log_path})"
 
     def _launch(self) -> str:
         """Start one more and return its URL. Raises ActuationError."""
         used = {int(url.rpartition(":")[2]) for url, replica in self._replicas.items() if not replica.ended}
-        port = free_port(self._plan.ports, used)
-        log_path = self._plan.log_dir / f"engine-{port}.log"
-        child = ChildProcess(self._plan.command, port, log_path)
-        replica = Replica(f"http://{self._plan.host}:{port}", child, self._around)
+        port, gpus = free_port(self._plan.ports, used), self._free_gpus()
+        child = ChildProcess(self._plan.command, port, self._log_path(port), gpus)
+        return self._take_in(Replica(self._url(port), child, self._around, gpus)).url
+
+    def _adopt(self) -> None:
+        """Go on with what a planner that is gone has left running."""
+        for record in records(self._plan.log_dir, self._plan.ports):
+            life = record.life
+            child = AdoptedProcess(record, self._log_path(life.port))
+            state = State.TERMINATING if life.is_terminated else State.ADOPTING
+            replica = self._take_in(Replica(self._url(life.port), child, self._around, life.gpus, state))
+            renew = "" if life.command == self._plan.command else "; its command is another: POST /restart renews it"
+            text = f"process {child.pid} of an earlier planner{renew}"
+            self._happenings.append(Happening(replica.url, "adopted", "", text))
+
+    def _take_in(self, replica: Replica) -> Replica:
         self._replicas[replica.url] = replica
         self._drive(replica)
-        return replica.url
+        return replica
+
+    def _url(self, port: int) -> str:
+        return f"http://{self._plan.host}:{port}"
+
+    def _log_path(self, port: int) -> Path:
+        return self._plan.log_dir / f"engine-{port}.log"
+
+    def _free_gpus(self) -> tuple[str, ...]:
+        """GPUs for one more. One that could not be killed may still hold its own. Raises ActuationError."""
+        if not self._plan.gpus:
+            return ()
+        held = {gpu for replica in self._replicas.values() for gpu in replica.gpus}
+        free = [gpu for gpu in self._plan.gpus if gpu not in held]
+        count = self._plan.gpus_per_replica
+        if len(free) < count:
+            text = f"{len(free)} of {len(self._plan.gpus)} GPUs are free and a replica needs {count}"
+            raise ActuationError("no_free_gpu", f"{text}; wait for a drain, or name more in --engine-gpus")
+        return tuple(free[:count])
 
     async def _stop_some(self, count: int) -> Outcome:
         in_flight = await self._in_flight()
@@ -263,9 +312,12 @@ class LocalProcessActuator:
         else:
             self._failed_starts, self._not_before = 0, 0.0
             seconds = self._around.clock() - replica.born
+            if not replica.is_adopted:
+                self._startups.append(seconds)
             self._tell(replica, "ready", f"healthy and registered after {seconds:.1f} s")
         if error is not None or state is State.GONE:
             self._replicas.pop(replica.url, None)
+            replica.child.release()
 
     def _tell(self, replica: Replica, what: str, text: str) -> None:
         reasons, replica.life.reasons = replica.life.reasons, []

@@ -65,6 +65,7 @@ def resumed(memory: Memory, now: float) -> Memory:
         since_seconds=None,
         needs=(),
         starting=(),
+        last_count=None,
         last_down_seconds=now,
         last_asked_seconds=now,
         arrival_rate=None,

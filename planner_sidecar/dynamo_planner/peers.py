@@ -83,10 +83,11 @@ class Peers:
 
 
 class ProxyAdmin:
-    """The proxy's admin contract: list, register, drain, resume, remove."""
+    """The proxy's admin contract: list, register, drain, resume, remove. What is registered has the pool's `role`."""
 
-    def __init__(self, peers: Peers, admin_url: str) -> None:
+    def __init__(self, peers: Peers, admin_url: str, role: str = "aggregated") -> None:
         self._peers = peers
+        self._suffix = "" if role == "aggregated" else f",role={role}"
         self._url = f"{admin_url}/engines"
 
     async def engines(self) -> ProxyListing:
@@ -116,7 +117,7 @@ class ProxyAdmin:
         return ProxyListing(engines, arrivals, tokens, matched)
 
     async def register(self, url: str) -> int:
-        return (await self._peers.request("POST", self._url, {"url": url}))[0]
+        return (await self._peers.request("POST", self._url, {"url": url + self._suffix}))[0]
 
     async def drain(self, url: str) -> int:
         return (await self._peers.request("POST", f"{self._url}/drain", {"url": url}))[0]

@@ -124,8 +124,10 @@ class SizingPolicy:
     max_running_per_replica: float | None = None
     down_margin: float = 0.75
     """A replica is given up only if the rest would stay below this share of every threshold."""
-    max_down_share: float = 0.1
-    """At most this share of the replicas, and at least one, is given up in `down_period_seconds`."""
+    max_down_share: float = 0.5
+    """At most this share of the replicas, rounded up, is given up in `down_period_seconds`: what the model says of
+    twice the load is seen before it is followed further.
+    """
     down_period_seconds: float = 60.0
     idle_to_zero_seconds: float | None = None
     """Nothing asked for this long: stop all. None: never."""
@@ -164,7 +166,9 @@ class Memory:
     starting: tuple[tuple[str, float], ...] = ()
     startups: tuple[float, ...] = ()
     """Seconds from the first sight of a starting replica to its being ready: the last few."""
+    last_count: int | None = None
     last_down_seconds: float | None = None
+    """When the count was last seen to fall."""
     last_asked_seconds: float | None = None
     usual_rate: float | None = None
     """Requests per second that half of the time is passed, `usual_seconds` of it: what a burst is a multiple of."""

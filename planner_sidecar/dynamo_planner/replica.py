@@ -1,4 +1,4 @@
-"""One replica that the planner started: performs the effects of its life table and reports what came of
+"""One replica that the planner started or took over: performs the effects of its life table and reports what came of
 them.
 """
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from .child_process import ChildProcess
+from .child_process import EngineProcess
 from .drain import AFTER_EXIT, ENDED, SETTLED, SUPPLY, Effect, Event, Lifecycle, State, phase
 from .errors import ObservationError
 from .hand_offs import HandOffs
@@ -47,14 +47,23 @@ class Surroundings:
 
 
 class Replica:
-    """A child process, its life table and the deadline of the phase it is in."""
+    """An engine process, its life table and the deadline of the phase it is in."""
 
-    def __init__(self, url: str, child: ChildProcess, around: Surroundings) -> None:
+    def __init__(
+        self,
+        url: str,
+        child: EngineProcess,
+        around: Surroundings,
+        gpus: tuple[str, ...] = (),
+        state: State = State.STARTING,
+    ) -> None:
         self.url = url
         self.child = child
-        self.life = Lifecycle()
+        self.gpus = gpus
+        self.life = Lifecycle(state)
+        self.is_adopted = state is not State.STARTING
         self.born = around.clock()
-        self.stopping = False
+        self.stopping = state is State.TERMINATING
         self.leave_by: float | None = None
         self._around = around
         self._phase_began = self.born
@@ -64,7 +73,7 @@ class Replica:
     @property
     def state(self) -> str:
         """As the planner counts it: starting, ready or draining."""
-        if self.life.state in (State.STARTING, State.REGISTERING):
+        if self.life.state in (State.STARTING, State.ADOPTING, State.REGISTERING):
             return STARTING
         return READY if self.life.state in SUPPLY else DRAINING
 
@@ -129,6 +138,7 @@ class Replica:
         limits, state = self._around.limits, self.life.state
         seconds = {
             "starting": limits.start_seconds,
+            "adopting": limits.start_seconds,
             "registering": limits.register_seconds,
             "abandoning": limits.register_seconds,
             "drain": limits.drain_seconds,

@@ -70,7 +70,7 @@ def build_fleet(
 def build_planner(name: str, config: PlannerConfig, common: Common, owns_listed: bool) -> Planner:
     """Wire one pool."""
     peers = Peers(common.session, min(_MAX_SCRAPE_SECONDS, max(0.5, config.interval_seconds)))
-    proxy = None if config.proxy_admin is None else ProxyAdmin(peers, config.proxy_admin)
+    proxy = None if config.proxy_admin is None else ProxyAdmin(peers, config.proxy_admin, config.role)
     around = Surroundings(peers, proxy, config.limits(), time.monotonic, asyncio.sleep)
     parts = Parts(
         observer=Observer(config.engine, peers, proxy, config.targets(), owns_listed),

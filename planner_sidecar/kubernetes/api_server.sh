@@ -74,7 +74,8 @@ KUBECONFIG
         curl -sk -H 'Authorization: Bearer admin-token' "https://127.0.0.1:$port/readyz" | grep -qx ok && break
         sleep 0.5
     done
-    "$bin/kube-controller-manager" --kubeconfig=admin.kubeconfig --controllers=deployment,replicaset,statefulset,garbagecollector \
+    "$bin/kube-controller-manager" --kubeconfig=admin.kubeconfig --controllers=deployment,replicaset,statefulset,garbagecollector,horizontalpodautoscaling \
+        --horizontal-pod-autoscaler-sync-period=1s \
         --service-account-private-key-file=account.key --leader-elect=false --port=0 --secure-port=$((port + 1)) \
         --bind-address=127.0.0.1 --cert-dir="$run/certificates" > controllers.log 2>&1 &
     echo $! > controllers.pid

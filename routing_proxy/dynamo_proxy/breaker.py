@@ -48,6 +48,8 @@ class Breaker:
     def trip(self, now: float) -> None:
         """Leave it alone for a while, whatever it answers."""
         self.score = max(self.score, TRIP_SCORE)
+        if self.state is not Circuit.CLOSED:
+            self._seconds = min(self._seconds * 2, LONGEST_SECONDS)
         self._open(now)
 
     def _open(self, now: float) -> None:

@@ -30,6 +30,7 @@ from .config import (
 )
 from .discovery import parse_service
 from .errors import ConfigError, ProxyError
+from .slo_classes import parse_slo_classes
 from .tls import ServerTls, client_context
 
 _DAY = 86_400.0
@@ -78,10 +79,14 @@ FLAGS = (
     _Flag("router_host_cache_hit_weight", 0.75, "Worth of a block in host memory, of one in HBM", 0, 1),
     _Flag("router_disk_cache_hit_weight", 0.25, "Worth of a block on disk", 0, 1),
     _Flag("router_object_cache_hit_weight", 0.25, "Worth of a block in an object store", 0, 1),
+    _Flag(
+        "router_peer_cache_hit_weight", 0.25, "Worth of a block that a peer holds, until it is learnt; 0: none", 0, 1
+    ),
     _Flag("router_session_affinity_ttl_secs", 0.0, "Keep a session on its engine for so long; 0: no", 0, _DAY),
     _Flag("engine_warm_up", 10.0, "Seconds in which a new engine's share grows to a whole one; 0: at once", 0, 3600),
     _Flag("engine_request_limit", 0, "Requests an engine may have, then they wait; 0: no limit", 0, 1_000_000),
     _Flag("queue_size", 1024, "Requests that may wait; more get 429", 0, 1_000_000),
+    _Flag("slo_class", None, "NAME,ttft=SECONDS[,priority=N]: a class that requests name in service_tier; repeatable"),
     _Flag("queue_timeout", 30.0, "Seconds a request may wait, then it gets 503", 0.01, 3600),
     _Flag("disagg_prefill_min_tokens", 512, "Uncached tokens that a decode engine computes itself", 0, 10_000_000),
     _Flag("disagg_prefill_max_queued_tokens", -1, _QUEUED, -1, 1_000_000_000),
@@ -138,11 +143,13 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
             host_hit_weight=values["router_host_cache_hit_weight"],
             disk_hit_weight=values["router_disk_cache_hit_weight"],
             object_hit_weight=values["router_object_cache_hit_weight"],
+            peer_hit_weight=values["router_peer_cache_hit_weight"],
             session_seconds=values["router_session_affinity_ttl_secs"],
             warm_up_seconds=values["engine_warm_up"],
             engine_request_limit=values["engine_request_limit"],
             queue_size=values["queue_size"],
             queue_seconds=values["queue_timeout"],
+            slo_classes=tuple(parse_slo_classes(values["slo_class"] or []).values()),
             prefill_min_tokens=values["disagg_prefill_min_tokens"],
             prefill_max_queued_tokens=values["disagg_prefill_max_queued_tokens"],
             prefill_seconds=values["disagg_prefill_timeout"],

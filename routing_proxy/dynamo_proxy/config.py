@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import ConfigError
+from .slo_classes import SloClass
 
 ROUTER_MODES = ("kv", "round-robin", "random", "least-loaded")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
@@ -80,6 +81,11 @@ class Timeouts:
     start_grace_seconds: float = 120.0  # how long an engine that never answered counts as starting
     replay_seconds: float = 3.0
 
+    @property
+    def soonest_seconds(self) -> float:
+        """No deadline of an answer is over before."""
+        return min(self.first_byte_seconds, self.idle_seconds)
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -90,11 +96,13 @@ class Routing:
     host_hit_weight: float = 0.75
     disk_hit_weight: float = 0.25
     object_hit_weight: float = 0.25
+    peer_hit_weight: float = 0.25  # until it is learnt; 0: nothing, for ever
     session_seconds: float = 0.0  # how long a session stays with its engine; 0: it does not
     warm_up_seconds: float = 10.0  # how long an engine that is new among others gets less; 0: not at all
     engine_request_limit: int = 0  # requests an engine may have; 0: as many as come
     queue_size: int = 1024  # requests that may wait for one with room
     queue_seconds: float = 30.0
+    slo_classes: tuple[SloClass, ...] = ()
     prefill_min_tokens: int = 512  # a decode engine computes as many tokens of a prompt itself
     prefill_max_queued_tokens: int = -1  # of a prefill engine that is asked; -1: as long as it is sooner
     prefill_seconds: float = 60.0  # how long a prefill engine may take

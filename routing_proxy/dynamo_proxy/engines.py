@@ -4,9 +4,10 @@ states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from . import dialects
@@ -30,10 +31,13 @@ class Health(Enum):
     DOWN = "down"
 
 
-# What decides whether an engine may take a request.
-_DECISIVE = frozenset(("health", "draining", "models"))
+# What decides which engine takes a request.
+_DECISIVE = frozenset(("health", "draining", "models", "peer_name", "runs_connector"))
 _TOGETHER_SECONDS = 5.0
 _PREFILLS = ("prefill", "both")
+
+
+NO_PEERS: Mapping[int, str] = MappingProxyType({})
 
 
 class Fleet(NamedTuple):
@@ -41,6 +45,8 @@ class Fleet(NamedTuple):
 
     loads: tuple[Load, ...]
     mask: int
+    readers: tuple[int, ...] = ()  # those of them that read from peers
+    peers: Mapping[int, str] = NO_PEERS  # whose host memory they can read, and by which name
 
 
 @dataclass(slots=True, eq=False)
@@ -104,9 +110,7 @@ class Engine:
 
     def tells_ids(self, path: str) -> bool:
         """True if streams of this route can carry token ids."""
-        if self.models is None or self.needs_room(path):  # the rest of a stream would need a room of its own
-            return False
-        return path in dialects.TELL_IDS.get(self.models.kind, ())
+        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
 
     def needs_room(self, path: str) -> bool:
         """True if an SGLang decode engine serves this route, and only together with a prefill engine."""
@@ -216,24 +220,28 @@ class EngineRegistry:
 
     def _fleet(self, model: str, tried: int) -> Fleet:
         fit = [e for e in self._fit(model, tried) if e.role != "prefill"]
-        return self._as_fleet([e for e in fit if not e.breaker.blocks] or fit)  # a doubtful engine is better than none
+        # A doubtful engine is better than none.
+        return self._as_fleet(model, [e for e in fit if not e.breaker.blocks] or fit)
 
     def prefill_fleet(self, model: str, but_slot: int) -> Fleet:
         """The engines that may compute a prompt for another one, the doubtful left out."""
         fit = self._fit(model, 1 << but_slot)
-        return self._as_fleet([e for e in fit if e.role in _PREFILLS and not e.breaker.blocks])
+        return self._as_fleet(model, [e for e in fit if e.role in _PREFILLS and not e.breaker.blocks])
 
     def _fit(self, model: str, tried: int) -> list[Engine]:
         engines = self._engines.values()
         return [e for e in engines if e.takes_requests and not tried >> e.slot & 1 and e.serves(model)]
 
-    def _as_fleet(self, engines: list[Engine]) -> Fleet:
-        return Fleet(tuple(self._ledger.load(e.slot) for e in engines), sum(1 << e.slot for e in engines))
+    def _as_fleet(self, model: str, engines: list[Engine]) -> Fleet:
+        readers = tuple(e.slot for e in engines if e.runs_connector)
+        peers = self._peers(model) if readers else NO_PEERS
+        mask = sum(1 << e.slot for e in engines)
+        return Fleet(tuple(self._ledger.load(e.slot) for e in engines), mask, readers, peers)
 
-    def holders(self, model: str, but_slot: int) -> dict[int, str]:
+    def _peers(self, model: str) -> dict[int, str]:
         """The engines whose host memory others can read, and their names. Who drains is one still."""
-        named = (e for e in self._engines.values() if e.peer_name and e.slot != but_slot)
-        return {e.slot: e.peer_name or "" for e in named if e.health is Health.READY and e.serves(model)}
+        ready = (e for e in self._engines.values() if e.health is Health.READY and e.serves(model))
+        return {e.slot: e.peer_name for e in ready if e.peer_name}
 
     def any_ready(self) -> bool:
         """True if an engine is ready that answers clients."""

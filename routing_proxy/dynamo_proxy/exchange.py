@@ -12,7 +12,6 @@ import asyncio
 from typing import Any
 
 from .access_log import Ended
-from .config import Timeouts
 from .guard import Meter
 from .http_heads import ResponseHead
 from .intake import Asked
@@ -26,7 +25,7 @@ from .upstream import UpstreamConnection
 from .wire import is_framed, may_speak, refusal, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
-_RETRY_STATUSES = frozenset((502, 503))
+_RETRY_STATUSES = frozenset((502, 503))  # and 500, once: an engine that shuts down says so, or fails by the request
 
 
 class Exchange:
@@ -34,7 +33,7 @@ class Exchange:
 
     __slots__ = (
         "_arrived", "_attempt_started", "_client", "_dial", "_endpoint", "_events", "_failure", "_first_token",
-        "_frames", "_head", "_heard", "_last_tail", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled_by",
+        "_frames", "_head", "_heard", "_last", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled_by",
         "_prompt", "_receipt", "_relaying", "_request", "_reused", "_services", "_stale", "_timer", "_tried", "_up",
         "over",
     )  # fmt: skip
@@ -64,7 +63,7 @@ class Exchange:
         self._head: ResponseHead | None = None
         self._frames: Frames | None = None  # None: the engine's bytes pass as they are
         self._timer: asyncio.TimerHandle | None = None
-        self._reused, self._stale, self._last_tail = False, 0, b""
+        self._reused, self._stale, self._last = False, 0, b""
 
     def start(self) -> None:
         self._services.metrics.arrived(len(self._request.body))
@@ -88,8 +87,8 @@ class Exchange:
         self._tried |= 1 << placement.engine.slot
         self._attempt_started = now
         self._stale, self._prefilled_by = 0, ""
-        if placement.engine.hands_over and not self._out.resuming:
-            self._leg = begin_leg(self._services, self._request, self._prompt, placement, self._leg_over)
+        if placement.engine.hands_over and (whole := self._out.divisible(placement.engine)) is not None:
+            self._leg = begin_leg(self._services, whole, self._prompt, placement, self._leg_over)
         self._out.room = self._leg.room if self._leg is not None else {}
         if not self._out.room and placement.engine.needs_room(self._endpoint):
             self._next_engine("no_prefill_engine", is_fault=False)
@@ -104,9 +103,10 @@ class Exchange:
         self._prefilled_by = leg.engine_name if ticket is not None else ""
         if leg.room:
             if leg.refusal is not None and not self._relaying:
+                told = self._explain(leg.placement, self._loop.time())
                 self._leave_engine()
-                self._conclude(leg.refusal[0], "engine_answer", leg.refusal[1])
-            elif ticket is None and not self._relaying:
+                self._conclude(leg.refusal.status, "engine_answer", leg.answer_bytes(told))
+            elif ticket is None and (not self._relaying or self._out.resuming):
                 self._in_another_room("prefill_failed")
             return
         self._out.ticket = ticket
@@ -142,7 +142,7 @@ class Exchange:
         data, reader = self._out.begin(placement, self._services.limits.max_head_bytes)
         connection.begin(self, reader, data)
         if self._timer is None:
-            self._timer = self._loop.call_later(placement.engine.timeouts.first_byte_seconds, self._on_timer)
+            self._timer = self._loop.call_later(placement.engine.timeouts.soonest_seconds, self._on_timer)
         if connection.transport is not None:
             self._client.flow.attach(connection.transport)
 
@@ -157,29 +157,27 @@ class Exchange:
         since = self._loop.time() if self._client.flow.writing_paused else self._heard
         left = since + limit - self._loop.time()
         if left > 0:
-            self._timer = self._loop.call_later(left, self._on_timer)
+            self._timer = self._loop.call_later(min(left, limits.idle_seconds), self._on_timer)
         elif started:
             self._broken("idle_timeout")
+        elif self._leg is not None:  # in a room whose other half has not answered: it is that one that is late
+            self._leg.cancel("timeout")
+            self._next_engine("first_byte_timeout", is_fault=False)
         else:
             self._next_engine("first_byte_timeout")
-
-    def _watch_for_silence(self, limits: Timeouts) -> None:
-        """The first byte came: from now on the idle deadline counts, though the timer still runs for the other."""
-        if limits.idle_seconds < limits.first_byte_seconds and self._timer is not None:
-            self._timer.cancel()
-            self._timer = self._loop.call_later(limits.idle_seconds, self._on_timer)
 
     # --- from the engine (ResponseSink)
 
     def on_head(self, head: ResponseHead) -> None:
+        if self._out.room and head.status >= 500:
+            self._in_another_room(f"status_{head.status}")
+            return
         if self._out.resuming:
             if head.status != 200 or not head.is_events:
                 self._next_engine(f"status_{head.status}")
             return
-        if self._out.room and head.status >= 500:
-            self._in_another_room(f"status_{head.status}")
-            return
-        if head.status in _RETRY_STATUSES and self._services.router.another(self._prompt, self._tried):
+        is_asked_again = head.status in _RETRY_STATUSES or (head.status == 500 and self._failure != "status_500")
+        if is_asked_again and self._services.router.another(self._prompt, self._tried):
             self._next_engine(f"status_{head.status}")
             return
         self._head = head
@@ -195,13 +193,14 @@ class Exchange:
         frames = self._frames
         if frames is not None:
             data = frames.feed(data)
-            if frames.failed or not data:
+            if frames.failed:
                 self._relay(data)
-                if frames.failed:
-                    self._lost(frames.failed)
+                self._lost(frames.failed)
+                return
+            if not data:
                 return
         self._relay(data)
-        self._last_tail = data[-8:]
+        self._last = data
 
     def _relay(self, data: bytes) -> None:
         if self._relaying and not self._out.resuming:
@@ -231,9 +230,8 @@ class Exchange:
         self._client.finish(is_framed(head, self._request.head) and self._request.head.keep_alive)
 
     def on_lost(self, reason: str) -> None:
-        if self._relaying and not self._out.resuming:
-            self._broken(reason)
-        elif self._reused and reason == "connection_lost" and not (self._up is not None and self._up.answers):
+        is_new = not self._relaying or self._out.resuming
+        if is_new and self._reused and reason == "connection_lost" and not (self._up and self._up.answers):
             # The engine closed an idle connection just as we used it: not its fault, and not a try.
             self._services.metrics.retries.labels("stale_connection").inc()
             self._client.flow.detach()
@@ -242,10 +240,10 @@ class Exchange:
             assert self._placement is not None
             self._connect(self._placement)
         else:
-            self._next_engine(reason)
+            self._lost(reason)
 
     def _lost(self, reason: str) -> None:
-        """The connection lives, the answer does not."""
+        """There is no answer, or no more of it."""
         if self._relaying and not self._out.resuming:
             self._broken(reason)
         else:
@@ -258,7 +256,6 @@ class Exchange:
         assert head is not None
         assert placement is not None
         now = self._loop.time()
-        self._watch_for_silence(placement.engine.timeouts)
         if self._out.resuming:
             self._out.resuming = False
             self._services.router.first_byte(placement, 0.0)
@@ -267,26 +264,30 @@ class Exchange:
             self._client.write(first)
             return
         self._relaying = True
-        if head.status >= 500:
-            self._services.router.failed(placement.engine, f"status_{head.status}")
-        elif placement.engine.breaker.score:
-            placement.engine.breaker.passed()
         # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
         is_token = head.status == 200 and head.is_events
         self._events, self._first_token = 0, now if is_token else 0.0
         learns = is_token and not placement.engine.hands_over  # a prompt that came from elsewhere teaches nothing
         self._services.router.first_byte(placement, now - self._attempt_started if learns else 0.0)
-        self._services.metrics.ttft.observe(now - self._arrived)
+        if head.status >= 500:
+            self._services.router.failed(placement.engine, f"status_{head.status}")
+        elif placement.engine.breaker.score:
+            placement.engine.breaker.passed()  # unless it was so late that it is left alone again
+        self._services.metrics.began(now - self._arrived, self._prompt.slo if is_token else None)
         if is_token:
             self._services.metrics.prefilled(placement.engine.name, now - self._attempt_started)
         if head.status == 200:
             self._services.tokens.offer(self._prompt, placement.engine)
-        asked = self._request.head.wants_route
-        if asked or self._services.log is not None:
-            tries, spent = self._tried.bit_count(), (now - self._attempt_started, now - self._arrived)
-            self._receipt = receipt_of(placement, self._services.router.state, tries, spent, self._prefilled_by)
-        receipt = self._receipt.header() if asked and self._receipt is not None else b""
-        self._client.write(response_bytes(head, self._request.head, placement, receipt) + first)
+        told = self._explain(placement, now)
+        self._client.write(response_bytes(head, self._request.head, placement, told) + first)
+
+    def _explain(self, placement: Placement, now: float) -> bytes:
+        """Make the receipt, if anybody wants one; as a header line if the client does."""
+        if not self._request.head.wants_route and self._services.log is None:
+            return b""
+        tries, spent = self._tried.bit_count(), (now - self._attempt_started, now - self._arrived)
+        self._receipt = receipt_of(placement, self._services.router.state, tries, spent, self._prefilled_by)
+        return self._receipt.header() if self._request.head.wants_route else b""
 
     def _in_another_room(self, reason: str) -> None:
         """Either half failed, or both: the decode engine of this one may be asked again."""
@@ -328,13 +329,12 @@ class Exchange:
         at_boundary = up is not None and up.reader is not None and up.reader.at_boundary
         self._services.router.failed(placement.engine, reason)
         self._leave_engine()
-        if self._out.tape is None:
-            self._end_broken(head.status, reason, at_boundary and may_speak(head, self._request.head, self._last_tail))
-        elif not self._resume(1 << placement.engine.slot, reason):
-            self._end_broken(head.status, reason)
+        can_tell = self._out.tape is not None or (at_boundary and may_speak(head, self._request.head, self._last))
+        if not (head.is_events and self._resume(1 << placement.engine.slot, reason)):
+            self._end_broken(head.status, reason, can_tell)
 
     def _resume(self, lost: int, reason: str) -> bool:
-        """Go on with a stream on tape on another engine; False if that cannot be."""
+        """Go on with a stream on another engine; False if that cannot be."""
         outcome, said = self._out.plan_rest(self._services.router.max_model_tokens(self._prompt.model))
         if outcome != "go_on":
             self._services.metrics.resumes.labels(outcome).inc()

@@ -98,7 +98,7 @@ class FrontEnd:
         if self.waiting is None:
             exchange.start()
         else:
-            self.waiting.enter(exchange, asked.prompt.model, asked.prompt.priority)
+            self.waiting.enter(exchange, asked.prompt)
         return None if exchange.over else exchange
 
     # --- own routes

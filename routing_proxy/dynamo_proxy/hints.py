@@ -6,7 +6,7 @@ Hints are guesses: what they are wrong about is computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ HINT_KINDS = {"peer": PEER, "prefetch": PREFETCH}
 OF_PROXIES = frozenset((PEER, PEER_TOKENS, TELL_PEER))
 #: A peer that holds less than so many tokens more is not worth a question.
 LEAST_GAIN_TOKENS = 256
+_NOBODY = (0, -1)
 
 Hints = Mapping[str, bool | str | int]
 NO_HINTS: Hints = MappingProxyType({})
@@ -32,6 +33,23 @@ class Reach(NamedTuple):
     everywhere: int
     near: int
     host: int
+
+
+NO_REACHES: Mapping[int, Reach] = MappingProxyType({})
+
+
+def gains(readers: Iterable[int], reaches: Mapping[int, Reach], names: Iterable[int]) -> dict[int, int]:
+    """How many tokens more than itself a peer of each reader holds, where it is worth a question."""
+    first, second = (
+        [*sorted(((reaches[peer].host, peer) for peer in names if peer in reaches), reverse=True), _NOBODY, _NOBODY]
+    )[:2]
+    found = {}
+    for slot in readers:
+        there, _ = second if first[1] == slot else first
+        more = there - (reaches[slot].everywhere if slot in reaches else 0)
+        if more >= LEAST_GAIN_TOKENS:
+            found[slot] = more
+    return found
 
 
 def choose_hints(slot: int, reaches: Mapping[int, Reach], names: Mapping[int, str], is_queued: bool) -> Hints:

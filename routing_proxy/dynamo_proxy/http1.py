@@ -291,6 +291,22 @@ class ResponseReader:
         """True if another chunk may follow what was relayed so far."""
         return self._chunks is not None and self._chunks.at_boundary and not self._decode
 
+    def whole(self, data: bytes) -> bytes | None:
+        """The body bytes in `data`, if it is whole chunks and not the last one: what nearly all reads of a stream are.
+
+        None leaves everything as it was: then `feed` it.
+        """
+        chunks = self._chunks
+        if chunks is None or not chunks.at_boundary:
+            return None
+        if not self._decode:
+            return data if _whole_chunks(data, None) == len(data) else None
+        size = _PLAIN_SIZE.match(data)
+        if size is not None and size.end() + int(size[1], 16) + 2 == len(data) and data.endswith(b"\r\n"):
+            return data[size.end() : -2] or None  # one chunk, and not the last one
+        payload = bytearray()
+        return bytes(payload) if _whole_chunks(data, payload) == len(data) else None
+
     def feed(self, data: bytes) -> list[ResponseEvent]:
         """Events in these bytes. Raises ProtocolError when they are not HTTP or go on past the end."""
         events: list[ResponseEvent] = []

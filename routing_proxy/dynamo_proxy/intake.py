@@ -13,6 +13,7 @@ from .guard import is_control_route
 from .handoff import INTERNAL_FIELDS, without_internal
 from .http1 import Request
 from .openapi import JSON_ROUTES
+from .slo_classes import SloClass
 from .stream_tape import is_resumable
 from .text_chain import Prompt, read_prompt
 
@@ -41,6 +42,8 @@ class Intake:
         self.resume_streams = True
         self.pass_control_routes = False
         self.read_sessions = False
+        self.slo_classes: dict[str, SloClass] = {}
+        self.explains_all = False
 
     def read(self, path: str, request: Request) -> Asked:
         """Raises RequestError for what no engine should see."""
@@ -77,6 +80,10 @@ class Intake:
             prompt = prompt._replace(session=_session(request, body))
         if "priority" in body and type(body["priority"]) is int:
             prompt = prompt._replace(priority=body["priority"])
+        if self.slo_classes and isinstance(tier := body.get("service_tier"), str) and tier in self.slo_classes:
+            prompt = prompt._replace(slo=self.slo_classes[tier], priority=self.slo_classes[tier].priority)
+        if self.explains_all or request.head.wants_route:
+            prompt = prompt._replace(explained=True)
         return Asked(request, prompt, tapeable)
 
     def _other(self, request: Request) -> Asked:

@@ -17,6 +17,7 @@ from .token_memo import TokenMemo, TokenRun
 # A prompt just sent is counted as held although the engine has not said so yet.
 SPECULATION_SECONDS = 5.0
 _MOST_KEPT_TOKENS = 262_144
+TIER_NAMES = ("hbm", "host", "disk", "object")
 
 
 class Knowledge:
@@ -93,6 +94,22 @@ class Knowledge:
             tokens = int(chain_units(nodes) * unit)
             found[slot] = Reach(tokens, tokens, tokens)
         return found
+
+    def tiers(self, prompt: Prompt, slot: int) -> dict[str, int]:
+        """How many of the prompt's leading tokens one engine holds, by the nearest tier; where events cannot tell, what
+        was sent to it is taken to lie in HBM.
+        """
+        recalled = None if prompt.token_ids else self.memo.recall(prompt.chain)
+        if self.event_mask >> slot & 1 and (prompt.token_ids or recalled is not None):
+            size = self._block(slot)
+            blocks = self._blocks(prompt, recalled, size)
+            depth = self.exact.walk(blocks, 1 << slot).get(slot, 0)
+            ends = [run * size for run in self.exact.tier_runs(slot, blocks, depth)] if depth else []
+        else:
+            nodes = self.approx.matched(prompt.chain, 1 << slot).get(slot, 0)
+            ends = [int(chain_units(nodes) * self._unit_tokens(prompt))]
+        found = {name: end - start for name, start, end in zip(TIER_NAMES, (0, *ends), ends, strict=False)}
+        return {name: tokens for name, tokens in found.items() if tokens}
 
     def sent(self, slot: int, prompt: Prompt, now: float) -> None:
         """The prompt was dispatched to an engine."""

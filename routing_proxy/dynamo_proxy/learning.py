@@ -12,6 +12,7 @@ from dataclasses import replace
 from .policy import CostModel, Load
 
 _FORGET = 0.995  # of the weight of what was seen before, per observation
+_FORGET_FETCHES = 0.95
 _PRIOR_OBSERVATIONS = 8.0
 _PUBLISH_EVERY = 16  # observations between two models
 # Short prefills say more about fixed cost than about the price of a token.
@@ -72,6 +73,30 @@ class CostLearner:
         self._decode = Fit((start.t_0, 1.0), (1.0, 0.01), (1e-4, 0.0))
         self._output_tokens = start.expected_output_tokens
         self._seen = 0
+        #: What a token that a peer holds is worth, of one that the engine holds itself; 0 from the start: nothing.
+        self.peer_worth = 0.0
+        self._saved = self._possible = 0.0  # seconds, of late
+
+    def expect_of_peers(self, worth: float) -> None:
+        """What to go by until reads from peers were seen."""
+        self.peer_worth, self._saved, self._possible = worth, worth, 1.0
+
+    def fetched(
+        self, seconds: float, queued_tokens: int, new_tokens: int, peer_tokens: int, prompt_tokens: int
+    ) -> None:
+        """A first token came; of its prompt the engine lacked `new_tokens`, and a peer held `peer_tokens` of them."""
+
+        def expected(new: int) -> float:
+            pairs = new * (prompt_tokens - new / 2)
+            return self._prefill.predict((1.0, (queued_tokens + new) / _KILO, pairs / _MEGA))
+
+        alone = expected(new_tokens)
+        possible = alone - expected(max(0, new_tokens - peer_tokens))
+        if possible <= 0 or not self._possible:
+            return
+        self._saved = self._saved * _FORGET_FETCHES + max(-possible, min(alone - seconds, possible))
+        self._possible = self._possible * _FORGET_FETCHES + possible
+        self.peer_worth = max(0.0, self._saved / self._possible)
 
     def first_token(self, seconds: float, queued_tokens: int, new_tokens: int, prompt_tokens: int) -> None:
         """A first token came `seconds` after its request was placed behind `queued_tokens` of others' prefill."""
@@ -116,3 +141,4 @@ class CostLearner:
         self._prefill.check()
         self._decode.check()
         assert self.model.t_p > 0, "a prefill token costs nothing"
+        assert 0 <= self.peer_worth <= 1, f"a peer's token is worth {self.peer_worth}"

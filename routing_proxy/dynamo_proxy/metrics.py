@@ -15,6 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from .slo_classes import SloClass
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS: tuple[float, ...] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -71,6 +73,9 @@ class Metrics(Collector):
             "dynamo_router_prefill_legs", "Prompts for decode engines by who computed", "reason"
         )
         self.hints = counter("dynamo_router_hints", "Hints sent to engines that run our connector", "kind")
+        self.slo = counter(
+            "dynamo_router_slo_streams", "Streams by when their first token came", "slo_class", "outcome"
+        )
         self.trips = counter("dynamo_router_breaker_trips", "Engines left alone for a while", "engine", "reason")
         self.events = counter("dynamo_router_kv_events", "KV events by what became of them", "reason")
         self.event_gaps = counter("dynamo_router_kv_event_gaps", "Breaks in an event stream", "reason")
@@ -132,6 +137,12 @@ class Metrics(Collector):
         """A request was placed for the first time (retries do not count its tokens again)."""
         self.prompt_tokens_total += prompt_tokens
         self.matched_tokens_total += min(matched_tokens, prompt_tokens)
+
+    def began(self, seconds: float, slo: SloClass | None) -> None:
+        """The first byte of an answer came, so long after its request; `slo`: of a stream, when it was wanted."""
+        self.ttft.observe(seconds)
+        if slo is not None:
+            self.slo.labels(slo.name, "in_time" if seconds <= slo.ttft_seconds else "late").inc()
 
     def prefilled(self, engine: str, seconds: float) -> None:
         """The first token of a stream came, so long after its request was sent."""

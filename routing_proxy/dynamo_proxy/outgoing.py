@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import handoff, stream_tape
-from .http1 import ResponseReader
+from .engines import Engine
+from .http1 import Request, ResponseReader
 from .intake import Asked
 from .router import Placement
 from .stream_tape import StreamTape
@@ -53,6 +54,8 @@ class Outgoing:
         if self.resuming and self.tape is not None:
             self.tape.rewind()
             body, target, decode = self._continuation, stream_tape.COMPLETIONS.encode(), True
+            if self.room:
+                body = handoff.with_fields(body, self.room)
         else:
             self.tape = None
             params = given if given is not None else placement.hints
@@ -66,14 +69,26 @@ class Outgoing:
         reader = ResponseReader(head.method, max_head_bytes, decode)
         return request_bytes(head, target, body, engine.host_lines), reader
 
+    def divisible(self, engine: Engine) -> Request | None:
+        """The request whose prompt another engine may compute; None: none may. The rest of a stream is divided only if
+        its engine cannot do without.
+        """
+        if not self.resuming:
+            return self.request
+        if not engine.needs_room(stream_tape.COMPLETIONS):
+            return None
+        head = self.request.head._replace(path=stream_tape.COMPLETIONS, target=stream_tape.COMPLETIONS.encode())
+        return self.request._replace(head=head, body=self._continuation)
+
     def may_meet_again(self) -> bool:
         """True if the halves of a request to SGLang, of which one failed, may have another room."""
         self._rooms += 1
         return self._rooms <= _ROOMS
 
     def plan_rest(self, max_model_tokens: int) -> tuple[str, bytes]:
-        """What becomes of a broken stream on tape: see stream_tape.plan_rest. "go_on": the next attempt asks for it."""
-        assert self.tape is not None
+        """What becomes of a broken stream: see stream_tape.plan_rest. "go_on": the next attempt asks for it."""
+        if self.tape is None:
+            return "not_on_tape", b""
         if self._resumes >= _RESUMES:
             return "too_often", b""
         outcome, said = stream_tape.plan_rest(self.tape, self.request.body, max_model_tokens)

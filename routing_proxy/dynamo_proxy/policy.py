@@ -184,6 +184,21 @@ def is_sooner_elsewhere(here: Load, new_here: int, there: Load, new_there: int, 
     return elsewhere <= own + model.t_p * here.pending_tokens
 
 
+def in_time(
+    loads: Sequence[Load], held: Held, prompt_tokens: int, model: CostModel, ttft_seconds: float
+) -> Sequence[Load]:
+    """The engines that are expected to give a first token in time; if none is, the soonest alone."""
+    expected = []
+    for load in loads:
+        new = prompt_tokens - min(held.get(load.slot, 0), prompt_tokens)
+        step = model.t_0 + model.t_d * load.in_flight + model.t_k * load.active_tokens
+        chunks = (load.pending_tokens + new - 1) // model.chunk_tokens + 1
+        queue = model.t_p * load.pending_tokens
+        expected.append(queue + model.prefill_seconds(new, prompt_tokens) + chunks * step)
+    soon = [load for load, seconds in zip(loads, expected, strict=True) if seconds <= ttft_seconds]
+    return soon or [loads[expected.index(min(expected))]]
+
+
 def warm_up_limit(mean_in_flight: float, age_seconds: float, warm_up_seconds: float) -> float:
     """Requests that a new engine may have beside others that have so many on average."""
     return max(1.0, mean_in_flight * age_seconds / warm_up_seconds)

@@ -78,15 +78,15 @@ class PrefillLeg:
     """One prompt at one prefill engine. Exactly one call of `done` ends it, unless it is cancelled before."""
 
     __slots__ = (
-        "_answer", "_answered", "_began", "_dial", "_done", "_half", "_head", "_loop", "_placement", "_request",
-        "_reused", "_services", "_timer", "_up", "over", "refusal", "room",
+        "_answer", "_answered", "_began", "_dial", "_done", "_half", "_head", "_loop", "_request", "_reused",
+        "_services", "_timer", "_up", "over", "placement", "refusal", "room",
     )  # fmt: skip
 
     def __init__(self, services: Services, request: Request, half: bytes, placement: Placement, done: Done) -> None:
         self._services = services
         self._request = request
         self._half = half
-        self._placement = placement
+        self.placement = placement
         self._done = done
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
@@ -99,27 +99,35 @@ class PrefillLeg:
         self._answered = 0
         self.over = False
         self.room: dict[str, Any] = {}  # what the other half is told, which runs beside this one; empty: it waits
-        self.refusal: tuple[int, bytes] | None = None  # in a room: status and bytes of the answer to a bad request
+        self.refusal: ResponseHead | None = None  # in a room: of the answer to a bad request
 
     @property
     def engine_name(self) -> str:
-        return self._placement.engine.name
+        return self.placement.engine.name
+
+    def answer_bytes(self, receipt: bytes) -> bytes:
+        """The refusal as the client gets it."""
+        assert self.refusal is not None
+        body = b"".join(self._answer)
+        return whole_response_bytes(self.refusal, self._request.head, self.placement, body, receipt)
 
     def start(self) -> None:
         if not self.room:  # there it answers when decode took its KV: the other half's deadline counts for both
             self._timer = self._loop.call_later(self._services.prefill_seconds, self._late)
-        connection = self._placement.engine.pool.take()
+        connection = self.placement.engine.pool.take()
         self._reused = connection is not None
         if connection is not None:
             self._send(connection)
         else:
-            self._dial = self._placement.engine.pool.dial(self._dialled)
+            self._dial = self.placement.engine.pool.dial(self._dialled)
 
-    def cancel(self) -> None:
-        """Nobody wants it any more: the prefill engine must stop."""
+    def cancel(self, fault: str = "") -> None:
+        """Nobody wants it any more: the prefill engine must stop. `fault`: what it is to blame for, if it is."""
         if not self.over:
-            self._services.metrics.prefill_legs.labels("cancelled").inc()
+            self._services.metrics.prefill_legs.labels(fault or "cancelled").inc()
             self._leave()
+            if fault:
+                self._services.router.failed(self.placement.engine, fault)
 
     def _dialled(self, connection: UpstreamConnection | None, reason: str) -> None:
         self._dial = None
@@ -135,7 +143,7 @@ class PrefillLeg:
         head = self._request.head
         self._up = connection
         reader = ResponseReader(head.method, self._services.limits.max_head_bytes, decode=True)
-        connection.begin(self, reader, request_bytes(head, head.target, self._half, self._placement.engine.host_lines))
+        connection.begin(self, reader, request_bytes(head, head.target, self._half, self.placement.engine.host_lines))
 
     def _late(self) -> None:
         self._timer = None
@@ -158,17 +166,16 @@ class PrefillLeg:
         assert head is not None
         if head.status != 200:
             if self.room and 400 <= head.status < 500 and head.status not in _MAY_PASS:
-                answer = whole_response_bytes(head, self._request.head, self._placement, b"".join(self._answer))
-                self.refusal = head.status, answer
+                self.refusal = head
             self._fail(f"status_{head.status}")
             return
         ticket = handoff.ticket(b"".join(self._answer)) if not self.room else self.room
         seconds = self._loop.time() - self._began if not self.room else 0.0  # in a room it waited for decode, too
-        self._services.router.first_byte(self._placement, seconds)
+        self._services.router.first_byte(self.placement, seconds)
         if seconds:
             self._services.metrics.prefilled(self.engine_name, seconds)
-        if self._placement.engine.breaker.score:
-            self._placement.engine.breaker.passed()
+        if self.placement.engine.breaker.score:
+            self.placement.engine.breaker.passed()
         self._end("handed_over" if ticket is not None else "no_ticket", ticket)
 
     def on_lost(self, reason: str) -> None:
@@ -176,7 +183,7 @@ class PrefillLeg:
             # It closed an idle connection just as we used it: not its fault.
             self._services.metrics.retries.labels("stale_connection").inc()
             self._up, self._reused = None, False
-            self._dial = self._placement.engine.pool.dial(self._dialled)
+            self._dial = self.placement.engine.pool.dial(self._dialled)
         else:
             self._fail(reason)
 
@@ -186,7 +193,7 @@ class PrefillLeg:
         self._services.metrics.prefill_legs.labels(reason).inc()
         self._leave()
         if not reason.startswith("status_4"):
-            self._services.router.failed(self._placement.engine, reason)
+            self._services.router.failed(self.placement.engine, reason)
         self._done(None)  # who asks again at once finds this engine marked
 
     def _end(self, reason: str, ticket: dict[str, Any] | None) -> None:
@@ -205,7 +212,7 @@ class PrefillLeg:
         up, self._up = self._up, None
         if up is not None:
             up.abandon()
-        self._services.router.release(self._placement)
+        self._services.router.release(self.placement)
 
     def check(self) -> None:
         assert not self.over or (self._up is None and self._timer is None), "a finished leg still holds its engine"

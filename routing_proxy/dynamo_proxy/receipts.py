@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from .knowledge import TIER_NAMES
 from .router import Placement, RoutingState
 
 
@@ -17,7 +18,12 @@ class Receipt:
     mode: str
     reason: str
     prompt_tokens: int
-    matched_tokens: int
+    matched_tokens: int  # as the rule counted them: what lies lower counts for less
+    hbm_tokens: int
+    host_tokens: int
+    disk_tokens: int
+    object_tokens: int
+    peer_tokens: int  # that another engine holds beyond these
     queued_tokens: int
     attempts: int
     predicted_ttft_ms: float
@@ -44,6 +50,8 @@ def receipt_of(
         reason=decision.reason,
         prompt_tokens=prompt,
         matched_tokens=decision.matched_tokens,
+        **{f"{name}_tokens": placement.tiers.get(name, 0) for name in TIER_NAMES},
+        peer_tokens=placement.peer_tokens,
         queued_tokens=placement.queued_tokens,
         attempts=attempts,
         predicted_ttft_ms=round(predicted * 1e3, 3),

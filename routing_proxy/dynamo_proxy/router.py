@@ -4,14 +4,16 @@ synchronous call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from . import policy
-from .engines import Engine, EngineRegistry
-from .hints import HINT_KINDS, LEAST_GAIN_TOKENS, NO_HINTS, Hints, choose_hints
+from .engines import Engine, EngineRegistry, Fleet
+from .hints import HINT_KINDS, LEAST_GAIN_TOKENS, NO_HINTS, NO_REACHES, Hints, Reach, choose_hints
+from .hints import gains as peer_gains
 from .knowledge import Knowledge
 from .learning import CostLearner
 from .ledger import Lease, Ledger
@@ -20,6 +22,8 @@ from .sessions import Sessions
 from .speeds import Speeds
 from .text_chain import Prompt
 
+NO_GAINS: Mapping[int, int] = MappingProxyType({})
+NO_TIERS: Mapping[str, int] = MappingProxyType({})
 # Why nobody takes a request: no engine is ready; who serves its model takes none now; who may serve it has not told its
 # models yet; nobody serves it.
 Standing = Literal["no_engine", "not_now", "not_told", "unknown"]
@@ -34,6 +38,8 @@ class Placement(NamedTuple):
     queued_tokens: int  # prefill tokens ahead of it when it was placed
     prompt_tokens: int
     hints: Hints = NO_HINTS  # for its engine
+    peer_tokens: int = 0  # that a peer holds, of those that its engine lacks
+    tiers: Mapping[str, int] = NO_TIERS  # where its engine holds how many tokens of it, if that is to be explained
 
 
 @dataclass(slots=True)
@@ -88,26 +94,36 @@ class Router:
 
     def place(self, prompt: Prompt, tried: int, now: float) -> Placement | None:
         """Pick an engine not yet in the bitmask `tried`, or None if there is none."""
-        loads, mask = self._registry.fleet(prompt.model, tried)
+        fleet = self._registry.fleet(prompt.model, tried)
+        loads: Sequence[policy.Load] = fleet.loads
         if not loads:
             return None
         tokens = self._knowledge.prompt_tokens(prompt)
-        held = self._knowledge.matched_tokens(prompt, mask, now)
-        state = self.state
+        own: policy.Held = self._knowledge.matched_tokens(prompt, fleet.mask, now)
+        held = own
+        state, reaches, gains = self.state, NO_REACHES, NO_GAINS
+        if fleet.peers and tokens >= LEAST_GAIN_TOKENS:
+            reaches, gains, held = self._beside_peers(prompt, fleet, own)
         if state.max_in_flight:
             loads = tuple(load for load in loads if load.in_flight < state.max_in_flight) or loads
         if self._registry.warming:
             loads = self._warmed(loads, now)
+        if prompt.slo is not None and state.mode == "kv":
+            capped, model = self._capped(loads, held, tokens), state.learner.model
+            loads = policy.in_time(loads, capped, tokens, model, prompt.slo.ttft_seconds)
         if prompt.session and state.sessions is not None:
             decision = self._choose_for_session(loads, held, tokens, prompt.session, now)
         else:
             decision = self._choose(loads, self._capped(loads, held, tokens), tokens)
         if self._registry.has_prefill:
             decision = _with_matched(decision, held, tokens)
+        if gains:
+            decision = decision._replace(matched_tokens=min(own.get(decision.slot, 0), tokens))
         queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         engine = self._registry.at(decision.slot)
-        hints = self._hints(engine, prompt, tokens, queued) if engine.runs_connector else NO_HINTS
+        hints = self._hints(engine, prompt, fleet, reaches, queued) if engine.runs_connector else NO_HINTS
+        tiers = self._knowledge.tiers(prompt, decision.slot) if prompt.explained else NO_TIERS
         self._knowledge.sent(decision.slot, prompt, now)
         self._metrics.decided(self.state.mode, decision.reason)
         if not tried:
@@ -115,7 +131,7 @@ class Router:
             self._metrics.routed(tokens, decision.matched_tokens)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, decision, queued, tokens, hints)
+        return Placement(engine, lease, decision, queued, tokens, hints, gains.get(decision.slot, 0), tiers)
 
     def place_prefill(self, prompt: Prompt, placement: Placement, now: float, in_room: bool = False) -> Placement | str:
         """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does.
@@ -126,7 +142,8 @@ class Router:
         tokens, rule = placement.prompt_tokens, self.state.prefill
         if decision.new_tokens <= rule.min_tokens and not in_room:
             return "short"
-        loads, mask = self._registry.prefill_fleet(prompt.model, slot)
+        fleet = self._registry.prefill_fleet(prompt.model, slot)
+        loads = fleet.loads
         if in_room:
             loads = tuple(load for load in loads if self._registry.at(load.slot).bootstrap_port)
         if not loads:
@@ -135,7 +152,11 @@ class Router:
             loads = tuple(load for load in loads if load.pending_tokens <= rule.max_queued_tokens)
             if not loads:
                 return "queue_full"
-        chosen = self._choose(loads, self._knowledge.matched_tokens(prompt, mask, now), tokens, state.last_prefill_slot)
+        held: policy.Held = self._knowledge.matched_tokens(prompt, fleet.mask, now)
+        reaches, gains = NO_REACHES, NO_GAINS
+        if fleet.peers and tokens >= LEAST_GAIN_TOKENS:
+            reaches, gains, held = self._beside_peers(prompt, fleet, held)
+        chosen = self._choose(loads, held, tokens, state.last_prefill_slot)
         there, here = self._ledger.loads[chosen.slot], self._ledger.loads[slot]
         if rule.max_queued_tokens < 0 and not in_room:
             # Its own charge does not wait for itself.
@@ -148,11 +169,11 @@ class Router:
         lease = self._ledger.charge(chosen.slot, chosen.new_tokens, tokens)
         self._ledger.expect_prefill(placement.lease, 0)
         engine = self._registry.at(chosen.slot)
-        hints = self._hints(engine, prompt, tokens, queued) if engine.runs_connector else NO_HINTS
+        hints = self._hints(engine, prompt, fleet, reaches, queued) if engine.runs_connector else NO_HINTS
         self._knowledge.sent(chosen.slot, prompt, now)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, chosen, queued, tokens, hints)
+        return Placement(engine, lease, chosen, queued, tokens, hints, gains.get(chosen.slot, 0))
 
     def prefill_came_back(self, placement: Placement) -> None:
         """The engine of `placement` computes the prompt itself after all."""
@@ -164,7 +185,10 @@ class Router:
         """
         learner, new, tokens = self.state.learner, placement.decision.new_tokens, placement.prompt_tokens
         self._ledger.prefilled(placement.lease, learner.model.prefill_seconds(new, tokens))
-        if first_token_seconds:
+        if first_token_seconds and placement.peer_tokens:
+            lacked = tokens - placement.decision.matched_tokens
+            learner.fetched(first_token_seconds, placement.queued_tokens, lacked, placement.peer_tokens, tokens)
+        elif first_token_seconds:
             predicted = learner.model.t_0 + learner.model.t_p * placement.queued_tokens
             predicted += learner.model.prefill_seconds(new, tokens)
             if self.state.speeds.observe(placement.engine.slot, predicted, first_token_seconds):
@@ -206,13 +230,26 @@ class Router:
         """A request failed on an engine: health looks again, at once."""
         self._on_failure(engine, reason)
 
-    def _hints(self, engine: Engine, prompt: Prompt, tokens: int, queued_tokens: int) -> Hints:
+    def _beside_peers(
+        self, prompt: Prompt, fleet: Fleet, own: policy.Held
+    ) -> tuple[Mapping[int, Reach], Mapping[int, int], policy.Held]:
+        """Where the prompt lies, how much more of it a peer of each engine holds, and what engines hold with the worth
+        of that.
+        """
+        mask = sum((1 << peer for peer in fleet.peers if not fleet.mask >> peer & 1), fleet.mask)
+        reaches = self._knowledge.reaches(prompt, mask)
+        gains, worth = peer_gains(fleet.readers, reaches, fleet.peers), self.state.learner.peer_worth
+        if not gains or not worth:
+            return reaches, gains, own
+        return reaches, gains, {**own, **{slot: own.get(slot, 0) + int(worth * more) for slot, more in gains.items()}}
+
+    def _hints(
+        self, engine: Engine, prompt: Prompt, fleet: Fleet, reaches: Mapping[int, Reach], queued_tokens: int
+    ) -> Hints:
         """What an engine of ours is told with a prompt that is not counted as sent to it yet."""
-        names = self._registry.holders(prompt.model, engine.slot) if tokens >= LEAST_GAIN_TOKENS else {}
-        if not names and not queued_tokens:
-            return NO_HINTS
-        mask = sum((1 << peer for peer in names), 1 << engine.slot)
-        hints = choose_hints(engine.slot, self._knowledge.reaches(prompt, mask), names, queued_tokens > 0)
+        if not reaches and queued_tokens:
+            reaches = self._knowledge.reaches(prompt, 1 << engine.slot)
+        hints = choose_hints(engine.slot, reaches, fleet.peers, queued_tokens > 0)
         for kind, name in HINT_KINDS.items():
             if name in hints:
                 self._metrics.hints.labels(kind).inc()
@@ -229,7 +266,7 @@ class Router:
         self.state.sessions.placed(session, decision.slot, now)
         return decision._replace(reason="session") if there else decision
 
-    def _warmed(self, loads: tuple[policy.Load, ...], now: float) -> tuple[policy.Load, ...]:
+    def _warmed(self, loads: Sequence[policy.Load], now: float) -> Sequence[policy.Load]:
         """The engines without the new ones that have their share already."""
         warming, seconds = self._registry.warming, self.state.warm_up_seconds
         for slot in [slot for slot, since in warming.items() if now - since >= seconds]:

@@ -87,7 +87,9 @@ class ProxyServer:
             self.front_end.waiting = room
             self.router.when_room(room.wake)
         self.front_end.intake.read_sessions = bool(routing.session_seconds)
+        self.front_end.intake.slo_classes = {found.name: found for found in routing.slo_classes}
         self.front_end.intake.aliases = dict(config.aliases)
+        self.front_end.intake.explains_all = self.request_log is not None
         files = config.tls
         self._engine_tls = client_context(files.engine_ca_file)
         self.tls = ServerTls(files.cert_file, files.key_file) if files.cert_file else None
@@ -253,6 +255,8 @@ def routing_state(config: ProxyConfig) -> RoutingState:
     """The rules that a configuration asks for."""
     state = RoutingState(config.router_mode, temperature=config.routing.temperature)
     state.warm_up_seconds = config.routing.warm_up_seconds
+    if config.routing.peer_hit_weight:
+        state.learner.expect_of_peers(config.routing.peer_hit_weight)
     state.max_in_flight = config.routing.engine_request_limit
     state.prefill = PrefillRule(config.routing.prefill_min_tokens, config.routing.prefill_max_queued_tokens)
     if config.routing.session_seconds:

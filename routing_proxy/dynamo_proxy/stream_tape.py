@@ -154,6 +154,9 @@ class StreamTape:
         """Chunks for the client: the whole events among what came."""
         if self._rest:
             payload = self._rest + payload
+        if payload.find(b"\n\n") + 2 == len(payload) > 1:  # one event, as nearly always
+            self._rest = b""
+            return framed(self._event(payload))
         end = payload.rfind(b"\n\n") + 2
         if end == 1:  # not one whole event
             self._rest = payload
@@ -164,8 +167,6 @@ class StreamTape:
             self._rest = b""
         else:
             self._rest, payload = payload[end:], payload[:end]
-        if payload.find(b"\n\n") + 2 == end:
-            return framed(self._event(payload))
         return framed(b"".join([self._event(event + b"\n\n") for event in payload[:-2].split(b"\n\n")]))
 
     def end(self) -> bytes:

@@ -15,6 +15,7 @@ import orjson
 from xxhash import xxh3_64_intdigest
 
 from .block_hash import root_hash
+from .slo_classes import SloClass
 
 # A chain is counted in units. Its first 16 nodes are one unit each, the rest four: a long prompt costs a quarter of the
 # hashing and of the index, and what a coarse node can miss is little beside it. The lowest bit of a node says its size.
@@ -49,6 +50,8 @@ class Prompt(NamedTuple):
     body: dict[str, Any] | str | None = None  # what an engine could tokenise: a chat request, or a plain text
     session: str = ""  # requests of one session stay on one engine, if that is wanted
     priority: int = 0  # the smallest is served first, as in vLLM
+    slo: SloClass | None = None  # when its first token is wanted
+    explained: bool = False  # somebody wants to know why it went where it went
 
     @property
     def question(self) -> dict[str, Any] | None:

@@ -72,6 +72,10 @@ class UpstreamConnection(asyncio.Protocol):
         if sink is None or reader is None:
             self.abandon()  # bytes nobody asked for
             return
+        body = reader.whole(data)
+        if body is not None:
+            sink.on_body(body)
+            return
         try:
             for event in reader.feed(data):
                 if isinstance(event, bytes):

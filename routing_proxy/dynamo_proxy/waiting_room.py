@@ -1,6 +1,7 @@
-"""Requests that wait because every engine has as many as it may have: bounded, in order of priority, not for ever.
+"""Requests that wait because every engine has as many as it may have: bounded, in order, not for ever.
 
-Off unless engines have a limit. Who comes while others wait joins behind them, so that nobody is overtaken.
+Off unless engines have a limit. The order is that of priority, then of the time at which a first token is due: what an
+SLO class wants, else the end of the wait. So those of one class go as they came, and nobody is overtaken for ever.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import asyncio
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
+
+from .text_chain import Prompt
 
 
 class Held(Protocol):
@@ -24,6 +27,7 @@ class Waiting(NamedTuple):
     """One place in the queue: the smallest is next."""
 
     priority: int
+    due: float
     number: int
     since: float
     model: str
@@ -46,18 +50,24 @@ class WaitingRoom:
     def __len__(self) -> int:
         return sum(1 for waiting in self._queue if not waiting.request.over)
 
-    def enter(self, request: Held, model: str, priority: int) -> None:
-        """Start a request now, let it wait, or turn it away."""
-        if not self._queue and self._has_room(model):
+    def enter(self, request: Held, prompt: Prompt) -> None:
+        """Start a request now, let it wait, or turn away whoever is last."""
+        if not self._queue and self._has_room(prompt.model):
             request.start()
             return
         if len(self._queue) >= self._size:
             self._sweep()
-        if len(self._queue) >= self._size:
-            request.turn_away(429, "queue_full", "all engines are busy and too many requests wait already")
-            return
         self._number += 1
-        heappush(self._queue, Waiting(priority, self._number, self._loop.time(), model, request))
+        now = self._loop.time()
+        due = now + (prompt.slo.ttft_seconds if prompt.slo is not None else self._seconds)
+        heappush(self._queue, Waiting(prompt.priority, due, self._number, now, prompt.model, request))
+        if len(self._queue) > self._size:
+            last = max(self._queue)
+            self._queue.remove(last)
+            heapify(self._queue)
+            last.request.turn_away(429, "queue_full", "all engines are busy and too many requests wait already")
+            if last.request is request:
+                return
         if self._timer is None:
             self._timer = self._loop.call_later(min(1.0, self._seconds), self._tick)
         self.wake()

@@ -46,12 +46,14 @@ def response_bytes(head: ResponseHead, request: RequestHead, placement: Placemen
     )  # fmt: skip
 
 
-def whole_response_bytes(head: ResponseHead, request: RequestHead, placement: Placement, body: bytes) -> bytes:
+def whole_response_bytes(
+    head: ResponseHead, request: RequestHead, placement: Placement, body: bytes, receipt: bytes
+) -> bytes:
     """A whole answer as the client gets it; `body` is decoded."""
     if head.content_length is None:
         passing = head.passing + b"content-length: %d\r\n" % len(body)
         head = head._replace(passing=passing, content_length=len(body), chunked=False)
-    return response_bytes(head, request, placement, b"") + body
+    return response_bytes(head, request, placement, receipt) + body
 
 
 def is_framed(head: ResponseHead, request: RequestHead) -> bool:

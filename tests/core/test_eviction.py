@@ -14,7 +14,7 @@ SLOTS = 5
 slots = st.integers(0, SLOTS - 1)
 calls = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["add", "remove", "use"]), slots),
+        st.tuples(st.sampled_from(["add", "remove", "use_all"]), slots),
         st.tuples(st.just("add_below"), slots, slots),
     ),
     max_size=40,
@@ -29,9 +29,9 @@ def test_lru_agrees_with_a_list(calls: list[tuple[str, int] | tuple[str, int, in
             if slot in order or below[0] not in order:
                 continue
             order.insert(order.index(below[0]), slot)
-        elif name != "use" or slot in order:
+        elif name != "use_all" or slot in order:
             order = [other for other in order if other != slot] + [slot] * (name != "remove")
-        getattr(policy, name)(slot, *below)
+        getattr(policy, name)(*([[slot]] if name == "use_all" else [slot, *below]))
         assert policy.victim() == (order[0] if order else None)
         assert policy.victim() == (order[0] if order else None), "asking changed the order"
         assert len(policy) == len(order)

@@ -29,7 +29,7 @@ def test_the_planner_holds_while_the_api_is_down_and_goes_on_after(tmp_path: Pat
             assert (decision.reason, decision.desired) == ("fleet_unknown", 0)
             cluster.mood = "ok"
             decision, outcome = (await fleet.tick())["default"]
-            assert (decision.current, decision.desired, outcome.reason) == (3, 2, "draining")
+            assert (decision.current, decision.desired, outcome.reason) == (3, 1, "draining")
             cluster.mood = "down"
             for _ in range(3):  # busy or idle: nothing is done blind
                 engine.text = vllm_text(running=9, waiting=99, kv=0.99)

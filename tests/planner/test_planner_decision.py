@@ -78,16 +78,25 @@ def test_running_limit_is_a_signal_of_its_own() -> None:
     assert "30 running against 8 per replica" in decision.explanation
 
 
-def test_scale_down_waits_for_the_whole_window_and_goes_by_one() -> None:
-    memory, log = Memory(), []
-    for tick in range(14):
-        seen = fleet(*(engine(number, kv_usage=0.1) for number in range(3)), now=10.0 * tick)
+def test_scale_down_waits_for_the_whole_window_and_then_halves_at_most_every_minute() -> None:
+    memory, log, count = Memory(), [], 8
+    for tick in range(26):
+        seen = fleet(*(engine(number, kv_usage=0.05) for number in range(count)), now=10.0 * tick)
         decision = once(seen, memory=memory)
         memory = decision.memory
         log.append((decision.desired, decision.reason))
-    assert log[:10] == [(3, "stabilising")] * 10
-    assert log[10] == (2, "idle_window")
-    assert log[11:] == [(3, "rate_limited")] * 3, "the next one only a minute later"
+        count = decision.desired if tick != 10 else count  # the actuator was busy at first
+    assert log[:10] == [(8, "stabilising")] * 10
+    assert log[10:12] == [(4, "idle_window")] * 2, "what was not done is said again"
+    assert log[12:18] == [(4, "rate_limited")] * 6, "a minute from the tick that saw it done"
+    assert log[18] == (2, "idle_window")
+    assert log[25] == (1, "idle_window")
+
+
+def test_only_as_many_stay_as_the_window_ever_needed() -> None:
+    memory = Memory(since_seconds=0.0, needs=((950.0, 5), (990.0, 2)))
+    busy = fleet(*(engine(number, kv_usage=0.05) for number in range(8)), now=1000.0)
+    assert once(busy, memory=memory).desired == 5
 
 
 @pytest.mark.parametrize("spoiler", [{"kv_usage": 0.7}, {"stale_reason": "timeout"}])
@@ -278,9 +287,10 @@ def test_invariants_of_any_history(
         if decision.direction == "down":
             assert not any(engine.state == "ready" and engine.stale for engine in engines)
         if decision.reason == "idle_window":
-            assert decision.desired == decision.current - 1 >= policy.min_replicas  # a tenth of at most six is one
+            assert decision.current // 2 <= decision.desired < decision.current
+            assert decision.desired >= policy.min_replicas
             assert now - first >= policy.stabilisation_seconds
-            assert all(need < decision.current for _, need in memory.needs)
+            assert all(need <= decision.desired for _, need in memory.needs)
 
 
 def test_a_log_replays_and_a_changed_rule_shows() -> None:

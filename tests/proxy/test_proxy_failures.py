@@ -57,6 +57,23 @@ def test_a_refusing_engine_is_passed_over_and_the_last_refusal_is_shown(status: 
     run(body())
 
 
+def test_what_fails_inside_an_engine_gets_one_other_and_no_more() -> None:
+    """vLLM that shuts down answers 500; so does an engine that a request itself breaks, which must not see them all."""
+
+    async def body() -> None:
+        engines = [await FakeEngine().start() for _ in range(3)]
+        async with proxy_before(*engines, router_mode="round-robin") as proxy:
+            engines[0].status = 500
+            assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 200
+            assert [len(engine.requests) for engine in engines] == [1, 1, 0]
+            for engine in engines:
+                engine.status = 500
+            assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 500
+            assert sum(len(engine.requests) for engine in engines) == 4
+
+    run(body())
+
+
 def test_when_every_engine_fails_the_client_hears_502_and_each_was_tried_once() -> None:
     async def body() -> None:
         engines = [await RawEngine(_die).start() for _ in range(3)]

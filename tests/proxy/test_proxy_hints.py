@@ -243,12 +243,16 @@ def test_a_prompt_is_followed_through_the_tiers() -> None:
     knowledge.event_mask = knowledge.exact_mask = 0b011
     knowledge.exact.apply(0, 0, stored([*range(1, 9)], None, TOKENS[:32], size=4))
     assert knowledge.reaches(prompt(), 0b111) == {0: Reach(32, 32, 0)}
+    assert knowledge.tiers(prompt(), 0) == {"hbm": 32}
+    assert knowledge.tiers(prompt(), 1) == {}
     knowledge.exact.apply(0, 0, stored([*range(1, 9)], None, TOKENS[:32], size=4, medium="STORAGE"))
     knowledge.exact.apply(0, 0, stored([*range(1, 4)], None, TOKENS[:12], size=4, medium="CPU"))
     knowledge.exact.apply(0, 0, removed([*range(1, 9)]))
     assert knowledge.reaches(prompt(), 0b111) == {0: Reach(32, 12, 12)}
+    assert knowledge.tiers(prompt(), 0) == {"host": 12, "disk": 20}
     knowledge.sent(2, prompt(), 0.0)  # no events: what was sent there is there
     assert knowledge.reaches(prompt(), 0b111)[2] == Reach(768, 768, 768)
+    assert knowledge.tiers(prompt(), 2) == {"hbm": 768}
     knowledge.check()
 
 

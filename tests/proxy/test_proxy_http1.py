@@ -266,3 +266,20 @@ def test_decoded_chunks_are_the_payload(parts: list[bytes], size: int, tail: byt
         taken += decoder.feed(data[start : start + size], payload)
         decoder.check()
     assert (payload, taken, decoder.done) == (b"".join(parts), len(stream), True)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=4), st.booleans(), st.data())
+def test_whole_chunks_are_what_the_slow_way_reads(parts: list[bytes], decode: bool, data: st.DataObject) -> None:
+    body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(body) - 1), max_size=6)))
+    readers = [ResponseReader(b"GET", 2048, decode) for _ in range(2)]
+    for reader in readers:
+        reader.feed(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    for start, stop in zip([0, *cuts], [*cuts, len(body)], strict=True):
+        piece = body[start:stop]
+        slow = readers[0].feed(piece)
+        whole = readers[1].whole(piece)
+        assert slow == ([whole] if whole is not None else readers[1].feed(piece))
+        assert readers[0].at_boundary == readers[1].at_boundary
+        readers[1].check()
+    assert readers[1].ended

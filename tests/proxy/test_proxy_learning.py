@@ -37,6 +37,22 @@ def test_token_times_and_output_lengths_are_learnt() -> None:
     learner.check()
 
 
+def test_the_worth_of_what_a_peer_holds_is_learnt_and_never_when_it_is_to_count_for_nothing() -> None:
+    model, rng = CostModel(), Random(3)
+    for share, least, most in ((0.1, 0.85, 0.95), (0.6, 0.3, 0.5), (1.0, 0.0, 0.1), (3.0, 0.0, 0.0)):
+        learner, never = CostLearner(), CostLearner()
+        learner.expect_of_peers(0.25)
+        for _ in range(200):
+            queued, new = rng.randrange(0, 20_000), rng.randrange(1000, 20_000)
+            peer = rng.randrange(256, new)
+            read = model.t_0 + model.t_p * (queued + new - peer + share * peer)
+            for each in (learner, never):
+                each.fetched(read * rng.uniform(0.95, 1.05), queued, new, peer, new + 100)
+                each.check()
+        assert least <= learner.peer_worth <= most, share
+        assert never.peer_worth == 0
+
+
 observations = st.lists(
     st.tuples(st.floats(-1, 1e6), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6)), max_size=80
 )
@@ -45,8 +61,10 @@ observations = st.lists(
 @given(observations)
 def test_no_observation_breaks_the_model(seen: list[tuple[float, int, int, int]]) -> None:
     learner = CostLearner()
+    learner.expect_of_peers(0.25)
     for seconds, first, second, third in seen:
         learner.first_token(seconds, first, second, second + third)
+        learner.fetched(seconds, first, second, third, second + third)
         learner.stream_ended(seconds, first, Load(0, second, 0, third), first)
         learner.check()
     model = learner.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -14,7 +15,7 @@ from dynamo_proxy import dialects, handoff
 from dynamo_proxy.config import EngineAddress, EngineOptions, Routing
 from dynamo_proxy.server import ProxyServer
 
-from tests.proxy.proxy_fakes import Client, ask, chat, post, proxy_before, run, wait_until
+from tests.proxy.proxy_fakes import QUICK, Client, ask, chat, post, proxy_before, run, wait_until
 from tests.proxy.test_proxy_resume import CHAT, COMPLETIONS, text_of
 from tests.proxy.token_engine import TokenEngine, expected_text
 
@@ -85,12 +86,20 @@ class Half(TokenEngine):
 
 @contextlib.asynccontextmanager
 async def fleet(prefills: int = 1, **settings: Any) -> AsyncIterator[tuple[ProxyServer, list[Half], Half]]:
-    rooms: dict[int, asyncio.Event] = {}
-    first, decode = [Half("prefill", rooms) for _ in range(prefills)], Half("decode", rooms)
-    for engine in (*first, decode):
-        await engine.start()
-    async with proxy_before(*first, decode, **settings) as proxy:
+    async with halves(prefills, 1, **settings) as (proxy, first, (decode,)):
         yield proxy, first, decode
+
+
+@contextlib.asynccontextmanager
+async def halves(
+    prefills: int, decodes: int, **settings: Any
+) -> AsyncIterator[tuple[ProxyServer, list[Half], list[Half]]]:
+    rooms: dict[int, asyncio.Event] = {}
+    first, last = [Half("prefill", rooms) for _ in range(prefills)], [Half("decode", rooms) for _ in range(decodes)]
+    for engine in (*first, *last):
+        await engine.start()
+    async with proxy_before(*first, *last, **settings) as proxy:
+        yield proxy, first, last
 
 
 def asked(path: str, **fields: Any) -> bytes:
@@ -119,7 +128,7 @@ def test_both_halves_get_one_room_and_the_client_the_answer_of_decode(path: str,
             assert (whole["bootstrap_host"], whole["bootstrap_port"]) == ("127.0.0.1", 8998)
             assert (half["stream"], whole["stream"]) == (False, stream)
             assert "stream_options" not in half
-            assert "return_token_ids" not in whole
+            assert ("return_token_ids" in whole) == (stream and path == COMPLETIONS)
 
     run(body())
 
@@ -139,6 +148,22 @@ def test_a_prefill_engine_that_fails_costs_a_room_and_no_answer(how: str) -> Non
     run(body())
 
 
+def test_a_prefill_engine_that_hangs_is_to_blame_and_decode_is_not() -> None:
+    timeouts = replace(QUICK, first_byte_seconds=0.3)
+
+    async def body() -> None:
+        async with fleet(timeouts=timeouts) as (proxy, (prefill,), decode):
+            prefill.how_half, prefill.bad_halves = "hang", 5
+            for _ in range(5):
+                answer = await ask(proxy.port, asked(CHAT, stream=True))
+                assert (answer.status, answer.json()["error"]["code"]) == (504, "engine_timeout")
+            assert proxy.registry.at(1).breaker.score == 0
+            assert proxy.registry.at(0).state == "tripped"
+            await wait_until(lambda: prefill.aborted == decode.aborted == 5, "both were told to stop")
+
+    run(body())
+
+
 @pytest.mark.parametrize("decode_refuses", [True, False])
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_request_that_prefill_refuses_is_refused_at_once(status: int, decode_refuses: bool) -> None:
@@ -148,9 +173,12 @@ def test_a_request_that_prefill_refuses_is_refused_at_once(status: int, decode_r
                 engine.how_half = f"status {status}"
             async with Client.to(proxy.port) as client:
                 for number in range(1, 9):
-                    client.send(asked(CHAT, stream=True))
+                    client.send(post(CHAT, chat(TEXT, max_tokens=5, stream=True), "x-dynamo-route: 1"))
                     answer = await client.answer()
                     assert (answer.status, answer.json()["error"]["message"]) == (status, "no room")
+                    receipt = orjson.loads(answer.headers["x-dynamo-route"])
+                    assert receipt["engine"] in ("engine-0", "engine-1")
+                    assert receipt["attempts"] == 1
                     assert sum(len(engine.requests) for engine in prefills) == number
             await wait_until(lambda: decode.active == 0 and proxy.ledger.in_flight == 0, "nothing is left")
             assert [engine.breaker.score for engine in proxy.registry] == [0, 0, 0]
@@ -225,6 +253,44 @@ def test_without_a_prefill_engine_decode_gets_nothing_and_is_not_to_blame() -> N
             proxy.registry.at(0).draining = False
             assert (await ask(proxy.port, asked(CHAT))).status == 200
             assert prefill.prompts
+
+    run(body())
+
+
+@pytest.mark.parametrize("lost_halves", [0, 1])
+@pytest.mark.parametrize("how", ["cut", "half", "end"])
+def test_a_stream_that_breaks_goes_on_at_another_decode_engine_in_a_room_of_its_own(how: str, lost_halves: int) -> None:
+    async def body() -> None:
+        async with halves(1, 2, router_mode="round-robin") as (proxy, (prefill,), decodes):
+            for engine in decodes:
+                engine.how, engine.break_after = how, 3
+            other = decodes[1]
+            other.break_after = None
+            other.bad_answers = lost_halves  # the first room for the rest
+            answer = await ask(proxy.port, asked(COMPLETIONS, stream=True))
+            assert text_of(answer) == RIGHT
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+            assert b'stream_resumes_total{reason="resumed"} 1.0' in proxy.front_end.metrics()
+            await wait_until(lambda: proxy.ledger.in_flight == 0, "nothing is left")
+        first, *rest = prefill.prompts
+        assert len(rest) >= 1
+        assert (first["prompt"], rest[-1]["prompt"][: len(TEXT)]) == (TEXT, [ord(letter) for letter in TEXT])
+        (whole,) = other.prompts
+        assert [rest[-1][name] for name in ROOM] == [whole[name] for name in ROOM]
+        assert whole["bootstrap_room"] != first["bootstrap_room"]
+
+    run(body())
+
+
+def test_a_chat_that_breaks_at_a_decode_engine_ends_with_an_error_in_its_stream() -> None:
+    async def body() -> None:
+        async with halves(1, 2, router_mode="round-robin") as (proxy, _, decodes):
+            for engine in decodes:
+                engine.break_after = 3
+            answer = await ask(proxy.port, asked(CHAT, stream=True))
+            assert b'"code":"engine_lost"' in answer.body
+            assert b"[DONE]" not in answer.body
+            assert b'stream_resumes_total{reason="not_on_tape"} 1.0' in proxy.front_end.metrics()
 
     run(body())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
@@ -21,7 +22,8 @@ class Tier:
     store: TierStore
 
     def lookup(self, keys: Sequence[BlockKey]) -> int:
-        return self.index.lookup(keys)
+        """Length of the leading run of `keys` that can be read now."""
+        return sum(1 for _ in takewhile(self.index.__contains__, keys))
 
     def write(self, key: BlockKey, row: Buffer) -> bool:
         """Keeps one block. False when it was already here, or when there is no room."""
