@@ -15,6 +15,7 @@ import pytest
 import torch
 from dynamo_kernels.block_view import BlockView
 
+from dynamo_connectors.below import rows_of_a_read
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import PEER
 from dynamo_connectors.errors import StoreError
@@ -154,12 +155,41 @@ def test_a_read_waits_for_rows_until_another_one_has_its_verdict(talk: Talk, cop
     assert talk.verdict(second)
 
 
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_who_asks_early_is_told_when_lease_and_blocks_have_come(
+    talk: Talk, copies: Copies, monkeypatch: pytest.MonkeyPatch, is_announced: bool
+) -> None:
+    monkeypatch.setattr(server_module, "_TICK_SECONDS", 3600.0)  # nobody looks from time to time
+    copies.may_go.set()
+    talk.dram.set_key(3, None)
+    early = b"e" * 16
+    if is_announced:
+        talk.server.announce(early)
+    question = Ask(b"reader", 1, talk.epoch, early, (KEYS[3],), 30.0, in_window=True)
+    assert granted(talk.ask(question)).status == ("pending" if is_announced else "unknown")
+    talk.dram.set_key(3, KEYS[3])
+    if is_announced:
+        talk.dram.tell_of_arrivals()
+    else:
+        talk.server.announce(early)
+    told = [granted(talk.hear()) for _ in range(2)]  # once it is being filled, and when it is
+    assert [grant.status for grant in told] == ["pending", "granted"]
+    assert [int(talk.rows.rows[row][0]) for row in told[1].slots] == [4]
+
+
 def test_rows_that_could_not_be_filled_are_not_granted(talk: Talk, copies: Copies) -> None:
     copies.fails = True
     copies.may_go.set()
     assert granted(talk.ask(talk.question(1, KEYS[:1]))).status == "pending"
     grant = granted(talk.hear())
     assert (grant.status, grant.slots) == ("granted", (-1,))
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "most"), [(476, 8, 16), (476, 64, 16), (476, 200, 50), (476, 4096, 59), (9, 64, 1)]
+)
+def test_a_load_is_several_reads_unless_it_is_small(rows: int, blocks: int, most: int) -> None:
+    assert rows_of_a_read(rows, blocks) == most
 
 
 class Tier:
