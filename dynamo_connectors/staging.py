@@ -43,11 +43,6 @@ class StagingRows:
         del self.copy
         self.store.close()
 
-    @property
-    def all_are_back(self) -> bool:
-        with self._changed:
-            return len(self._free) == self.store.capacity_blocks
-
     def check(self) -> None:
         with self._changed:
             assert len(set(self._free)) == len(self._free), "a staging row was given back twice"

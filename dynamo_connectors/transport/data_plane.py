@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from typing import Any, NamedTuple, TypeAlias
@@ -51,6 +52,8 @@ class DataPlane:
         self._transfers: dict[int, tuple[Any, str]] = {}
         self._pause = _FIRST_PAUSE_SECONDS
         self._retry_at = 0.0
+        #: NIXL's own telemetry since somebody took it, by (what, label).
+        self.counts: Counter[tuple[str, str]] = Counter()
         self._start()
 
     @property
@@ -114,11 +117,20 @@ class DataPlane:
                 self._transfers[read] = (None, agent)
                 continue
             del self._transfers[read]
+            self._measure(handle)
             try:
                 self._agent.release(handle)
             except Exception as error:  # noqa: BLE001 - it has ended all the same; what is lost is a handle
                 log.warning("dynamo: NIXL does not let go of a READ that is over (%s)", error)
         return ended
+
+    def _measure(self, handle: Any) -> None:
+        measured = self._agent.measured(handle) if self._agent is not None else None
+        if measured is not None:
+            self.counts["nixl_transferred_bytes", ""] += measured.num_bytes
+            self.counts["nixl_descriptors", ""] += measured.descriptors
+            self.counts["nixl_post_microseconds", ""] += measured.post_microseconds
+            self.counts["nixl_transfer_microseconds", ""] += measured.microseconds
 
     def restart(self) -> None:
         """Every READ is over, and every peer a stranger."""

@@ -368,10 +368,11 @@ class PeerTier:
             log.warning("dynamo: %s", line)
         self._reader.complaints.clear()
         self._quarantined_bytes = self._reader.quarantined_bytes
-        if self._reader.counts:
-            with self._lock:
-                self._counts.update(self._reader.counts)
-            self._reader.counts.clear()
+        for counts in (self._reader.counts, self._plane.counts):
+            if counts:
+                with self._lock:
+                    self._counts.update(counts)
+                counts.clear()
 
 
 class PeerWindows:

@@ -87,10 +87,6 @@ class Reader:
         """Whether a READ may end any moment that somebody waits for."""
         return any(read.state == "reading" for read in self._reads.values())
 
-    @property
-    def reads_under_way(self) -> int:
-        return len(self._reads)
-
     # -- the engine's side -------------------------------------------------------------------------------------------
 
     def read(self, number: int, peer: Peer, wanted: Wanted, deadline: float, now: float) -> None:

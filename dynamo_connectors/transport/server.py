@@ -125,10 +125,6 @@ class PeerServer:
             self._owner.export(lease, slots, time.monotonic())
         self._bell.ring()
 
-    def revoke_all(self) -> None:
-        with self._lock:
-            self._owner.revoke_all()
-
     def isolate(self, namespace: bytes) -> None:
         """Serves nothing of what there was, and only readers with this namespace from now on."""
         with self._lock:

@@ -195,7 +195,7 @@ class World:
     def settle(self) -> None:
         """A network that works, until everything has ended. A READ that hangs goes on hanging until its peer dies."""
         for _ in range(400):
-            if not self.reader.reads_under_way:
+            if not self.reader._reads:
                 return
             while self.to_owner:
                 self.deliver_to_owner(0)

@@ -22,11 +22,11 @@ from vllm.v1.request import Request
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Verdict
 from dynamo_connectors.transport.messages import Request as Message
-from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.vllm.fetch import name_of
-from dynamo_connectors.vllm.handoff import SIGNATURE, Identity
+from dynamo_connectors.vllm.handoff import Identity
 from dynamo_connectors.vllm.hints import PEER
 from tests.transport.peers import Between
+from tests.vllm.handoff_tickets import SECRET, signed
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, SimulatedWorker, Truth, ours
 from tests.vllm.version_scenario import engine_config, prompt
 from tools.server_process import free_port
@@ -97,7 +97,7 @@ class Fleet:
         deadline = ["--kvbm-peer-deadline-ms", str(deadline_ms), "--kvbm-peer-hbm-gb", str(hbm_gb)]
         self.decode = Engine(model, mode, "--kvbm-role", "decode", *deadline)
         self.between_port = free_port()
-        self.between = Between(self.between_port, self.port, b"this host alone")
+        self.between = Between(self.between_port, self.port, SECRET)
 
     def run_until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
@@ -125,7 +125,7 @@ class Fleet:
 
     def through_between(self, ticket: dict[str, Any]) -> dict[str, Any]:
         if PEER in ticket:
-            return {**ticket, PEER: name_of(Identity("", "127.0.0.1", self.between_port, 1, b"this host alone"))}
+            return {**ticket, PEER: name_of(Identity("", "127.0.0.1", self.between_port, 1, SECRET))}
         return signed({**ticket, "remote_port": self.between_port})
 
     def settle(self) -> None:
@@ -151,12 +151,6 @@ class Fleet:
         self.decode.close()
         self.prefill.close()
         self.between.close()
-
-
-def signed(params: dict[str, Any]) -> dict[str, Any]:
-    """As the engine would have signed them."""
-    ticket = Ticket(params["remote_host"], params["remote_port"], bytes.fromhex(params["dynamo_lease"]))
-    return {**params, SIGNATURE: ticket.signature(b"this host alone", params["remote_num_tokens"]).hex()}
 
 
 def hand_over(fleet: Fleet, count: int) -> None:
@@ -257,7 +251,7 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     elif fault == "lease over, slots re-used":
         refill(fleet, keys)
         for worker in fleet.prefill.workers:
-            ours(worker.connector)._worker._peers._server.revoke_all()
+            ours(worker.connector)._worker._peers._server._owner.revoke_all()
     elif fault.startswith("slots re-used at "):
         at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, keys))
     elif fault.startswith("window re-used at "):
