@@ -82,6 +82,7 @@ class Talk:
         settings = ServerSettings("127.0.0.1", 0, b"n", SECRET, opens_shelf=True)
         self.server = PeerServer(settings, host_rows(self.dram, Window(self.dram, self.rows)))
         self._codec, self._sockets = Codec(SECRET), PeerSockets(SECRET)
+        self._heard: list[Reply] = []
         self._peer = f"tcp://127.0.0.1:{self.server.port}"
         self.server.export(LEASE, {key: slot for slot, key in enumerate(KEYS)})
         welcome = self.ask(Hello(1, b"n", ROW_BYTES))
@@ -96,10 +97,10 @@ class Talk:
 
     def hear(self) -> Reply:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            for _, frame in self._sockets.receive(0.5):
-                return self._codec.reply(frame)
-        raise AssertionError("nothing was said")
+        while not self._heard:
+            assert time.monotonic() < deadline, "nothing was said"
+            self._heard += [self._codec.reply(frame) for _, frame in self._sockets.receive(0.5)]
+        return self._heard.pop(0)
 
     def question(self, read: int, keys: Sequence[BlockKey]) -> Ask:
         return Ask(b"reader", read, self.epoch, LEASE, tuple(keys), 30.0, in_window=True)
