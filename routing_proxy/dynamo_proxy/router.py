@@ -143,10 +143,8 @@ class Router:
         tokens, rule = placement.prompt_tokens, self.state.prefill
         if decision.new_tokens <= rule.min_tokens and not in_room:
             return "short"
-        fleet = self._registry.prefill_fleet(prompt.model, slot)
+        fleet = self._registry.prefill_fleet(prompt.model, slot, in_room)
         loads = fleet.loads
-        if in_room:
-            loads = tuple(load for load in loads if self._registry.at(load.slot).bootstrap_port)
         if not loads:
             return "no_engine"
         if rule.max_queued_tokens >= 0 and not in_room:

@@ -66,10 +66,13 @@ def test_what_fails_inside_an_engine_gets_one_other_and_no_more() -> None:
             engines[0].status = 500
             assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 200
             assert [len(engine.requests) for engine in engines] == [1, 1, 0]
+            engines[1].status, engines[2].status = 503, 500
+            assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 500
+            assert [len(engine.requests) for engine in engines] == [2, 2, 1], "once, whatever others said between"
             for engine in engines:
                 engine.status = 500
             assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 500
-            assert sum(len(engine.requests) for engine in engines) == 4
+            assert sum(len(engine.requests) for engine in engines) == 7
 
     run(body())
 
