@@ -10,6 +10,7 @@ from . import handoff, stream_tape
 from .engines import Engine
 from .http1 import Request, ResponseReader
 from .intake import Asked
+from .openapi import JSON_ROUTES
 from .router import Placement
 from .stream_tape import StreamTape
 from .wire import request_bytes
@@ -76,7 +77,7 @@ class Outgoing:
         """True if another engine may do better than this answer. 500 is said by engines that shut down, and by those
         that a request breaks: it must not break them all.
         """
-        if status != 500:
+        if status != 500 or self._endpoint not in JSON_ROUTES:  # other routes may have half of their work behind them
             return status in _OF_THE_MOMENT
         self._broke, before = True, self._broke
         return not before

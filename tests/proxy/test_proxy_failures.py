@@ -77,6 +77,18 @@ def test_what_fails_inside_an_engine_gets_one_other_and_no_more() -> None:
     run(body())
 
 
+def test_a_500_of_a_route_that_may_have_done_half_of_its_work_is_not_asked_again() -> None:
+    async def body() -> None:
+        engines = [await FakeEngine().start() for _ in range(2)]
+        for engine in engines:
+            engine.status = 500
+        async with proxy_before(*engines) as proxy:
+            assert (await ask(proxy.port, post("/v1/files", {"a": 1}))).status == 500
+            assert sum(len(engine.requests) for engine in engines) == 1
+
+    run(body())
+
+
 def test_when_every_engine_fails_the_client_hears_502_and_each_was_tried_once() -> None:
     async def body() -> None:
         engines = [await RawEngine(_die).start() for _ in range(3)]

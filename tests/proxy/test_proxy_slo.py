@@ -22,7 +22,7 @@ CLASSES = (SloClass("priority", 0.5, -1), SloClass("default", 5.0), SloClass("fl
 def test_the_queue_goes_by_class_and_then_by_when_a_first_token_is_due() -> None:
     async def body() -> None:
         engine = await FakeEngine().start()
-        routing = Routing(engine_request_limit=1, slo_classes=CLASSES, queue_seconds=60.0)
+        routing = Routing(engine_request_limit=1, slo_classes=CLASSES, queue_seconds=3000.0)
         async with proxy_before(engine, routing=routing) as server:
             room = server.front_end.waiting
             assert room is not None
@@ -61,6 +61,26 @@ def test_a_full_queue_turns_away_whoever_would_go_last() -> None:
             hold.set()
             assert [(await answer).status for answer in (first, urgent)] == [200, 200]
             assert texts(engine) == ["first", "priority"]
+
+    run(body())
+
+
+@pytest.mark.parametrize("classes", [CLASSES, ()])
+def test_a_client_pushes_nobody_out_by_its_own_word(classes: tuple[SloClass, ...]) -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        routing = Routing(engine_request_limit=1, slo_classes=classes, queue_size=1, queue_seconds=60.0)
+        async with proxy_before(engine, routing=routing) as server:
+            room = server.front_end.waiting
+            assert room is not None
+            hold = engine.hold = asyncio.Event()
+            first = asyncio.ensure_future(ask(server.port, post(ROUTE, chat("first", stream=True))))
+            await wait_until(lambda: engine.active == 1)
+            waits = asyncio.ensure_future(ask(server.port, post(ROUTE, chat("waits"))))
+            await wait_until(lambda: len(room) == 1)
+            assert (await ask(server.port, post(ROUTE, chat("pushes", priority=-1000)))).status == 429
+            hold.set()
+            assert [(await answer).status for answer in (first, waits)] == [200, 200]
 
     run(body())
 
