@@ -16,13 +16,13 @@ from .proxy_fakes import Answer, FakeEngine, ask, chat, post, proxy_before, run,
 from .test_proxy_policy import MODEL, holdings, loads, st
 from .test_proxy_waiting import ROUTE, texts
 
-CLASSES = (SloClass("priority", 0.5, -1), SloClass("default", 5.0), SloClass("flex", 600.0))
+CLASSES = (SloClass("priority", 0.5, -1), SloClass("default", 5.0), SloClass("flex", 600.0, 1))
 
 
 def test_the_queue_goes_by_class_and_then_by_when_a_first_token_is_due() -> None:
     async def body() -> None:
         engine = await FakeEngine().start()
-        routing = Routing(engine_request_limit=1, slo_classes=CLASSES, queue_seconds=3000.0)
+        routing = Routing(engine_request_limit=1, slo_classes=CLASSES, queue_seconds=60.0)
         async with proxy_before(engine, routing=routing) as server:
             room = server.front_end.waiting
             assert room is not None
@@ -134,5 +134,5 @@ def test_a_class_that_is_none_ends_the_start(text: str, capsys: pytest.CaptureFi
 
 
 def test_classes_as_they_are_written() -> None:
-    read = parse_slo_classes(["priority,ttft=0.5,priority=-1", "default,ttft=5", "flex,ttft=600"])
+    read = parse_slo_classes(["priority,ttft=0.5,priority=-1", "default,ttft=5", "flex,ttft=600,priority=1"])
     assert tuple(read.values()) == CLASSES
