@@ -17,7 +17,7 @@ from .drain import ENDED, State, choose_victim
 from .errors import ActuationError, ObservationError
 from .records import DRAINING, STARTING
 from .replica import Replica, Surroundings
-from .replica_record import records
+from .replica_record import birth_of, records
 from .rolling import RollingRestart
 
 _FIRST_BACKOFF_SECONDS = 15.0
@@ -205,6 +205,9 @@ class LocalProcessActuator:
         for record in records(self._plan.log_dir, self._plan.ports):
             life = record.life
             if life.fleet != self._plan.fleet:
+                if birth_of(life.pid) != life.birth:
+                    record.remove()
+                    continue
                 record.release()
                 text = f"process {life.pid} is of another fleet ({life.fleet}); stop it if nobody needs it"
                 self._happenings.append(Happening(self._url(life.port), "left", "other_fleet", text))

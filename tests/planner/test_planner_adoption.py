@@ -167,6 +167,11 @@ def test_an_engine_behind_another_proxy_is_of_another_fleet(tmp_path: Path) -> N
         assert not left[0].gone()
         left[0].kill()
         await stand.eventually(left[0].gone)
+        assert record_path(tmp_path / "logs", int(url[-5:])).exists()
+        async with behind_a_proxy(tmp_path, is_empty=True) as (stand, _):
+            await stand.planner.tick()
+            await stand.until("ready http")
+            assert not any(line.startswith("left") for line in stand.said), "there is none any more"
 
     asyncio.run(story())
 
