@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .envs/vllm/bin
+REAL_API := $(addprefix planner_sidecar/kubernetes/real_,api.py autoscaler.py foreign.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-kubernetes test-kubernetes-engines test-planner-engines lint bench soak soak-proxy clean vllm-env sglang-env vllm-versions
@@ -21,7 +22,7 @@ test-kubernetes: vllm-env ## the planner against a real Kubernetes API server bu
 	planner_sidecar/kubernetes/api_server.sh build
 	run=$$(planner_sidecar/kubernetes/api_server.sh start) && \
 	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
-	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_api.py planner_sidecar/kubernetes/real_autoscaler.py --timeout 600 $(ARGS)
+	KUBE_RUN=$$run $(BIN)/python -m pytest $(REAL_API) --timeout 600 $(ARGS)
 
 test-kubernetes-engines: vllm-env ## fifty scale-downs of real vLLM engines under load, on the same API server (SCALE_DOWNS=50)
 	planner_sidecar/kubernetes/api_server.sh build
