@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .envs/vllm/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kubernetes test-kubernetes-engines lint bench soak soak-proxy wheel clean vllm-env sglang-env vllm-versions
+.PHONY: help demo test test-kubernetes test-kubernetes-engines test-planner-engines lint bench soak soak-proxy wheel clean vllm-env sglang-env vllm-versions
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python3.11]'
@@ -28,6 +28,9 @@ test-kubernetes-engines: vllm-env ## fifty scale-downs of real vLLM engines unde
 	run=$$(planner_sidecar/kubernetes/api_server.sh start) && \
 	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
 	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_engines.py -s -o faulthandler_timeout=3000 $(ARGS)
+
+test-planner-engines: vllm-env ## prefill and decode pools of real vLLM engines go up and down under load
+	$(BIN)/python -m pytest planner_sidecar/engines/real_pools.py -s -o faulthandler_timeout=3000 $(ARGS)
 
 lint: vllm-env ## ruff, and mypy --strict on our packages
 	$(BIN)/ruff check .

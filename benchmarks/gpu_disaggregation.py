@@ -1,7 +1,7 @@
 """Real vLLM on two GPUs: one prefill and one decode engine, ours and stock, against two equal engines.
 
 python -m benchmarks gpu_disaggregation [--tiny] [--arms two,dynamo,stock] [--seconds N] [--out DIR]
-    [--stock-buffer cuda|cpu] [--host-gb N]
+    [--stock-buffer cuda|cpu] [--host-gb N] [--hbm-gb N]
 python -m benchmarks gpu_disaggregation --judge RAW.jsonl
 Needs two GPUs, or `--tiny` and a vLLM for CPU. All engines stand at the same time, an engine of each arm on each GPU
 (`--tiny`: an arm at a time); while one arm is measured the others idle. What there is no time for is named and left
@@ -70,6 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / ".build" / "gpu_disaggregation")
     parser.add_argument("--stock-buffer", choices=("cuda", "cpu"), default="cuda", help="what vLLM's connector reads")
     parser.add_argument("--host-gb", type=float, default=24.0, help="host memory of each of our two engines")
+    parser.add_argument("--hbm-gb", type=float, default=1.0, help="and HBM that their hand-offs pass through")
     parser.add_argument("--judge", type=Path, help="only read this raw file and print what it says")
     return parser.parse_args(arguments)
 
@@ -89,7 +90,7 @@ async def measure(options: argparse.Namespace, folder: Path, record: Record) -> 
     paths = () if options.tiny else (weights.make_plugin(folder / "plugin"), ROOT)
     site = Site(model, options.out, options.tiny, (), paths)
     token_bytes = _TOKEN_BYTES_TINY if options.tiny else _TOKEN_BYTES
-    facts = {"stock_buffer": options.stock_buffer, "host_gb": options.host_gb}
+    facts = {"stock_buffer": options.stock_buffer, "host_gb": options.host_gb, "hbm_gb": options.hbm_gb}
     record.note("size", token_bytes=token_bytes, block_tokens=scale.block_tokens, **facts)
     schedule = Schedule(record, (), time.monotonic() + options.seconds)
     wanted = [name for name in ARMS if name in options.arms.split(",")]
@@ -126,6 +127,7 @@ def flags(name: str, place: int, port: int, options: argparse.Namespace) -> list
     role = ("prefill", "decode")[place]
     # The hand-off is what is measured, also where computing again were faster.
     tier = ["--kv-connector", "dynamo", "--kvbm-host-dram-gb", str(host_gb), "--kvbm-load-gate", "off"]
+    tier += ["--kvbm-peer-hbm-gb", str(0.004 if options.tiny else options.hbm_gb)]
     return [*tier, "--kvbm-role", role, *(["--kvbm-peer-port", str(port)] if role == "prefill" else [])]
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on a host of two GPUs, inside the folder DIR that gpu_engine_bundle.sh made, in two calls, because the archives are large:
-#   DIR/src/benchmarks/gpu_disaggregation_host.sh probe NIXL_ARCHIVE OUT                    what copies and NIXL do between the GPUs
+#   DIR/src/benchmarks/gpu_disaggregation_host.sh probe NIXL_ARCHIVE OUT                    what copies, NIXL and our transport do between the GPUs, every byte compared
 #   the same bench ENGINE_ARCHIVE OUT [option ...]     the engines; done after CALL_SECONDS (480)
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd); what=$1; archive=$(realpath "$2"); out=$(mkdir -p "$3" && realpath "$3"); shift 3
@@ -10,7 +10,8 @@ export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVL
 export PYTHONPATH="$site/ours:$site/engine:$site/nixl" HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 PYTHONUNBUFFERED=1
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64"
 say() { echo "[$(date -u +%T), $SECONDS s] $*"; }
-if [ ! -e "$site/ours" ]; then
+if ! cmp -s "$here/commit" "$site/commit"; then
+  rm -rf "$site/ours" "$site/src"
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$site/ours" "$here"/*.whl; cp -r "$here/src" "$here/commit" "$site"
 fi
 cd "$site/src"
@@ -20,7 +21,15 @@ if [ "$what" = probe ]; then
   { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; nvidia-smi topo -m; nvidia-smi nvlink -s; uname -r; nproc; free -g
     df -h / /dev/shm; cat "$site/commit"; } >"$out/machine.txt" 2>&1 || true
   cat "$out/machine.txt"
-  timeout 130 python3 -m benchmarks.served.peer_floors "$out/probe.json" || say "the probe ended with $?"
+  timeout 110 python3 -m benchmarks.served.peer_floors "$out/probe.json" || say "the probe ended with $?"
+  say "now our own transport"
+  for gb in 1.0 0.25; do
+    NIXL_LOG_LEVEL=ERROR timeout 60 python3 -m benchmarks.served.window_check "$out/window-$gb.json" 15 4.3 $gb >"$out/probe-window-$gb.log" 2>&1 ||
+      say "the check with $gb GB ended with $?"
+    tail -n 1 "$out/probe-window-$gb.log"
+    python3 -c 'import json, sys
+for each in json.load(open(sys.argv[1]))["rounds"]: print(each)' "$out/window-$gb.json" | head -n 16 || true
+  done
   tail -n 8 "$out"/probe-*.log || true; tar -C "$out" -czf "$out/probe-logs.tgz" --remove-files $(cd "$out" && ls -d probe-*.log) || true
   rm -rf "$out"/probe-mail-*; cp "$out/probe.json" "$site/" || true
   say "probed"; exit 0

@@ -7,7 +7,7 @@ root=$(cd "$(dirname "$0")/.." && pwd); python=${PYTHON:-python3}
 rm -rf "$1"; out=$(mkdir -p "$1/src" && cd "$1" && pwd); cd "$root"
 "$python" -m hatchling build -t wheel -d "$out" >/dev/null
 tags=(--python-version 3.12 --implementation cp --only-binary=:all: --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64)
-"$python" -m pip download -q --no-deps "${tags[@]}" -d "$out" orjson >"$out/pip.log" 2>&1
+"$python" -m pip download -q --no-deps "${tags[@]}" -d "$out" orjson msgspec xxhash pyzmq >"$out/pip.log" 2>&1
 # The bench without our packages: what runs there is the wheel.
 git ls-files -z benchmarks tools | tar --null -T - -cf - | tar -C "$out/src" -xf -
 git rev-parse HEAD >"$out/commit"

@@ -15,6 +15,7 @@ from collections import deque
 from multiprocessing.connection import Connection
 from typing import Any
 
+from dynamo_connectors.below import PEER_READS
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.loads import MOST_ROWS
 from dynamo_connectors.tiers.base import Batch, Place
@@ -28,8 +29,6 @@ from tools.server_process import free_port
 TOTAL_BYTES = 128 << 20
 ROUNDS = 15
 LEASE = b"l" * 16
-#: How many reads of `MOST_ROWS` rows a load has under way.
-READS_AT_ONCE = 2
 TARGET = 0.9
 
 
@@ -81,7 +80,7 @@ class Sides:
         for rows in batches:
             places = [Place(BlockKey(b"%d" % row), 0, self._ticket) for row in rows]
             under_way += self.tier.read(places, [memoryview(self.dram.rows[row]) for row in rows])
-            if len(under_way) == READS_AT_ONCE:
+            if len(under_way) == PEER_READS:
                 self._await(under_way.popleft())
         for batch in under_way:
             self._await(batch)

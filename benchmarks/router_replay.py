@@ -3,8 +3,9 @@
     python -m benchmarks router_replay --trace mooncake_conversation_trace.jsonl [--peers FOLDER] [--requests N]
 
 Eight engines (500k tokens of KV each) whose virtual time runs `--speed` times as fast as the clock. Arrivals come when
-the trace says, answered or not. Times are virtual seconds. FOLDER as for router_speed. The first row is repeated as the
-last, to show what other work on the machine and chance do.
+the trace says, answered or not. Times are virtual seconds. FOLDER as for router_speed; its `dynamo` is a Python with
+ai-dynamo, whose frontend gets the same engines as workers of its own runtime, with KV events. The first row is repeated
+as the last, to show what other work on the machine and chance do.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +32,7 @@ from benchmarks.routing.http_engines import text_of
 from benchmarks.routing.traces import Arrival, read_mooncake
 
 ROUTERS = (
-    "dynamo-proxy", "sglang-router:cache_aware", "smg:cache_aware", "vllm-router:cache_aware",
+    "dynamo-proxy", "sglang-router:cache_aware", "smg:cache_aware", "vllm-router:cache_aware", "dynamo:kv",
     "dynamo-proxy:round-robin", "dynamo-proxy",
 )  # fmt: skip
 CAPACITY_TOKENS = 500_000
@@ -84,10 +87,14 @@ def run_router(name: str, arrivals: list[Arrival], options: argparse.Namespace) 
     command = tools.router_command(name, port, range(engine_port, engine_port + tools.ENGINES), options.peers)
     if command is None:
         return None
-    numbers = map(str, (engine_port, tools.ENGINES, options.speed, CAPACITY_TOKENS))
-    engines = subprocess.Popen([sys.executable, "-m", "benchmarks.routing.http_engines", *numbers])
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    router = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
+    numbers = list(map(str, (engine_port, tools.ENGINES, options.speed, CAPACITY_TOKENS)))
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    folder = tempfile.TemporaryDirectory()
+    start = [sys.executable, "-m", "benchmarks.routing.http_engines", *numbers]
+    if name.startswith("dynamo:"):
+        quiet["env"] = {**os.environ, "DYN_FILE_KV": f"{folder.name}/kv", "DYN_LOG": "error", "PYTHONPATH": os.getcwd()}
+        start = [command[0], "-m", "benchmarks.routing.dynamo_workers", *numbers, f"{folder.name}/model"]
+    engines, router = subprocess.Popen(start, **quiet), subprocess.Popen(command, **quiet)
     try:
         if not tools.wait_ready(port, router):
             return None
@@ -97,6 +104,7 @@ def run_router(name: str, arrivals: list[Arrival], options: argparse.Namespace) 
         for process in (router, engines):
             process.kill()
             process.wait()
+        folder.cleanup()
     first = sorted(seconds * options.speed for seconds in seen.first)
     requests = [row[2] for row in stats]
     return {

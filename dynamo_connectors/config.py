@@ -144,7 +144,7 @@ def parse_config(settings: Mapping[str, object]) -> KvbmConfig:
         object_bytes=_parse_bytes(ours, "kvbm_object_gb", 1.0) if OBJECT_STORE in tiers else 0,
         object_min_touches=touches["object"],
         object_deadline_seconds=deadline_ms / 1000,
-        peer=parse_peer_config(ours, len(tiers) > 1, ratio == 1.0 and touches["dram"] == 1),
+        peer=parse_peer_config(ours, len(tiers) > 1, ratio == 1.0 and touches["dram"] == 1, compression != OFF),
     )
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from dynamo_kernels.fence import CopyLane
 
@@ -14,7 +14,7 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.jobs import LoadItem
 from dynamo_connectors.staging import StagingRows
-from dynamo_connectors.tiers.base import LowerTier, Place
+from dynamo_connectors.tiers.base import Batch, Place
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +29,19 @@ class _Read(NamedTuple):
     given_up: Future[str] | None = None
 
 
+class Reads(Protocol):
+    """What a load needs of a tier (`tiers.base.LowerTier`), of whatever its staging rows are as buffers."""
+
+    def read(self, places: Sequence[Place], into: Sequence[Any]) -> list[Batch]: ...
+
+
 class LoadFromBelow:
     """One load from one tier, on a thread of the transfer engine."""
 
-    def __init__(self, tier: LowerTier, staging: StagingRows, most_rows: int = MOST_ROWS) -> None:
-        self._most_rows = most_rows
+    def __init__(
+        self, tier: Reads, staging: StagingRows, most_rows: int = MOST_ROWS, rows_of_a_read: int = MOST_ROWS
+    ) -> None:
+        self._most_rows, self._rows_of_a_read = most_rows, rows_of_a_read
         self._tier = tier
         self._staging = staging
         self._reads: dict[Future[Sequence[StoreError | None]], _Read] = {}
@@ -66,8 +74,9 @@ class LoadFromBelow:
         # Who holds rows does not wait for more, so those who wait are served in the end.
         patience = 0.0 if self._reads else max(0.0, deadline - time.monotonic())
         rows = self._staging.take(min(room, len(waiting)), patience) if waiting and room else []
-        for first in range(0, len(rows), MOST_ROWS):
-            items, part = waiting[first : first + MOST_ROWS], rows[first : first + MOST_ROWS]
+        size = self._rows_of_a_read
+        for first in range(0, len(rows), size):
+            items, part = waiting[first : first + size], rows[first : first + size]
             places = [Place(item.key, item.slot, item.chunk, item.row) for item in items[: len(part)]]
             for batch in self._tier.read(places, [self._staging.view(row) for row in part]):
                 mine, rows_of_it = [items[at] for at in batch.positions], [part[at] for at in batch.positions]
@@ -119,7 +128,8 @@ def reasons(done: Future[Sequence[StoreError | None]], blocks: int) -> list[str 
     except BaseException:
         log.exception("dynamo: a transfer of %d blocks failed; they are treated as a miss", blocks)
         return ["internal_error"] * blocks
-    first = next((error for error in errors if error is not None and error.reason != "tier_off"), None)
+    # What a tier never had, or has no more, is nothing to look into.
+    first = next((error for error in errors if error is not None and error.reason not in ("tier_off", "gone")), None)
     if first is not None:
         log.warning("dynamo: %d blocks were not transferred, the first one: %s", sum(map(bool, errors)), first)
     return [None if error is None else error.reason for error in errors]

@@ -13,6 +13,8 @@ PREFILL, DECODE, BOTH = "prefill", "decode", "both"
 DEFAULT_PEER_PORT = 5700
 DEFAULT_PEER_DEADLINE_MS = 10_000.0
 MOST_PEER_DEADLINE_MS = 600_000.0
+DEFAULT_PEER_HBM_GB = 1.0
+_MOST_PEER_HBM_GB = 1e4
 
 #: Setting -> what `--help` says; part of `config.SETTINGS`.
 PEER_SETTINGS = {
@@ -20,6 +22,10 @@ PEER_SETTINGS = {
     "kvbm_peer_host": "Address that other engines reach this one at (default 127.0.0.1).",
     "kvbm_peer_port": f"First port of this engine's workers, one each (default {DEFAULT_PEER_PORT}).",
     "kvbm_peer_secret_file": "File with the secret that all engines of the fleet share; needed beyond one host.",
+    "kvbm_peer_hbm_gb": (
+        "HBM of each GPU that KV passes through between engines, in GB, beside --gpu-memory-utilization; 0 is none "
+        f"(default {DEFAULT_PEER_HBM_GB:g} on GPUs)."
+    ),
     "kvbm_peer_deadline_ms": (
         f"Longest wait for another engine's KV in ms; later is computed (default {DEFAULT_PEER_DEADLINE_MS:g})."
     ),
@@ -33,6 +39,13 @@ class PeerConfig:
     port: int = DEFAULT_PEER_PORT
     secret_file: Path | None = None
     deadline_seconds: float = DEFAULT_PEER_DEADLINE_MS / 1000
+    #: None: as much as is usual on the device.
+    hbm_bytes: int | None = None
+
+    def hbm_bytes_on(self, device: str) -> int:
+        """HBM for each of what it does, to serve and to read."""
+        usual = int(DEFAULT_PEER_HBM_GB * 1e9) if device == "cuda" else 0
+        return (usual if self.hbm_bytes is None else self.hbm_bytes) // (2 if self.role == BOTH else 1)
 
     @property
     def serves(self) -> bool:
@@ -48,8 +61,10 @@ class PeerConfig:
         return self.role in (DECODE, BOTH)
 
 
-def parse_peer_config(ours: Mapping[str, object], has_tiers: bool, keeps_all: bool) -> PeerConfig:
-    """`keeps_all`: host memory takes every block that is computed.
+def parse_peer_config(
+    ours: Mapping[str, object], has_tiers: bool, keeps_all: bool, compresses: bool = False
+) -> PeerConfig:
+    """`keeps_all`: host memory takes every block that is computed; `compresses`: and not as it is.
 
     Raises `ConfigError` with one line for the first setting that is wrong, naming its flag."""
     given = [key for key in PEER_SETTINGS if key in ours]
@@ -77,13 +92,32 @@ def parse_peer_config(ours: Mapping[str, object], has_tiers: bool, keeps_all: bo
         raise ConfigError(
             f"--kvbm-peer-host {host} is open to other hosts: give every engine the same --kvbm-peer-secret-file"
         )
+    hbm_gb = _hbm_gb(ours)
+    if compresses and hbm_gb:
+        raise ConfigError(
+            "--kvbm-peer-hbm-gb is for blocks as they are, and --kvbm-compression packs them; drop one of the two"
+        )
     return PeerConfig(
         role=role,
+        hbm_bytes=0 if compresses else None if hbm_gb is None else int(hbm_gb * 1e9),
         host=host,
         port=_number(ours, "kvbm_peer_port", DEFAULT_PEER_PORT, 65_535, whole=True),
         secret_file=None if secret is None else Path(str(secret)),
         deadline_seconds=_number(ours, "kvbm_peer_deadline_ms", DEFAULT_PEER_DEADLINE_MS, MOST_PEER_DEADLINE_MS) / 1000,
     )
+
+
+def _hbm_gb(ours: Mapping[str, object]) -> float | None:
+    if "kvbm_peer_hbm_gb" not in ours:
+        return None
+    value = ours["kvbm_peer_hbm_gb"]
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= _MOST_PEER_HBM_GB:
+        raise ConfigError(f"--kvbm-peer-hbm-gb {value!r} must be a number of GB, 0 for none")
+    return number
 
 
 def is_this_host(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""Copies between HBM pages and one slab of host rows: as they are, or compressed on the way down and expanded going up.
+"""Copies between HBM pages and one slab of rows: as they are, or compressed on the way down and expanded going up.
 
 A slab holds one kind of rows for its whole life, and every tier below holds copies of them, so a process never meets
 both kinds; that another one's are not met on disk or in an object store is the namespace's work.
@@ -19,12 +19,15 @@ from dynamo_kernels.layered import LayeredCopy, prepare_layers
 
 
 class RowCopy:
-    """`rows` is (slots, row_bytes) uint8. The bytes are in place when a call returns. Many threads may call at once."""
+    """`rows` is (slots, row_bytes) uint8, in host memory or beside the pages in HBM.
 
-    def __init__(self, hbm: BlockView, rows: npt.NDArray[np.uint8], codec: Codec | None = None) -> None:
+    The bytes are in place when a call returns. Many threads may call at once.
+    """
+
+    def __init__(self, hbm: BlockView, rows: npt.NDArray[np.uint8] | torch.Tensor, codec: Codec | None = None) -> None:
         self._hbm = hbm
         # One view for good, because the copy engine prepares a plan for every new one.
-        self._rows = BlockView.of_rows(torch.from_numpy(rows), hbm.part_bytes if codec is None else codec.part_bytes)
+        self._rows = BlockView.of_rows(torch.as_tensor(rows), hbm.part_bytes if codec is None else codec.part_bytes)
         # One a direction: a load has its own buffers, and never waits behind a job that stores.
         self._storing = None if codec is None else CompressedCopy(codec, hbm, self._rows)
         self._loading = None if codec is None else CompressedCopy(codec, hbm, self._rows)

@@ -1,4 +1,4 @@
-"""Rows of host memory that bytes pass through on their way up. Their number bounds what loads may take."""
+"""Rows that bytes pass through on their way up, of host memory or HBM. Their number bounds what loads may take."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import threading
 from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.compression import Codec
 
+from dynamo_connectors.hbm_rows import HbmRows
 from dynamo_connectors.row_copy import RowCopy
+from dynamo_connectors.tiers.base import Buffer
 from dynamo_connectors.tiers.dram import DramStore
 
 
 class StagingRows:
     """Hands out rows of `store`, which it owns. A row is given back by whoever is sure that nobody writes to it."""
 
-    def __init__(self, store: DramStore, hbm: BlockView, codec: Codec | None = None) -> None:
+    def __init__(self, store: DramStore | HbmRows, hbm: BlockView, codec: Codec | None = None) -> None:
         self.store = store
         #: From these rows on to HBM.
         self.copy = RowCopy(hbm, store.rows, codec)
@@ -30,20 +32,16 @@ class StagingRows:
 
     def give(self, rows: list[int]) -> None:
         with self._changed:
-            self._free += rows
+            self._free = sorted(self._free + rows)  # neighbours are read as one
             self._changed.notify_all()
 
-    def view(self, row: int) -> memoryview:
-        return memoryview(self.store.rows[row])
+    def view(self, row: int) -> Buffer | int:
+        """What a tier reads into."""
+        return self.store.buffer(row)
 
     def close(self) -> None:
         del self.copy
         self.store.close()
-
-    @property
-    def all_are_back(self) -> bool:
-        with self._changed:
-            return len(self._free) == self.store.capacity_blocks
 
     def check(self) -> None:
         with self._changed:

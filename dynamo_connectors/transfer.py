@@ -21,29 +21,26 @@ from dynamo_kernels.compression import Codec
 from dynamo_kernels.fence import ComputeFence, CopyLane, SideStream
 from dynamo_kernels.layered import LayerStream
 
+from dynamo_connectors.below import Below, PeersBelow
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, PEER
 from dynamo_connectors.errors import StoreError
+from dynamo_connectors.hbm_rows import HbmRows
 from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
 from dynamo_connectors.lanes import Lane
-from dynamo_connectors.loads import MOST_ROWS, LoadFromBelow, reasons
+from dynamo_connectors.loads import reasons
 from dynamo_connectors.row_copy import RowCopy
-from dynamo_connectors.staging import StagingRows
 from dynamo_connectors.tiers.base import Batch, LowerTier, Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.tiers.nvme import NvmeStore
 from dynamo_connectors.tiers.nvme_lanes import NvmeTier
 from dynamo_connectors.tiers.object import ObjectStore
+from dynamo_connectors.transport.peer_tier import PeerTier
 
 log = logging.getLogger(__name__)
 
 Job: TypeAlias = StoreJob | LoadJob | MoveJob | EraseJob
 
-#: Memory that loads from below pass through, and the rows that it has at least (enough to keep a disk busy).
-_STAGING_BYTES = 64 << 20
-_MIN_STAGING_ROWS = 16
-#: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.
-_LOADS_FROM_BELOW = 4
 #: A load that queued until less than this share of its time was left does not set out: it would hardly arrive, and its
 #: hanging up would look like a failure of the store.
 _LEAST_TIME_LEFT = 0.1
@@ -60,8 +57,9 @@ class Stores:
     object_store: ObjectStore | None = None
     #: How the rows of host memory, and so of every tier below it, are compressed.
     codec: Codec | None = None
-    #: Makes the peer tier, which reads into this slab and no other memory.
-    peer: Callable[[DramStore], LowerTier] | None = None
+    #: Makes the peer tier, which reads into this slab, and these rows, and no other memory.
+    peer: Callable[[DramStore, HbmRows | None], PeerTier] | None = None
+    peer_rows: HbmRows | None = None
 
 
 @dataclass
@@ -75,18 +73,6 @@ class _Outcome:
     def note_move(self, tier: str, blocks: int, row_bytes: int, started: float) -> None:
         if blocks:
             self.moved.append(Moved(tier, blocks * row_bytes, time.monotonic() - started))
-
-
-class _Below:
-    """A tier below host memory, with the threads and the memory that loads from it take."""
-
-    def __init__(self, name: str, make: Callable[[DramStore], LowerTier], stores: Stores, hbm: BlockView) -> None:
-        # A peer is asked before each read and after it; meanwhile another read is under way.
-        self.scale = 2 if name == PEER else 1
-        rows = min(max(_MIN_STAGING_ROWS, _STAGING_BYTES // stores.dram.row_bytes), 4 * _MIN_STAGING_ROWS)
-        self.staging = StagingRows(stores.dram.another(rows * self.scale), hbm, stores.codec)
-        self.tier = make(self.staging.store)
-        self.lane = Lane(f"kvbm-load-{name}", _LOADS_FROM_BELOW)
 
 
 class TransferEngine:
@@ -114,14 +100,14 @@ class TransferEngine:
         self._store_lane = Lane("kvbm-store", 1)
         self._load_lane = Lane("kvbm-load", 1)
         #: Fastest first.
-        self._below: dict[str, _Below] = {}
-        disk, objects = stores.disk, stores.object_store
+        self._below: dict[str, Below] = {}
+        dram, disk, objects, codec = stores.dram, stores.disk, stores.object_store, stores.codec
         if disk is not None:
-            self._below[NVME_SSD] = _Below(NVME_SSD, lambda _: NvmeTier(disk), stores, hbm)
+            self._below[NVME_SSD] = Below(NVME_SSD, lambda _: NvmeTier(disk), dram, hbm, codec)
         if objects is not None:
-            self._below[OBJECT_STORE] = _Below(OBJECT_STORE, lambda _: objects, stores, hbm)
+            self._below[OBJECT_STORE] = Below(OBJECT_STORE, lambda _: objects, dram, hbm, codec)
         if stores.peer is not None:
-            self._below[PEER] = _Below(PEER, stores.peer, stores, hbm)
+            self._below[PEER] = PeersBelow(stores.peer, dram, hbm, codec, stores.peer_rows)
 
     def submit(self, job: Job, fence: ComputeFence) -> None:
         """Starts `job` once the compute before `fence` is done. Its report comes out of `poll`, always."""
@@ -216,14 +202,14 @@ class TransferEngine:
             return
         del self._copy
         for below in self._below.values():
-            below.staging.close()
+            below.close()
         self._dram.close()
 
     def check(self) -> None:
         with self._lock:
             assert self._unreported >= 0, "a job was reported twice"
         for below in self._below.values():
-            below.staging.check()
+            below.check()
 
     def _report(self, job: Job, ended: Future[_Outcome]) -> None:
         """Runs as the last thing of every job, on whichever thread ended it."""
@@ -267,10 +253,9 @@ class TransferEngine:
             self._arrived_at = time.monotonic()  # what ran ahead meanwhile was not under way alone
         for name, items in by_tier.items():
             started, below = time.monotonic(), self._below[name]
-            load = LoadFromBelow(below.tier, below.staging, MOST_ROWS * below.scale)
             limit = below.tier.deadline_seconds
             left = limit - queued_seconds
-            good = load.run(items, left if left > limit * _LEAST_TIME_LEFT else 0.0, outcome.failed)
+            good = below.load(items, left if left > limit * _LEAST_TIME_LEFT else 0.0, outcome.failed)
             # Told even if nothing came: a tier that keeps its requests waiting must be known for that.
             seconds = queued_seconds + time.monotonic() - started
             outcome.moved.append(Moved(name, good * self._dram.row_bytes, seconds))

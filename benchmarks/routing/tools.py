@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.routing.simulated import BLOCK_TOKENS
+
 HERE = Path(__file__).resolve().parent
 ENGINES = 8
 
@@ -72,6 +74,11 @@ def router_command(name: str, port: int, engine_ports: Sequence[int], peers: Pat
         return [sys.executable, "-m", "benchmarks.routing.splice", str(port), *map(str, engine_ports)]
     if peers is None:
         return None
+    if kind == "dynamo":
+        program = peers / kind / "bin" / "python"
+        planes = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
+        flags = ["--http-port", str(port), "--router-mode", policy, "--kv-cache-block-size", str(BLOCK_TOKENS), *planes]
+        return [str(program), "-m", "dynamo.frontend", *flags] if program.exists() else None
     common = ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", *urls, "--policy", policy]
     quiet = ["--log-level", "error", "--worker-startup-check-interval", "1", "--prometheus-port", str(port + 1)]
     starts = {

@@ -21,6 +21,7 @@ from benchmarks.served.routes import Apart, Route
 COUNTERS = (
     "dynamo_nixl_read_bytes_total",
     "dynamo_nixl_reads_total",
+    "dynamo_nixl_window_blocks_total",
     "dynamo_kvbm_hit_blocks_total/peer",
     "dynamo_nixl_unexported_blocks_total",
     "vllm:nixl_bytes_transferred_sum",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from dynamo_connectors.transport.metric_names import NIXL_COUNTERS, NIXL_LEVELS
+from dynamo_connectors.transport.metric_names import NIXL_COUNTERS, NIXL_LEVELS, in_base_units
 
 
 class _Families(NamedTuple):
@@ -40,7 +40,7 @@ class HandoffMeter:
     def add(self, counts: Mapping[tuple[str, str], int]) -> None:
         for (what, label), amount in counts.items():
             counter = self._families.counters[what]
-            (counter.labels(label) if NIXL_COUNTERS[what][1] else counter).inc(amount)
+            (counter.labels(label) if NIXL_COUNTERS[what][1] else counter).inc(in_base_units(what, amount))
 
     def set(self, what: str, level: int) -> None:
         if self._levels.get(what) != level:

@@ -106,6 +106,9 @@ class DramStore:
         if not 0 <= slot < len(self.rows):
             raise StoreError("no_slot", f"DRAM slot {slot} is outside the {len(self.rows)} open ones")
 
+    def buffer(self, slot: int) -> memoryview:
+        return memoryview(self.rows[slot])
+
     def close(self) -> None:
         if self._unpin is not None:
             self._unpin()

@@ -11,26 +11,58 @@ import gc
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from dynamo_connectors.errors import ConfigError, StoreError
+from dynamo_connectors.errors import ConfigError, DynamoConnectorsError, StoreError
 from dynamo_connectors.transport.progress import resting_progress
 
 #: Either may be installed alone; both do the same in host memory.
 _BUILDS = ("nixl_cu13", "nixl_cu12")
-_DRAM = "DRAM"
 
 
 class Region(NamedTuple):
-    """Host memory."""
+    """Memory of the host, or of the GPU `device`."""
 
     address: int
     num_bytes: int
+    device: int | None = None
 
     def holds(self, address: int, num_bytes: int) -> bool:
         return self.address <= address and address + num_bytes <= self.address + self.num_bytes
+
+    def enter(self) -> None:
+        """The calling thread will have NIXL read into it."""
+        if self.device is not None:
+            import torch
+
+            torch.cuda.set_device(self.device)
+
+    def settle(self) -> None:
+        """Returns when no copy of this process is under way in it."""
+        if self.device is not None:
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
+
+#: The GPU on each side of a READ, None for host memory.
+Devices: TypeAlias = tuple[int | None, int | None]
+
+
+class GpuMemoryError(DynamoConnectorsError):
+    """NIXL does not take a GPU's memory, and may take the host's all the same."""
+
+
+class Measured(NamedTuple):
+    """What NIXL's own telemetry says of a READ that is over."""
+
+    num_bytes: int
+    descriptors: int
+    #: Of the call that started it, and of all of it.
+    post_microseconds: int
+    microseconds: int
 
 
 class TransferEndedError(StoreError):
@@ -59,16 +91,19 @@ class Agent:
     """`name` must be unlike that of any peer's agent, ever."""
 
     def __init__(self, name: str, regions: list[Region], build: str | None = None) -> None:
+        self._regions = regions
         build = build or require_nixl()
         api, self._errors = importlib.import_module(f"{build}._api"), importlib.import_module(f"{build}._bindings")
         self._disconnected: type[Exception] = self._errors.nixlRemoteDisconnectError
         try:
             with resting_progress(self._errors):
-                self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"]))
-            for region in regions:
-                rows = np.array([[region.address, region.num_bytes, 0]], dtype=np.uint64)
-                self._agent.register_memory(rows, _DRAM, backends=["UCX"])
+                self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"], capture_telemetry=True))
+            for address, num_bytes, device in regions:
+                rows = _pieces([address], num_bytes, device)
+                self._agent.register_memory(rows, _kind(device), backends=["UCX"])
         except Exception as error:
+            if any(region.device is not None for region in regions):
+                raise GpuMemoryError(f"NIXL cannot read GPU memory over UCX here ({error})") from error
             raise ConfigError(
                 f"NIXL cannot serve host memory over UCX here ({error}); run `dynamo-connectors doctor`, or start "
                 "without --kvbm-role"
@@ -95,14 +130,23 @@ class Agent:
         except Exception as error:  # noqa: BLE001 - it is gone, which was the point
             del error
 
-    def post(self, peer: str, local: Sequence[int], remote: Sequence[int], num_bytes: int | Sequence[int]) -> Any:
-        """Starts a READ of pieces of `num_bytes`, one for all or one each.
+    def post(
+        self,
+        peer: str,
+        local: Sequence[int],
+        remote: Sequence[int],
+        num_bytes: int | Sequence[int],
+        devices: Devices = (None, None),
+    ) -> Any:
+        """Starts a READ of pieces of `num_bytes`, one for all or one each. `devices`: the GPU here and there, if any.
 
         Raises `TransferEndedError` or `TransferUnknownError`.
         """
         try:
-            here = self._agent.get_xfer_descs(_pieces(local, num_bytes), _DRAM)
-            there = self._agent.get_xfer_descs(_pieces(remote, num_bytes), _DRAM)
+            here, there = (
+                self._agent.get_xfer_descs(_pieces(addresses, num_bytes, device), _kind(device))
+                for addresses, device in zip((local, remote), devices, strict=True)
+            )
             handle = self._agent.initialize_xfer("READ", here, there, peer)
         except Exception as error:  # nothing was started
             raise TransferEndedError("disconnected", f"NIXL refuses the READ ({error})") from error
@@ -113,6 +157,20 @@ class Agent:
         """Raises `TransferEndedError` or `TransferUnknownError`."""
         return bool(self._act(self._agent.check_xfer_state, handle) == "DONE")
 
+    def measured(self, handle: Any) -> Measured | None:
+        """Of a READ that is over. None where NIXL does not tell."""
+        try:
+            said = self._agent.get_xfer_telemetry(handle)
+            return Measured(
+                int(said.totalBytes),
+                int(said.descCount),
+                _microseconds(said.postDuration),
+                _microseconds(said.xferDuration),
+            )
+        except Exception as error:  # noqa: BLE001 - a figure less; an older NIXL has none
+            del error
+            return None
+
     def release(self, handle: Any) -> None:
         """Of a READ that is over."""
         self._agent.release_xfer_handle(handle)
@@ -121,6 +179,9 @@ class Agent:
         """Ends every READ: afterwards nothing writes to the regions. The caller holds no handle any more."""
         self._agent = None
         gc.collect()
+        # NIXL reads GPUs of this host by copies on streams of its own, and nobody says that they end with it.
+        for region in self._regions:
+            region.settle()
 
     def _act(self, what: Any, handle: Any) -> str:
         try:
@@ -134,8 +195,18 @@ class Agent:
         return str(state)
 
 
-def _pieces(addresses: Sequence[int], num_bytes: int | Sequence[int]) -> Any:
+def _microseconds(duration: Any) -> int:
+    """NIXL gives a `timedelta`, or a number of microseconds."""
+    return round(duration.total_seconds() * 1e6) if hasattr(duration, "total_seconds") else int(duration)
+
+
+def _pieces(addresses: Sequence[int], num_bytes: int | Sequence[int], device: int | None) -> Any:
     pieces = np.zeros((len(addresses), 3), dtype=np.uint64)
     pieces[:, 0] = addresses
     pieces[:, 1] = num_bytes
+    pieces[:, 2] = device or 0
     return pieces
+
+
+def _kind(device: int | None) -> str:
+    return "DRAM" if device is None else "VRAM"

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
+import numpy as np
+
 from dynamo_connectors.errors import ConfigError, StoreError
-from dynamo_connectors.transport.agent import Agent, Region, TransferEndedError, TransferUnknownError
-from dynamo_connectors.transport.messages import Welcome
+from dynamo_connectors.transport.agent import (
+    Agent,
+    Devices,
+    GpuMemoryError,
+    Region,
+    TransferEndedError,
+    TransferUnknownError,
+)
+from dynamo_connectors.transport.messages import Welcome, Window
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +52,8 @@ class DataPlane:
         self._transfers: dict[int, tuple[Any, str]] = {}
         self._pause = _FIRST_PAUSE_SECONDS
         self._retry_at = 0.0
+        #: NIXL's own telemetry since somebody took it, by (what, label).
+        self.counts: Counter[tuple[str, str]] = Counter()
         self._start()
 
     @property
@@ -65,16 +78,20 @@ class DataPlane:
             return
         self._agent.forget(known.agent)
 
-    def post(self, read: int, peer: str, local: Sequence[int], slots: Sequence[int]) -> str | None:
-        """Starts a READ; None, or why nothing of it will arrive."""
+    def post(
+        self, read: int, peer: str, local: Sequence[int], slots: Sequence[int], in_window: bool = False
+    ) -> str | None:
+        """Starts a READ; None, or why nothing of it will arrive. `in_window`: of slots of the peer's window."""
         known = self._peers.get(peer)
         if known is None or self._agent is None:
             return "unavailable"
-        pieces = self._pieces(known.welcome, local, slots)
+        window = known.welcome.window if in_window else None
+        welcome = known.welcome if window is None else msgspec.structs.replace(known.welcome, base=window.base)
+        pieces = self._pieces(welcome, local, slots)
         if pieces is None:
             return "internal_error"
         try:
-            handle = self._agent.post(known.agent, *pieces)
+            handle = self._agent.post(known.agent, *pieces, (None, None) if window is None else self._devices(window))
         except TransferEndedError as error:
             return error.reason
         except TransferUnknownError as error:
@@ -100,11 +117,20 @@ class DataPlane:
                 self._transfers[read] = (None, agent)
                 continue
             del self._transfers[read]
+            self._measure(handle)
             try:
                 self._agent.release(handle)
             except Exception as error:  # noqa: BLE001 - it has ended all the same; what is lost is a handle
                 log.warning("dynamo: NIXL does not let go of a READ that is over (%s)", error)
         return ended
+
+    def _measure(self, handle: Any) -> None:
+        measured = self._agent.measured(handle) if self._agent is not None else None
+        if measured is not None:
+            self.counts["nixl_transferred_bytes", ""] += measured.num_bytes
+            self.counts["nixl_descriptors", ""] += measured.descriptors
+            self.counts["nixl_post_microseconds", ""] += measured.post_microseconds
+            self.counts["nixl_transfer_microseconds", ""] += measured.microseconds
 
     def restart(self) -> None:
         """Every READ is over, and every peer a stranger."""
@@ -120,10 +146,22 @@ class DataPlane:
         assert self._agent is not None or not self._transfers, "READs are under way without an agent"
 
     def _pieces(self, welcome: Welcome, local: Sequence[int], slots: Sequence[int]) -> Pieces | None:
-        """What a READ is made of: addresses here and there, and bytes. None for what no region of ours holds."""
+        """What a READ is made of: addresses here and there, and bytes. None for what no region of ours holds.
+
+        Neighbours on both sides are one piece.
+        """
         if not all(any(region.holds(address, self._row_bytes) for region in self._regions) for address in local):
             return None
-        return local, [welcome.base + slot * self._row_bytes for slot in slots], self._row_bytes
+        here = np.asarray(local, dtype=np.int64)
+        there = welcome.base + np.asarray(slots, dtype=np.int64) * self._row_bytes
+        starts = np.ones(len(here), bool)
+        starts[1:] = (np.diff(here) != self._row_bytes) | (np.diff(there) != self._row_bytes)
+        lengths = np.diff(np.append(np.flatnonzero(starts), len(here))) * self._row_bytes
+        return here[starts].tolist(), there[starts].tolist(), lengths.tolist()
+
+    def _devices(self, theirs: Window) -> Devices:
+        ours = next((region.device for region in self._regions if region.device is not None), None)
+        return ours, None if theirs.device < 0 else theirs.device
 
     def _start(self) -> None:
         self._agent = Agent(f"{self._name}-{next(self._runs)}", self._regions)
@@ -134,7 +172,7 @@ class DataPlane:
             return
         try:
             self._start()
-        except ConfigError as error:
+        except (ConfigError, GpuMemoryError) as error:
             self._retry_at = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS)
             log.warning("dynamo: NIXL does not start again (%s)", error)

@@ -16,7 +16,7 @@ from dynamo_connectors.errors import DynamoConnectorsError
 Body = TypeVar("Body")
 
 MAGIC = b"DYNP"
-VERSION = 3
+VERSION = 4
 #: Above it a frame is not even read: a question about `MOST_BLOCKS` blocks takes less.
 MOST_FRAME_BYTES = 2 << 20
 MOST_BLOCKS = 16_384
@@ -30,6 +30,7 @@ Name = Annotated[bytes, msgspec.Meta(max_length=128)]
 Lease = Annotated[bytes, msgspec.Meta(min_length=LEASE_BYTES, max_length=LEASE_BYTES)]
 Key = Annotated[bytes, msgspec.Meta(max_length=96)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Address = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 #: A slot, or -1 for a block that the lease does not hold.
 Slot = Annotated[int, msgspec.Meta(ge=-1, le=1 << 40)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=600.0)]
@@ -67,6 +68,8 @@ class Ask(_Message, frozen=True):
     lease: Lease
     keys: Keys
     seconds: Seconds
+    #: In the owner's window, or else in its host memory.
+    in_window: bool = False
 
 
 class Check(_Message, frozen=True):
@@ -78,6 +81,7 @@ class Check(_Message, frozen=True):
     lease: Lease
     slots: Slots
     generations: Generations
+    in_window: bool = False
 
 
 class Renew(_Message, frozen=True):
@@ -98,6 +102,14 @@ class End(_Message, frozen=True):
     lease: Lease
 
 
+class Window(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Rows beside those in host memory, in the memory of the owner's GPU `device`; -1 where that is the host's."""
+
+    base: Address
+    rows: Count
+    device: Annotated[int, msgspec.Meta(ge=-1, le=1 << 16)]
+
+
 class Welcome(_Message, frozen=True):
     """Owner: `epoch` is this run of mine; row `slot` lies at `base + slot * row_bytes` of agent `metadata`."""
 
@@ -105,9 +117,10 @@ class Welcome(_Message, frozen=True):
     namespace: Name
     epoch: Name
     metadata: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
-    base: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    base: Address
     rows: Count
     row_bytes: Count
+    window: Window | None = None
 
 
 class Refuse(_Message, frozen=True):

@@ -6,6 +6,16 @@ from __future__ import annotations
 NIXL_COUNTERS: dict[str, tuple[str, str | None, str]] = {
     "nixl_read_bytes": ("dynamo_nixl_read_bytes", None, "Bytes of peers that were read and proven."),
     "nixl_read_blocks": ("dynamo_nixl_read_blocks", None, "Blocks of peers that were read and proven."),
+    "nixl_transferred_bytes": ("dynamo_nixl_transferred_bytes", None, "Bytes that NIXL has read, proven or not."),
+    "nixl_descriptors": ("dynamo_nixl_descriptors", None, "Pieces of memory in READs, as NIXL tells it."),
+    "nixl_post_microseconds": ("dynamo_nixl_post_seconds", None, "Time NIXL took to start READs, as it tells it."),
+    "nixl_transfer_microseconds": ("dynamo_nixl_transfer_seconds", None, "Time READs took, as NIXL tells it."),
+    "nixl_window_blocks": ("dynamo_nixl_window_blocks", None, "Blocks of these that went from HBM to HBM."),
+    "nixl_windows_off": (
+        "dynamo_nixl_windows_off",
+        None,
+        "Times that a worker started without rows in HBM for peers, which it should have.",
+    ),
     "nixl_reads": ("dynamo_nixl_reads", None, "READs of peers that ended, well or badly."),
     "nixl_late_reads": ("dynamo_nixl_late_reads", None, "READs that were not over at their deadline."),
     "nixl_fences_refused": ("dynamo_nixl_fences_refused", "reason", "READs whose bytes were not what was granted."),
@@ -21,3 +31,8 @@ NIXL_LEVELS = {
     "nixl_open_leases": ("dynamo_nixl_open_leases", "Leases that peers hold on this engine's blocks."),
     "nixl_quarantined_bytes": ("dynamo_nixl_quarantined_bytes", "Host memory that late READs may still write to."),
 }
+
+
+def in_base_units(what: str, amount: float) -> float:
+    """Counts are whole numbers, so seconds are counted in millionths."""
+    return amount / 1e6 if what.endswith("_microseconds") else amount

@@ -9,7 +9,8 @@ grant tells that generation, and the reader asks after its READ whether the leas
 same. Nothing else counts as an answer, so messages may be lost, doubled, delayed and reordered.
 
 So a reader needs no pin to be safe, only luck: under the standing lease it asks for blocks by their keys, and gets
-those that lie in host memory at that moment.
+those that lie in host memory at that moment; and so does the reader of a lease that is only announced, if they are all
+there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from dynamo_connectors.transport.messages import (
     Request,
     Verdict,
     Welcome,
+    Window,
 )
+from dynamo_connectors.transport.window_desk import Fill, ReadName, Source, WindowDesk
 
 #: How long a lease lives without a word from its reader.
 DEFAULT_LEASE_SECONDS = 30.0
@@ -68,6 +71,7 @@ class Offer(NamedTuple):
     base: int
     rows: int
     row_bytes: int
+    window: Window | None = None
 
 
 @dataclass
@@ -95,7 +99,10 @@ class Owner:
         self._holdings = holdings
         self._lease_seconds = lease_seconds
         self._shelf = shelf
+        self._desk = WindowDesk(0 if offer.window is None else offer.window.rows)
         self._leases: dict[bytes, _Lease] = {}
+        #: Questions about leases whose blocks are still on their way, and when their readers give up.
+        self._waiting: dict[ReadName, tuple[Ask, float]] = {}
         #: Ended lease -> why.
         self._remembered: OrderedDict[bytes, str] = OrderedDict()
         self._ended: list[bytes] = []
@@ -137,7 +144,31 @@ class Owner:
         self.revoke_all()
         self._offer = self._offer._replace(epoch=epoch, namespace=namespace)
 
+    def take_fills(self) -> list[Fill]:
+        """Rows of the window to be filled from host memory; answer each with `filled`."""
+        return self._desk.take_fills()
+
+    def filled(self, number: int, is_good: bool = True) -> Grant | None:
+        """The copies of a `Fill` are complete, or will never be. Returns what its reader waits for."""
+
+        def holds(source: Source) -> bool:
+            return is_good and self._holdings.generation_of(source.slot) == source.generation
+
+        read = self._desk.filled(number, holds)
+        return None if read is None else self._from_window(*read)
+
+    def answers(self, now: float) -> list[Grant]:
+        """What can be told by now to readers who were told to wait; they need not ask again."""
+        ready = [read for read, (ask, until) in self._waiting.items() if until <= now or not self._is_early(ask)]
+        asked = [self._waiting.pop(read) for read in ready]
+        return [self._ask(ask, now) for ask, until in asked if now < until]
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting)
+
     def expire(self, now: float) -> None:
+        self._desk.expire(now)
         for name, lease in list(self._leases.items()):
             lease.grants = {read: until for read, until in lease.grants.items() if until > now}
             if lease.is_done:
@@ -176,8 +207,8 @@ class Owner:
         assert STANDING_LEASE not in self._leases, "the standing lease was given out"
         assert not self._leases.keys() & self._remembered.keys(), "a lease is open and ended"
         for lease in self._leases.values():
-            assert lease.slots is not None or not lease.grants, "a READ was granted before there was anything to read"
             assert len(lease.grants) <= _MOST_GRANTS, "too many READs of one lease"
+        self._desk.check()
         assert len(self._remembered) <= _MOST_REMEMBERED, "too many ended leases are remembered"
 
     def _hello(self, hello: Hello) -> Reply:
@@ -193,30 +224,50 @@ class Owner:
             self.counts["nixl_refused_peers", "other_block_size"] += 1
             detail = f"a block has {offer.row_bytes} bytes here and {hello.row_bytes} there; use the same --block-size"
             return Refuse(hello.nonce, "other_block_size", detail)
-        return Welcome(
-            hello.nonce, offer.namespace, offer.epoch, offer.metadata, offer.base, offer.rows, offer.row_bytes
-        )
+        place = offer.base, offer.rows, offer.row_bytes, offer.window
+        return Welcome(hello.nonce, offer.namespace, offer.epoch, offer.metadata, *place)
 
     def _ask(self, ask: Ask, now: float) -> Grant:
         epoch, lease = self._offer.epoch, self._leases.get(ask.lease)
         if ask.epoch != epoch:
             return Grant(ask.reader, ask.read, epoch, "restarted")
         if ask.lease == STANDING_LEASE and self._shelf is not None:
-            there = [(key, self._shelf.slot_of(key)) for key in map(BlockKey, ask.keys)]
-            return self._grant(ask, {key: slot for key, slot in there if slot is not None})
+            return self._grant(ask, self._on_shelf(ask), now)
         if lease is None:
             return Grant(ask.reader, ask.read, epoch, "gone" if ask.lease in self._remembered else "unknown")
         is_new = (ask.reader, ask.read) not in lease.grants
         if lease.is_done and is_new:
             return Grant(ask.reader, ask.read, epoch, "gone")
         self._renew(ask.lease, now)
-        if lease.slots is None or (len(lease.grants) >= _MOST_GRANTS and is_new):
+        is_early = self._is_early(ask)
+        if is_early and len(self._waiting) < _MOST_REMEMBERED:
+            self._waiting[ask.reader, ask.read] = ask, now + ask.seconds
+        if is_early or (len(lease.grants) >= _MOST_GRANTS and is_new):
             return Grant(ask.reader, ask.read, epoch, "pending")
         lease.grants[ask.reader, ask.read] = now + ask.seconds + _GRACE_SECONDS
-        return self._grant(ask, lease.slots)
+        return self._grant(ask, self._on_shelf(ask) if lease.slots is None else lease.slots, now)
 
-    def _grant(self, ask: Ask, slots: Mapping[BlockKey, int]) -> Grant:
+    def _is_early(self, ask: Ask) -> bool:
+        """Whether the lease is announced only, and not all of this lies there yet."""
+        lease = self._leases.get(ask.lease)
+        if lease is None or lease.slots is not None:
+            return False
+        slots = self._on_shelf(ask)
+        return not all(key in slots and self._holdings.holds(slots[key], key) for key in map(BlockKey, ask.keys))
+
+    def _on_shelf(self, ask: Ask) -> Mapping[BlockKey, int]:
+        """Where these blocks lie in host memory, whoever keeps them."""
+        if self._shelf is None:
+            return {}
+        there = [(key, self._shelf.slot_of(key)) for key in map(BlockKey, ask.keys)]
+        return {key: slot for key, slot in there if slot is not None}
+
+    def _grant(self, ask: Ask, slots: Mapping[BlockKey, int], now: float) -> Grant:
         places = [self._place(slots, BlockKey(key)) for key in ask.keys]
+        if ask.in_window:
+            sources = [None if slot < 0 else Source(slot, generation) for slot, generation in places]
+            self._desk.ask((ask.reader, ask.read), sources, now + ask.seconds + _GRACE_SECONDS)
+            return self._from_window(ask.reader, ask.read)
         return Grant(
             ask.reader,
             ask.read,
@@ -225,6 +276,12 @@ class Owner:
             tuple(slot for slot, _ in places),
             tuple(generation for _, generation in places),
         )
+
+    def _from_window(self, reader: bytes, read: int) -> Grant:
+        granted = self._desk.granted((reader, read))
+        if granted is None:
+            return Grant(reader, read, self._offer.epoch, "pending")
+        return Grant(reader, read, self._offer.epoch, "granted", *granted)
 
     def _place(self, slots: Mapping[BlockKey, int], key: BlockKey) -> tuple[int, int]:
         slot = slots.get(key, -1)
@@ -236,6 +293,8 @@ class Owner:
 
     def _check(self, check: Check, now: float) -> Verdict:
         reason = self._why_not(check)
+        if check.in_window:
+            self._desk.leave((check.reader, check.read))
         lease = self._leases.get(check.lease)
         if lease is not None:
             lease.grants.pop((check.reader, check.read), None)
@@ -251,6 +310,8 @@ class Owner:
         is_standing = check.lease == STANDING_LEASE and self._shelf is not None
         if check.lease not in self._leases and not is_standing:
             return "lease_ended"
+        if check.in_window:
+            return "" if self._desk.holds(check.slots, check.generations) else "other_generation"
         if len(check.slots) != len(check.generations) or any(not 0 <= slot < self._offer.rows for slot in check.slots):
             return "garbled"
         now = [self._holdings.generation_of(slot) for slot in check.slots]

@@ -37,6 +37,7 @@ from dynamo_connectors.transport.reader_state import (
     Post,
     Restart,
     Send,
+    Wanted,
 )
 from dynamo_connectors.transport.sockets import PeerSockets
 from dynamo_connectors.transport.tickets import Ticket
@@ -61,6 +62,8 @@ class PeerSettings:
     deadline_seconds: float = 10.0
     #: Late READs may hold so many bytes of host rows; beyond it the data plane is made anew.
     quarantine_bytes: int = 16 << 20
+    #: The same of rows that peers' windows are read into.
+    window_quarantine_bytes: int = 0
 
 
 @dataclass(eq=False)
@@ -69,6 +72,7 @@ class _Call:
 
     keys: list[BlockKey]
     addresses: list[int]
+    in_window: bool = False
     outcome: Future[Sequence[StoreError | None]] = field(default_factory=Future)
     started: float = field(default_factory=time.monotonic)
     given_up: Future[str] = field(default_factory=Future)
@@ -90,7 +94,8 @@ class PeerTier:
         self._codec = Codec(settings.secret)
         name = os.urandom(8)
         first, quarantine = int.from_bytes(os.urandom(8), "big") >> 3, settings.quarantine_bytes
-        common = self._common(Common(name, settings.namespace, settings.row_bytes, quarantine, first))
+        usual = Common(name, settings.namespace, settings.row_bytes, quarantine, first)
+        common = self._common(usual._replace(window_quarantine_bytes=settings.window_quarantine_bytes))
         self._reader = Reader(common)
         self._plane = self._make_plane(f"dynamo-reader-{name.hex()}")
         try:
@@ -114,18 +119,29 @@ class PeerTier:
         self._watchdog = Watchdog(common.silence_seconds, self._give_all_up)
         self._thread.start()
 
+    @property
+    def reads_windows(self) -> bool:
+        """Whether NIXL has taken rows for them, too."""
+        return len(self._regions) > 1
+
     # -- any thread --------------------------------------------------------------------------------------------------
 
     def read(self, places: Sequence[Place], into: Sequence[Buffer]) -> list[Batch]:
         """One batch per ticket. Cancelling an outcome changes nothing: its buffers are in use until it is there."""
+        return self._read(places, [np.frombuffer(buffer, dtype=np.uint8).ctypes.data for buffer in into])
+
+    def read_windows(self, places: Sequence[Place], into: Sequence[int]) -> list[Batch]:
+        """As `read`, of blocks that lie in peers' windows, into rows at these addresses; `gone` is what does not."""
+        return self._read(places, into, in_window=True)
+
+    def _read(self, places: Sequence[Place], into: Sequence[int], in_window: bool = False) -> list[Batch]:
         by_ticket: dict[bytes, list[int]] = {}
         for at, place in enumerate(places):
             by_ticket.setdefault(bytes(place.chunk or b""), []).append(at)
         batches: list[Batch] = []
         for encoded, positions in by_ticket.items():
             keys = [places[at].key for at in positions]
-            addresses = [np.frombuffer(into[at], dtype=np.uint8).ctypes.data for at in positions]
-            call = self._begin(encoded, keys, addresses)
+            call = self._begin(encoded, keys, [into[at] for at in positions], in_window)
             batches.append(Batch(positions, call.outcome, given_up=call.given_up))
         return batches
 
@@ -173,9 +189,9 @@ class PeerTier:
         with self._lock:
             assert not any(call.given_up.done() for call in self._awaited), "a call is awaited that was given up"
 
-    def _begin(self, encoded: bytes, keys: list[BlockKey], addresses: list[int]) -> _Call:
+    def _begin(self, encoded: bytes, keys: list[BlockKey], addresses: list[int], in_window: bool = False) -> _Call:
         """Starts a read, or ends it at once."""
-        call = _Call(keys, addresses)
+        call = _Call(keys, addresses, in_window)
         if self._watchdog.is_alarmed and not self._closed:
             call.end("unavailable", "NIXL keeps the thread that reads from peers")
         elif not self._submit(partial(self._start, encoded, call), call):
@@ -220,6 +236,8 @@ class PeerTier:
 
     def _run(self) -> None:
         try:
+            for region in self._regions:
+                region.enter()
             while not self._closed:
                 self._step()
         except BaseException:
@@ -283,7 +301,8 @@ class PeerTier:
             self._finish(number, [error.reason] * len(call.keys))
             return
         deadline = call.started + self.deadline_seconds
-        self._reader.read(number, self._address(ticket), ticket.lease, call.keys, deadline, time.monotonic())
+        wanted = Wanted(ticket.lease, tuple(call.keys), call.in_window)
+        self._reader.read(number, self._address(ticket), wanted, deadline, time.monotonic())
 
     def _address(self, ticket: Ticket) -> str:
         return ticket.address_of(self._settings.rank)
@@ -316,8 +335,9 @@ class PeerTier:
             self._reader.restarted(time.monotonic())
 
     def _post(self, step: Post) -> None:
-        addresses = self._calls[step.read].addresses
-        error = self._plane.post(step.read, step.peer, [addresses[row] for row in step.rows], step.slots)
+        call = self._calls[step.read]
+        into = [call.addresses[row] for row in step.rows]
+        error = self._plane.post(step.read, step.peer, into, step.slots, call.in_window)
         if error is not None:
             self._reader.transfer_ended(step.read, error, time.monotonic())
 
@@ -328,6 +348,7 @@ class PeerTier:
         with self._lock:
             self._counts["nixl_read_bytes", ""] += good * self._settings.row_bytes
             self._counts["nixl_read_blocks", ""] += good
+            self._counts["nixl_window_blocks", ""] += good * call.in_window
             self._counts["nixl_reads", ""] += 1
         call.outcome.set_result(
             [None if reason is None else StoreError(reason, "a peer's block did not arrive") for reason in reasons]
@@ -347,7 +368,19 @@ class PeerTier:
             log.warning("dynamo: %s", line)
         self._reader.complaints.clear()
         self._quarantined_bytes = self._reader.quarantined_bytes
-        if self._reader.counts:
-            with self._lock:
-                self._counts.update(self._reader.counts)
-            self._reader.counts.clear()
+        for counts in (self._reader.counts, self._plane.counts):
+            if counts:
+                with self._lock:
+                    self._counts.update(counts)
+                counts.clear()
+
+
+class PeerWindows:
+    """A `LowerTier` of a `PeerTier`'s peers: what lies in their windows. Buffers are addresses."""
+
+    def __init__(self, tier: PeerTier) -> None:
+        self.deadline_seconds = tier.deadline_seconds
+        self._tier = tier
+
+    def read(self, places: Sequence[Place], into: Sequence[int]) -> list[Batch]:
+        return self._tier.read_windows(places, into)

@@ -13,12 +13,8 @@ or one for a minute, the data plane is restarted, which fences all of them at on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
-from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import (
-    Ask,
-    Check,
     Grant,
     Hello,
     Ping,
@@ -44,6 +40,8 @@ from dynamo_connectors.transport.reader_state import (
     Restart,
     Send,
     Timer,
+    Wanted,
+    is_over_budget,
 )
 from dynamo_connectors.transport.watches import Watches
 
@@ -82,25 +80,18 @@ class Reader:
 
     @property
     def quarantined_bytes(self) -> int:
-        return sum(len(read.rows) for read in self._reads.values() if read.state == "late") * self._common.row_bytes
+        return sum(read.late_rows for read in self._reads.values()) * self._common.row_bytes
 
     @property
     def is_reading(self) -> bool:
         """Whether a READ may end any moment that somebody waits for."""
         return any(read.state == "reading" for read in self._reads.values())
 
-    @property
-    def reads_under_way(self) -> int:
-        return len(self._reads)
-
     # -- the engine's side -------------------------------------------------------------------------------------------
 
-    def read(
-        self, number: int, peer: Peer, lease: bytes, keys: Sequence[BlockKey], deadline: float, now: float
-    ) -> None:
+    def read(self, number: int, peer: Peer, wanted: Wanted, deadline: float, now: float) -> None:
         """`number` is new for every read. Ends with one `Finish`."""
-        read = Read(number, peer, lease, tuple(keys), now, deadline, Timer(now))
-        read.reasons = [None] * len(keys)
+        read = Read(number, peer, wanted, now, deadline, Timer(now), reasons=[None] * len(wanted.keys))
         self._reads[number] = read
         if any(other.state == "late" for other in self._reads.values() if other.peer == peer):
             self._finish(read, "unavailable")
@@ -122,7 +113,7 @@ class Reader:
 
     def abandon(self, lease: bytes) -> None:
         """Nobody waits for its reads any more: those that are not under way end."""
-        for read in [read for read in self._reads.values() if read.lease == lease]:
+        for read in [read for read in self._reads.values() if read.wanted.lease == lease]:
             if read.state not in ("reading", "late"):
                 self._finish(read, "unwanted")
 
@@ -158,7 +149,7 @@ class Reader:
                 self._ask(read, now)
             elif read.state == "checking" and read.timer.is_due(now):
                 self._ask_verdict(read)
-        in_use = (read.lease for read in self._reads.values() if read.state != "late")
+        in_use = (read.wanted.lease for read in self._reads.values() if read.state != "late")
         self._out += self._watches.tick(in_use, now)
         self._forget(now)
 
@@ -245,7 +236,7 @@ class Reader:
             assert posted == bool(read.slots), f"a read is {read.state} with {len(read.slots)} slots"
             assert len(read.slots) == len(read.generations) == len(read.rows), "slots, generations and rows differ"
         self._watches.check()
-        over = self.quarantined_bytes > self._common.quarantine_bytes
+        over = is_over_budget(self._reads.values(), self._common)
         assert not over or self._restarting, "late reads hold more than the budget and nothing is done about it"
 
     # -- peers -------------------------------------------------------------------------------------------------------
@@ -277,7 +268,8 @@ class Reader:
         elif reply.row_bytes != self._common.row_bytes:
             self._refused(name, "other_block_size", f"its blocks have {reply.row_bytes} bytes", now + _REFUSED_SECONDS)
         else:
-            peer.state, peer.epoch, peer.rows, peer.quiet_since = "loading", reply.epoch, reply.rows, None
+            peer.state, peer.epoch, peer.quiet_since = "loading", reply.epoch, None
+            peer.rows = reply.rows, 0 if reply.window is None else reply.window.rows
             self._out.append(Connect(name, reply))
 
     def _refused(self, name: Peer, reason: str, detail: str, retry_at: float) -> None:
@@ -335,18 +327,19 @@ class Reader:
     # -- reads -------------------------------------------------------------------------------------------------------
 
     def _start_asking(self, read: Read, now: float) -> None:
-        read.state, read.epoch, read.timer = "asking", self._peers[read.peer].epoch, Timer(now)
+        peer = self._peers[read.peer]
+        if not peer.rows[read.wanted.in_window]:
+            self._finish(read, "gone")
+            return
+        read.state, read.epoch, read.timer = "asking", peer.epoch, Timer(now)
         read.timer.is_due(now)
         self._ask(read, now)
 
     def _ask(self, read: Read, now: float) -> None:
-        seconds = max(0.0, min(600.0, read.deadline - now))
-        name = self._common.name
-        self._send(read.peer, Ask(name, read.number, read.epoch, read.lease, read.keys, seconds))
+        self._send(read.peer, read.question(self._common.name, now))
 
     def _ask_verdict(self, read: Read) -> None:
-        check = Check(self._common.name, read.number, read.epoch, read.lease, read.slots, read.generations)
-        self._send(read.peer, check)
+        self._send(read.peer, read.last_question(self._common.name))
 
     def _granted(self, read: Read, grant: Grant, now: float) -> None:
         if grant.status == "pending" and self._common.is_patient:
@@ -361,8 +354,8 @@ class Reader:
         if peer.state != "ready" or peer.epoch != read.epoch:  # we have met its next run meanwhile
             self._finish(read, "restarted")
             return
-        known = all(slot < peer.rows for slot in grant.slots)
-        if not (known and len(grant.slots) == len(grant.generations) == len(read.keys)):
+        known = all(slot < peer.rows[read.wanted.in_window] for slot in grant.slots)
+        if not (known and len(grant.slots) == len(grant.generations) == len(read.wanted.keys)):
             self._finish(read, "bad_answer")
             return
         read.reasons = ["gone" if slot < 0 else None for slot in grant.slots]
@@ -381,7 +374,7 @@ class Reader:
             return
         read.state, read.late_since = "late", now
         self.counts["nixl_late_reads", ""] += 1
-        if self.quarantined_bytes > self._common.quarantine_bytes:
+        if is_over_budget(self._reads.values(), self._common):
             self._restart()
 
     def _restart(self) -> None:

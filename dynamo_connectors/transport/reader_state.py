@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import Request, Welcome
+from dynamo_connectors.transport.messages import Ask, Check, Request, Welcome
 
 #: A message is sent again when its answer takes longer.
 FIRST_RESEND_SECONDS = 0.02
@@ -82,6 +83,16 @@ class Common(NamedTuple):
     silence_seconds: float = 2.0
     #: While the owner says that the blocks are still on their way, the deadline of a read is not counted.
     is_patient: bool = False
+    #: As `quarantine_bytes`, of the rows that peers' windows are read into.
+    window_quarantine_bytes: int = 0
+
+
+class Wanted(NamedTuple):
+    """Blocks of a lease: those in its owner's window, or else in its host memory."""
+
+    lease: bytes
+    keys: tuple[BlockKey, ...]
+    in_window: bool = False
 
 
 @dataclass
@@ -103,8 +114,7 @@ class Timer:
 class Read:
     number: int
     peer: Peer
-    lease: bytes
-    keys: tuple[BlockKey, ...]
+    wanted: Wanted
     started: float
     deadline: float
     timer: Timer
@@ -116,9 +126,31 @@ class Read:
     generations: tuple[int, ...] = ()
     late_since: float = 0.0
 
+    @property
+    def late_rows(self) -> int:
+        """Rows that it may still write to, and nobody waits for."""
+        return len(self.rows) if self.state == "late" else 0
+
+    def question(self, reader: bytes, now: float) -> Ask:
+        lease, keys, in_window = self.wanted
+        seconds = max(0.0, min(600.0, self.deadline - now))
+        return Ask(reader, self.number, self.epoch, lease, keys, seconds, in_window)
+
+    def last_question(self, reader: bytes) -> Check:
+        granted = self.slots, self.generations, self.wanted.in_window
+        return Check(reader, self.number, self.epoch, self.wanted.lease, *granted)
+
     def count_anew(self, now: float) -> None:
         """Its time begins now."""
         self.started, self.deadline = now, now + self.deadline - self.started
+
+
+def is_over_budget(reads: Iterable[Read], common: Common) -> bool:
+    """Whether late reads keep too much memory. Windows' rows have a budget of their own: a read of them is large."""
+    late = [0, 0]
+    for read in reads:
+        late[read.wanted.in_window] += read.late_rows * common.row_bytes
+    return late[0] > common.quarantine_bytes or late[1] > common.window_quarantine_bytes
 
 
 @dataclass
@@ -128,7 +160,8 @@ class KnownPeer:
     nonce: int = 0
     timer: Timer = field(default_factory=lambda: Timer(0.0))
     epoch: bytes = b""
-    rows: int = 0
+    #: In the window or not -> how many there are.
+    rows: tuple[int, int] = (0, 0)
     reason: str = ""
     #: Refused: when it is asked again.
     retry_at: float = 0.0

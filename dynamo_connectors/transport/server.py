@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from socket import SOCK_STREAM, getaddrinfo
 from typing import Any, NamedTuple
 
@@ -16,16 +19,24 @@ import zmq
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.hbm_rows import HbmRows
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import channel
 from dynamo_connectors.transport.agent import Agent, Region
-from dynamo_connectors.transport.messages import Codec, MessageError, Reply, Request
+from dynamo_connectors.transport.bell import Bell
+from dynamo_connectors.transport.messages import Ask, Codec, Grant, MessageError, Reply, Request
+from dynamo_connectors.transport.messages import Window as WindowPlace
 from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Holdings, Offer, Owner, Shelf
+from dynamo_connectors.window import Window
 
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
+#: And while somebody waits for blocks that are on their way to host memory.
+_WAITING_SECONDS = 0.004
 _CLOSE_SECONDS = 5.0
+#: Whom a grant can be sent to later. Others hear of it when they ask again.
+_MOST_READERS = 4096
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,15 @@ class Served(NamedTuple):
     describe: Callable[[bytes], bytes] = _as_it_is
     #: Where blocks that nobody exported are found.
     shelf: Shelf | None = None
+    window: Window | None = None
 
 
-def host_rows(dram: DramStore) -> Served:
+def host_rows(dram: DramStore, window: Window | None = None) -> Served:
+    """`window`: rows in HBM that readers who have some as well read from."""
     dram.keep_places()
     region = Region(dram.rows.ctypes.data, dram.rows.nbytes)
-    return Served([region], region.address, dram.capacity_blocks, dram.row_bytes, dram, shelf=dram)
+    regions = [region] if window is None else [region, window.rows.region]
+    return Served(regions, region.address, dram.capacity_blocks, dram.row_bytes, dram, shelf=dram, window=window)
 
 
 class PeerServer:
@@ -70,6 +84,12 @@ class PeerServer:
         served = store if isinstance(store, Served) else host_rows(store)
         self._codec = Codec(settings.secret)
         epoch = os.urandom(8)
+        self._window = served.window
+        #: Fills of the window that have ended, and whether well.
+        self._filled: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
+        #: Reader -> where what it was not answered at once goes to.
+        self._ways: OrderedDict[bytes, bytes] = OrderedDict()
+        self._bell = Bell()
         self._lock = threading.Lock()
         self._stopping = False
         self._refused: Counter[tuple[str, str]] = Counter()
@@ -79,13 +99,15 @@ class PeerServer:
             self._socket = self._bind(settings)
             self._agent: Agent | None = Agent(f"dynamo-owner-{epoch.hex()}", served.regions)
         except BaseException:
+            self._bell.close()
             self._context.destroy(linger=0)
             raise
         metadata = served.describe(self._agent.metadata)
-        offer = Offer(epoch, settings.namespace, metadata, served.base, served.rows, served.row_bytes)
-        self._owner = Owner(
-            offer, served.holdings, settings.lease_seconds, served.shelf if settings.opens_shelf else None
-        )
+        place = served.base, served.rows, served.row_bytes
+        told = None if served.window is None else _told_of(served.window.rows)
+        offer = Offer(epoch, settings.namespace, metadata, *place, told)
+        shelf = served.shelf if settings.opens_shelf else None
+        self._owner = Owner(offer, served.holdings, settings.lease_seconds, shelf)
         self._thread = threading.Thread(target=self._serve, name="kvbm-peer-server", daemon=True)
         self._thread.start()
 
@@ -97,10 +119,6 @@ class PeerServer:
         """The slots are pinned until `take_ended` names the lease."""
         with self._lock:
             self._owner.export(lease, slots, time.monotonic())
-
-    def revoke_all(self) -> None:
-        with self._lock:
-            self._owner.revoke_all()
 
     def isolate(self, namespace: bytes) -> None:
         """Serves nothing of what there was, and only readers with this namespace from now on."""
@@ -127,14 +145,16 @@ class PeerServer:
     def close(self) -> bool:
         """False when the thread did not end in time; what it uses stays then. Idempotent."""
         self._stopping = True
+        self._bell.ring()
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             return False
         if self._agent is not None:
             self._agent.close()
             self._agent = None
+        self._bell.close()
         self._context.destroy(linger=0)
-        return True
+        return self._window is None or self._window.close()
 
     def check(self) -> None:
         with self._lock:
@@ -162,9 +182,12 @@ class PeerServer:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
+        poller.register(self._bell.fd, zmq.POLLIN)
         expiry = 0.0
         while not self._stopping:
-            ready = dict(poller.poll(int(_TICK_SECONDS * 1000)))
+            with self._lock:
+                pause = _WAITING_SECONDS if self._owner.has_waiting else _TICK_SECONDS
+            ready = dict(poller.poll(int(pause * 1000)))
             now = time.monotonic()
             try:
                 if now >= expiry:
@@ -175,8 +198,13 @@ class PeerServer:
                 if self._monitor in ready:
                     for reason in channel.refusals(self._monitor):
                         self._refuse(reason, "a connection without the fleet's secret")
+                if self._bell.fd in ready:
+                    self._bell.hush()
+                    self._pass_on_filled()
+                self._answer_waiting(now)
                 if self._socket in ready:
                     self._answer(now)
+                self._start_fills()
             except Exception:
                 log.exception("dynamo: peers could not be served for a moment")
 
@@ -206,9 +234,54 @@ class PeerServer:
         with self._lock:
             reply = self._owner.receive(request, now)
             self._heard(request, reply)
+        if isinstance(request, Ask):
+            self._ways.pop(request.reader, None)
+            self._ways[request.reader] = parts[0]
+            if len(self._ways) > _MOST_READERS:
+                self._ways.popitem(last=False)
         if reply is not None:
-            # A reader that reads nothing loses answers, and asks again.
+            self._send(parts[0], reply)
+
+    def _send(self, way: bytes, reply: Reply) -> None:
+        # A reader that reads nothing loses answers, and asks again.
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart([way, self._codec.encode(reply)], zmq.NOBLOCK)
+
+    def _start_fills(self) -> None:
+        with self._lock:
+            fills = self._owner.take_fills()
+        for number, slots, rows in fills:
+            assert self._window is not None, "a window is filled that is not there"
+            self._window.fill(slots, rows, partial(self._end_fill, number))
+
+    def _end_fill(self, number: int, is_good: bool) -> None:
+        """On the window's thread."""
+        self._filled.put((number, is_good))
+        self._bell.ring()
+
+    def _pass_on_filled(self) -> None:
+        while True:
             try:
-                self._socket.send_multipart([parts[0], self._codec.encode(reply)], zmq.NOBLOCK)
-            except zmq.Again:
+                number, is_good = self._filled.get_nowait()
+            except queue.Empty:
                 return
+            with self._lock:
+                grant = self._owner.filled(number, is_good)
+            if grant is not None:
+                self._tell_reader(grant)
+
+    def _answer_waiting(self, now: float) -> None:
+        with self._lock:
+            grants = self._owner.answers(now)
+        for grant in grants:
+            self._tell_reader(grant)
+
+    def _tell_reader(self, grant: Grant) -> None:
+        if grant.reader in self._ways:
+            self._send(self._ways[grant.reader], grant)
+
+
+def _told_of(rows: HbmRows) -> WindowPlace:
+    """What a welcome says of a window."""
+    address, _, device = rows.region
+    return WindowPlace(address, rows.capacity_blocks, -1 if device is None else device)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import threading
 import time
 from typing import Any
 
 import zmq
 
 from dynamo_connectors.transport import channel
+from dynamo_connectors.transport.bell import Bell
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +29,12 @@ class PeerSockets:
         self._context: zmq.Context[Any] = zmq.Context()
         self._sockets: dict[str, zmq.Socket[Any]] = {}
         self._poller = zmq.Poller()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._poller.register(self._bell, zmq.POLLIN)
-        #: Guards the descriptor of the bell: closed, its number is somebody else's.
-        self._lock = threading.Lock()
-        self._is_open = True
+        self._bell = Bell()
+        self._poller.register(self._bell.fd, zmq.POLLIN)
 
     def wake(self) -> None:
         """From any thread: `receive` returns."""
-        with self._lock:
-            if self._is_open:
-                os.eventfd_write(self._bell, 1)
+        self._bell.ring()
 
     def send(self, peer: str, frame: bytes) -> None:
         socket = self._sockets.get(peer)
@@ -59,8 +53,8 @@ class PeerSockets:
             time.sleep(seconds)
             seconds = 0.0
         ready = dict(self._poller.poll(int(seconds * 1000)))
-        if self._bell in ready:
-            os.eventfd_read(self._bell)
+        if self._bell.fd in ready:
+            self._bell.hush()
         frames: list[tuple[str, bytes]] = []
         for peer, socket in self._sockets.items():
             if socket not in ready:
@@ -80,11 +74,7 @@ class PeerSockets:
             socket.close(linger=0)
 
     def close(self) -> None:
-        with self._lock:
-            if not self._is_open:
-                return
-            self._is_open = False
-            os.close(self._bell)
+        self._bell.close()
         self._context.destroy(linger=0)
 
     def _connect(self, peer: str) -> zmq.Socket[Any] | None:

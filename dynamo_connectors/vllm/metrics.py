@@ -12,7 +12,7 @@ from prometheus_client import Histogram as PromHistogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from dynamo_connectors.tiers.index_stats import IndexStats
-from dynamo_connectors.transport.metric_names import NIXL_COUNTERS, NIXL_LEVELS
+from dynamo_connectors.transport.metric_names import NIXL_COUNTERS, NIXL_LEVELS, in_base_units
 
 #: Count -> (metric name, label, help).
 _COUNTERS: dict[str, tuple[str, str | None, str]] = {
@@ -141,7 +141,7 @@ class KvbmPromMetrics(KVConnectorPromMetrics):
         for key, amount in transfer_stats_data.get("counts", {}).items():
             what, label = key.split("|", 1)
             labels = [*engine, label] if _COUNTERS[what][1] else engine
-            self._counters[what].labels(*labels).inc(amount)
+            self._counters[what].labels(*labels).inc(in_base_units(what, amount))
         for key, transfers in transfer_stats_data.get("transfers", {}).items():
             what, tier = key.split("|", 1)
             for num_bytes, seconds in transfers:

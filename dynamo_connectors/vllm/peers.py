@@ -7,22 +7,25 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from dynamo_connectors.blocks import Namespace
 from dynamo_connectors.config import KvbmConfig
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.hbm_rows import HbmRows
 from dynamo_connectors.host_limits import read_secret
 from dynamo_connectors.jobs import JobReport
 from dynamo_connectors.peer_config import PeerConfig
-from dynamo_connectors.tiers.base import LowerTier
 from dynamo_connectors.tiers.dram import DramStore
-from dynamo_connectors.transport.agent import Region
+from dynamo_connectors.transport.agent import GpuMemoryError, Region
 from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
-from dynamo_connectors.transport.server import PeerServer, ServerSettings
+from dynamo_connectors.transport.server import PeerServer, ServerSettings, host_rows
 from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.vllm.compat import engine_logger, hashes_end_with_process
 from dynamo_connectors.vllm.groups import Geometry
 from dynamo_connectors.vllm.handoff import Identity, Trust
 from dynamo_connectors.vllm.messages import StepPlan
+from dynamo_connectors.window import Window
 
 log = engine_logger(__name__)
 
@@ -33,8 +36,12 @@ _QUARANTINE_SHARE = 0.5
 class WorkerPeers:
     """Called by the worker half only. The transports have threads of their own."""
 
-    def __init__(self, peer: PeerConfig, rank: int, space: Namespace, dram: DramStore) -> None:
+    def __init__(self, peer: PeerConfig, rank: int, space: Namespace, dram: DramStore, device: torch.device) -> None:
+        """`device`: where the engine's pages lie."""
         self._peer = peer
+        #: Rows in HBM that its peers' are read into.
+        self.rows: HbmRows | None = None
+        self._counts: Counter[tuple[str, str]] = Counter()
         self._rank = rank
         # Equal ranks read each other; which one it is, the port says.
         self._namespace = replace(space, tp_rank=0).digest + b"%d" % space.tp_rank
@@ -43,13 +50,15 @@ class WorkerPeers:
         self._server: PeerServer | None = None
         #: Lease -> the job that exports it.
         self._exports: dict[bytes, int] = {}
+        if peer.reads:
+            self.rows = self._hbm_rows(dram.row_bytes, device)
         if peer.serves:
             settings = ServerSettings(peer.host, peer.port + rank, self._namespace, self._secret, opens_shelf=True)
-            self._server = PeerServer(settings, dram)
+            self._server = self._serve(settings, dram, self._hbm_rows(dram.row_bytes, device))
             log.info("dynamo: peers may read this worker's host memory at %s:%d", peer.host, peer.port + rank)
 
-    def make_tier(self, staging: DramStore) -> LowerTier:
-        """The peer tier, which reads into `staging`."""
+    def make_tier(self, staging: DramStore, rows: HbmRows | None) -> PeerTier:
+        """The peer tier, which reads into these."""
         region = Region(staging.rows.ctypes.data, staging.rows.nbytes)
         settings = PeerSettings(
             rank=self._rank,
@@ -58,9 +67,43 @@ class WorkerPeers:
             secret=self._secret,
             deadline_seconds=self._peer.deadline_seconds,
             quarantine_bytes=int(region.num_bytes * _QUARANTINE_SHARE),
+            window_quarantine_bytes=0 if rows is None else int(rows.region.num_bytes * _QUARANTINE_SHARE),
         )
-        self._tier = PeerTier(settings, [region])
+        try:
+            self._tier = PeerTier(settings, [region] if rows is None else [region, rows.region])
+        except GpuMemoryError as error:
+            self._no_window(error)
+            self._tier = PeerTier(settings, [region])
         return self._tier
+
+    def _serve(self, settings: ServerSettings, dram: DramStore, rows: HbmRows | None) -> PeerServer:
+        window = None if rows is None else Window(dram, rows)
+        try:
+            return PeerServer(settings, host_rows(dram, window))
+        except BaseException as error:
+            if window is not None:
+                window.close()
+            if not isinstance(error, GpuMemoryError):
+                raise
+            self._no_window(error)
+        return PeerServer(settings, dram)
+
+    def _hbm_rows(self, row_bytes: int, device: torch.device) -> HbmRows | None:
+        """Memory that is asked for must be there; that which is only usual need not."""
+        blocks = self._peer.hbm_bytes_on(device.type) // row_bytes
+        try:
+            if not blocks and self._peer.hbm_bytes:
+                raise ConfigError(f"--kvbm-peer-hbm-gb is too small: one block takes {row_bytes / 1e6:.2f} MB")
+            return HbmRows(blocks, row_bytes, device) if blocks else None
+        except ConfigError as error:
+            if self._peer.hbm_bytes is not None:
+                raise
+            self._no_window(error)
+            return None
+
+    def _no_window(self, error: Exception) -> None:
+        log.warning("dynamo: KV goes to other engines, and comes from them, through host memory alone: %s", error)
+        self._counts["nixl_windows_off", ""] += 1
 
     def start(self, plan: StepPlan) -> None:
         if self._server is not None:
@@ -93,7 +136,7 @@ class WorkerPeers:
         return [JobReport(self._exports.pop(lease), {}) for lease in self._server.take_ended()]
 
     def take_counts(self) -> Counter[tuple[str, str]]:
-        counts: Counter[tuple[str, str]] = Counter()
+        counts, self._counts = self._counts, Counter()
         for part in (self._server, self._tier):
             if part is not None:
                 counts += part.take_counts()
@@ -132,12 +175,14 @@ def trust_of(config: KvbmConfig) -> Trust | None:
     return Trust(read_secret(config.peer), config.peer.is_local) if config.peer.reads else None
 
 
-def worker_peers(config: KvbmConfig, vllm_config: Any, space: Namespace, dram: DramStore) -> WorkerPeers | None:
+def worker_peers(
+    config: KvbmConfig, vllm_config: Any, space: Namespace, dram: DramStore, device: torch.device
+) -> WorkerPeers | None:
     if not config.peer.role:
         return None
     parallel = vllm_config.parallel_config
     peer = replace(config.peer, port=_first_port(config, parallel))
-    return WorkerPeers(peer, parallel.rank, space, dram)
+    return WorkerPeers(peer, parallel.rank, space, dram, device)
 
 
 def check_role(config: KvbmConfig, vllm_config: Any, geometry: Geometry) -> None:

@@ -142,7 +142,7 @@ def build_worker_half(
             settings = ObjectSettings(config.object_url, config.object_endpoint_url, config.object_deadline_seconds)
             chunk = chunk_blocks_for(row_bytes)
             objects = ObjectStore(settings, pages.row_bytes, chunk, space)
-        peers = worker_peers(config, vllm_config, space, dram)
+        peers = worker_peers(config, vllm_config, space, dram, pages.view.device)
     except BaseException:
         for store in (disk, dram):
             if store is not None:
@@ -151,8 +151,9 @@ def build_worker_half(
             objects.close(time.monotonic() + 1)
         raise
     lasting = LastingTiers(disk, objects, capacities.get(OBJECT_STORE, 0), disk_rate)
-    make_peer_tier = peers.make_tier if peers is not None and config.peer.reads else None
-    stores = Stores(dram, disk, objects, codec=pages.codec, peer=make_peer_tier)
+    reader = peers if peers is not None and config.peer.reads else None
+    make_tier, rows = (None, None) if reader is None else (reader.make_tier, reader.rows)
+    stores = Stores(dram, disk, objects, codec=pages.codec, peer=make_tier, peer_rows=rows)
     return WorkerHalf(pages.view, stores, lasting, len(geometry.groups), peers, layers_that_ask(vllm_config, pages))
 
 

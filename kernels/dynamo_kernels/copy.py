@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from numpy.typing import NDArray
@@ -15,9 +15,11 @@ from dynamo_kernels.block_view import BlockView
 from dynamo_kernels.choices import Direction
 from dynamo_kernels.errors import CopyError
 from dynamo_kernels.ids import checked_ids
+from dynamo_kernels.inside import InsidePlan, lies_inside
 from dynamo_kernels.plan import CopyPlan, Decision
 from dynamo_kernels.reference import copy_by_torch
 
+Plan: TypeAlias = CopyPlan | InsidePlan
 #: The one setting: auto, or the path to take wherever it is possible.
 PATH_SETTING = "DYNAMO_KERNELS_COPY_PATH"
 
@@ -85,6 +87,17 @@ def prepare(src: BlockView, dst: BlockView) -> CopyPlan:
     return CopyPlan(src, dst, direction, CudaMachine(device), chooser_for(device, os.environ.get(PATH_SETTING, "")))
 
 
+def _plan_of(src: BlockView, dst: BlockView) -> Plan | None:
+    """None where the reference must copy."""
+    if _is_hbm_and_pinned(src, dst):
+        return prepare(src, dst)
+    if lies_inside(src, dst):
+        from dynamo_kernels.machine import CudaMachine
+
+        return InsidePlan(src, dst, CudaMachine(src.device))
+    return None
+
+
 def _gpu_of(src: BlockView, dst: BlockView) -> torch.device:
     return src.device if src.device.type == "cuda" else dst.device
 
@@ -103,18 +116,17 @@ class _Plans:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._of: weakref.WeakKeyDictionary[BlockView, weakref.WeakKeyDictionary[BlockView, CopyPlan | None]]
+        self._of: weakref.WeakKeyDictionary[BlockView, weakref.WeakKeyDictionary[BlockView, Plan | None]]
         self._of = weakref.WeakKeyDictionary()
 
-    def between(self, src: BlockView, dst: BlockView) -> CopyPlan | None:
-        """None where the reference must copy."""
+    def between(self, src: BlockView, dst: BlockView) -> Plan | None:
         with self._lock:
             of_src = self._of.setdefault(src, weakref.WeakKeyDictionary())
             if dst not in of_src:
-                of_src[dst] = prepare(src, dst) if _is_hbm_and_pinned(src, dst) else None
+                of_src[dst] = _plan_of(src, dst)
             return of_src[dst]
 
-    def all(self) -> list[CopyPlan]:
+    def all(self) -> list[Plan]:
         with self._lock:
             return [plan for of_src in self._of.values() for plan in of_src.values() if plan is not None]
 

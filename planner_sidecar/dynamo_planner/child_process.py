@@ -5,14 +5,16 @@ is gone.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import ActuationError
 from .replica_record import Life, ReplicaRecord, birth_of, record_path
+
+_PORT = re.compile(r"\{port(?:\+(\d{1,5}))?\}")
 
 
 class EngineProcess:
@@ -90,10 +92,12 @@ class ChildProcess(EngineProcess):
     """An engine that this planner has started, in a session of its own."""
 
     def __init__(self, command: str, port: int, log_path: Path, gpus: tuple[str, ...] = ()) -> None:
-        """Start `command` with `{port}` and `{gpus}` filled in. Raises ActuationError if it cannot be started."""
-        fills = {"{port}": str(port), "{gpus}": ",".join(gpus)}
-        arguments = [_filled(part, fills) for part in shlex.split(command)]
-        env = {**os.environ, "CUDA_VISIBLE_DEVICES": fills["{gpus}"]} if gpus else None
+        """Start `command` with `{port}`, `{port+N}` and `{gpus}` filled in. Raises ActuationError if it cannot be
+        started.
+        """
+        named = ",".join(gpus)
+        arguments = [_filled(part, port, named) for part in shlex.split(command)]
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": named} if gpus else None
         try:
             log_path.parent.mkdir(parents=True, exist_ok=True)
             with log_path.open("ab") as output:
@@ -138,10 +142,8 @@ class AdoptedProcess(EngineProcess):
         return "still runs" if self._leader_runs() else "has ended; an earlier planner had started it"
 
 
-def _filled(text: str, fills: Mapping[str, str]) -> str:
-    for name, value in fills.items():
-        text = text.replace(name, value)
-    return text
+def _filled(text: str, port: int, gpus: str) -> str:
+    return _PORT.sub(lambda found: str(port + int(found[1] or 0)), text).replace("{gpus}", gpus)
 
 
 def group_alive(group: int) -> bool:

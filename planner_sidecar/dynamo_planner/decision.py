@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .budget import Wish
 from .demand import learn
-from .records import DOWN, READY, Decision, DecisionInputs, FleetObservation, Memory, SizingPolicy
+from .records import DOWN, READY, STARTING, Decision, DecisionInputs, FleetObservation, Memory, SizingPolicy
 from .sizing import Need, cleaned, load_needs
 from .slo import corrected, sla_needs
 
@@ -100,8 +100,10 @@ def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need
     if current < low:
         return _Verdict(low, "below_min", f"{current} replicas are fewer than the minimum of {low}")
     if need is None:
-        word = "stale" if stale else "no_ready_engine"
-        return _Verdict(current, word, f"none of {len(fleet.engines)} engines gives fresh numbers; holding {current}")
+        starting = sum(engine.state == STARTING for engine in fleet.engines)
+        text = f"{starting} of {len(fleet.engines)} engines start and " if starting else ""
+        said = f"{text}none of {len(fleet.engines)} gives fresh numbers; holding {current}"
+        return _Verdict(current, "stale" if stale else "no_ready_engine", said)
     if need.up > current:
         if current >= high:
             said = f"{need.why}; {need.up} replicas are needed but the maximum is {high}"
@@ -136,6 +138,9 @@ def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, ne
     if floor >= current or filled < window:
         said = f"{need.why}; fewer than {current} would do, but not yet for all of {window:g} s"
         return _Verdict(current, "stabilising", said)
+    if any(engine.state == STARTING for engine in fleet.engines):
+        # The need that ordered it was counted with it: taken back now, it is ordered again.
+        return _Verdict(current, "stabilising", f"{need.why}; what was ordered has not come yet")
     said = f"{need.why}; at most {floor} of {current} replicas were needed in the last {window:g} s"
     last = memory.last_down_seconds
     if last is not None and 0 <= now - last < policy.down_period_seconds:

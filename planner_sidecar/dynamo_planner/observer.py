@@ -26,11 +26,14 @@ class ObservationFailure:
     text: str
 
 
+ANY_ROLE = "*"
+
+
 class Observer:
     """Keeps one tracker per engine and forgets engines that nobody names any more.
 
-    `owns_listed`: whatever the proxy lists belongs to this pool. With several pools behind one proxy only the named
-    engines and the pool's own replicas do.
+    `owned_role`: what the proxy lists with this role belongs to this pool, beside the named engines and the pool's own
+    replicas; ANY_ROLE: whatever it lists; None: nothing else.
     """
 
     def __init__(
@@ -39,11 +42,12 @@ class Observer:
         peers: Peers,
         proxy: ProxyAdmin | None,
         targets: Targets = NO_TARGETS,
-        owns_listed: bool = True,
+        owned_role: str | None = ANY_ROLE,
     ) -> None:
         self._named = engines
         self._targets = targets
-        self._owns_listed = owns_listed
+        self._owned_role = owned_role
+        self._owned: frozenset[str] = frozenset()
         self._peers = peers
         self._proxy = proxy
         self._trackers: dict[str, EngineTracker] = {}
@@ -59,7 +63,7 @@ class Observer:
         # A replica of ours that is on its way in or out is the planner's to judge; else the proxy knows best.
         moving = {url: state for url, state in own.items() if state != READY}
         mine = dict.fromkeys((*self._named, *own), READY)
-        listed = {url: state for url, state in self._listed.items() if self._owns_listed or url in mine}
+        listed = {url: state for url, state in self._listed.items() if url in self._owned or url in mine}
         states = mine | listed | moving
         states |= self._given_up(states.keys() - own.keys(), states, now)
         self._trackers = {url: tracker for url, tracker in self._trackers.items() if url in states}
@@ -91,6 +95,7 @@ class Observer:
             failures.append(ObservationFailure("proxy", error.reason, str(error)))
             return self._proxy_tracker.failed(error)
         self._listed, self._has_listing = _states(listing), True
+        self._owned = frozenset(engine.url for engine in listing.engines if self._owned_role in (ANY_ROLE, engine.role))
         in_flight = sum(engine.in_flight for engine in listing.engines)
         totals = listing.arrivals_total, listing.prompt_tokens_total, listing.matched_tokens_total
         return self._proxy_tracker.read(totals, in_flight, now)

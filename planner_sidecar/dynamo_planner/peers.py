@@ -27,6 +27,7 @@ class ListedEngine:
     state: str
     in_flight: int
     was_ready: bool = True  # at some time
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class ProxyAdmin:
                     str(entry["state"]),
                     int(entry["in_flight"]),
                     bool(entry.get("was_ready", True)),
+                    str(entry.get("role", "")),
                 )
                 for entry in answer["engines"]
             )

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -27,7 +27,7 @@ from .kube_lease import WriterLease
 from .local_actuator import LocalProcessActuator
 from .memory_file import MemoryFile
 from .metrics import PlannerMetrics
-from .observer import Observer
+from .observer import ANY_ROLE, Observer
 from .peers import Peers, ProxyAdmin
 from .planner import DEFAULT_POOL, Parts, Planner
 from .profile_file import with_profile
@@ -62,18 +62,26 @@ def build_fleet(
     access = find_access(config.kubeconfig) if in_cluster else None
     metrics = PlannerMetrics("advisory" if config.advisory else "actuate")
     common = Common(session, log, metrics, say, access)
-    planners = {name: build_planner(name, pool, common, len(pools) == 1) for name, pool in pools.items()}
+    roles = [pool.role for pool in pools.values()]
+    planners = {name: build_planner(name, pool, common, _owned_role(pool.role, roles)) for name, pool in pools.items()}
     memory_file = None if config.memory_file is None else MemoryFile(config.memory_file)
     return Fleet(planners, config.max_gpus, memory_file)
 
 
-def build_planner(name: str, config: PlannerConfig, common: Common, owns_listed: bool) -> Planner:
+def _owned_role(role: str, roles: Sequence[str]) -> str | None:
+    """Which of the engines that the proxy lists are a pool's: all of them, or those with a role that no other has."""
+    if len(roles) == 1:
+        return ANY_ROLE
+    return role if role != "aggregated" and roles.count(role) == 1 else None
+
+
+def build_planner(name: str, config: PlannerConfig, common: Common, owned_role: str | None) -> Planner:
     """Wire one pool."""
     peers = Peers(common.session, min(_MAX_SCRAPE_SECONDS, max(0.5, config.interval_seconds)))
     proxy = None if config.proxy_admin is None else ProxyAdmin(peers, config.proxy_admin, config.role)
     around = Surroundings(peers, proxy, config.limits(), time.monotonic, asyncio.sleep)
     parts = Parts(
-        observer=Observer(config.engine, peers, proxy, config.targets(), owns_listed),
+        observer=Observer(config.engine, peers, proxy, config.targets(), owned_role),
         actuator=_actuator(name, config, common, around),
         log=common.log,
         metrics=common.metrics,

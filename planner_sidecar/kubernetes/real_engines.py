@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,10 +22,11 @@ from typing import Any
 import aiohttp
 import pytest
 
+from planner_sidecar.engines.load import Load
 from planner_sidecar.kubernetes.cluster import PODS, RUN, Cluster, cluster, workload
 from tools.server_process import ServerProcess, free_port
 from tools.tiny_model import make_model
-from tools.vllm_server import MODEL_NAME, VllmOptions, vllm_server
+from tools.vllm_server import VllmOptions, vllm_server
 
 ROUNDS, REBOOTS, CLIENTS = int(os.environ.get("SCALE_DOWNS", "50")), 1, 6
 BOOT_SECONDS = 1200.0
@@ -126,47 +126,6 @@ async def running(session: aiohttp.ClientSession, url: str) -> int:
         lines = (await answer.text()).splitlines()
     names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
     return int(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(names)))
-
-
-@dataclass
-class Load:
-    """Clients that stream one answer after the other; every answer must be whole."""
-
-    session: aiohttp.ClientSession
-    url: str
-    is_over: bool = False
-    whole: int = 0
-    bad: list[str] = field(default_factory=list)
-
-    async def client(self, number: int) -> None:
-        chance = random.Random(number)
-        while not self.is_over:
-            tokens = chance.randrange(16, 64)
-            body = {
-                "model": MODEL_NAME,
-                "prompt": [chance.randrange(5, 500) for _ in range(chance.randrange(20, 200))],
-                "max_tokens": tokens,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-            try:
-                said = await self._ask(body)
-            except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-                said = repr(error)
-            if said == str(tokens):
-                self.whole += 1
-            else:
-                self.bad.append(f"{tokens} tokens wanted: {said}")
-
-    async def _ask(self, body: dict[str, Any]) -> str:
-        """The number of tokens of a whole answer, or what is wrong with it."""
-        async with self.session.post(self.url + "/v1/completions", json=body) as answer:
-            text = await answer.text()
-        if answer.status != 200 or not text.rstrip().endswith("data: [DONE]"):
-            return f"{answer.status} {text[-300:]!r}"
-        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-        return str(next((event["usage"]["completion_tokens"] for event in events if event.get("usage")), "no usage"))
 
 
 @dataclass

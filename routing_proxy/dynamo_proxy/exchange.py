@@ -328,13 +328,12 @@ class Exchange:
         at_boundary = up is not None and up.reader is not None and up.reader.at_boundary
         self._services.router.failed(placement.engine, reason)
         self._leave_engine()
-        if self._out.tape is None:
-            self._end_broken(head.status, reason, at_boundary and may_speak(head, self._request.head, self._last))
-        elif not self._resume(1 << placement.engine.slot, reason):
-            self._end_broken(head.status, reason)
+        can_tell = self._out.tape is not None or (at_boundary and may_speak(head, self._request.head, self._last))
+        if not (head.is_events and self._resume(1 << placement.engine.slot, reason)):
+            self._end_broken(head.status, reason, can_tell)
 
     def _resume(self, lost: int, reason: str) -> bool:
-        """Go on with a stream on tape on another engine; False if that cannot be."""
+        """Go on with a stream on another engine; False if that cannot be."""
         outcome, said = self._out.plan_rest(self._services.router.max_model_tokens(self._prompt.model))
         if outcome != "go_on":
             self._services.metrics.resumes.labels(outcome).inc()

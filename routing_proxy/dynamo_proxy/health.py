@@ -26,6 +26,7 @@ from .tokens import TokenLearner
 _MAX_BACKOFF = 4  # probe intervals
 _FAILURES_UNTIL_DOWN = 3
 _REFRESH_PROBES = 5  # models may come and go (LoRA adapters)
+_TELL_SLOW_SECONDS = 600.0
 _NAME_PATH = "/v1/completions"
 _NO_SUCH_ROUTE = (400, 404, 405, 422, 501)
 _AT_ONCE = frozenset(("connect_failed", "connect_timeout"))
@@ -191,6 +192,7 @@ class Monitor:
         self.clock = clock or asyncio.get_running_loop().time  # by which engines have time to start
         self.use_events = True
         self.watches: dict[int, EngineWatch] = {}
+        self._slow_told: dict[int, float] = {}  # when it was said of an engine that it is slow
         self._session: aiohttp.ClientSession | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
 
@@ -209,6 +211,7 @@ class Monitor:
                 look.cancel()
 
     async def unwatch(self, engine: Engine) -> None:
+        self._slow_told.pop(engine.slot, None)
         watch = self.watches.pop(engine.slot, None)
         if watch is not None:
             await watch.close()
@@ -229,10 +232,15 @@ class Monitor:
             watch.wake.set()
 
     def engine_is_slow(self, engine: Engine) -> None:
-        """An engine is far slower than the others: it gets nothing for a while, then one request as a trial."""
+        """An engine is far slower than the others: it gets nothing for a while, then one request as a trial. One that
+        always is (a slower kind among others) gets pauses for ever: that is said once in a while.
+        """
         engine.breaker.trip(asyncio.get_running_loop().time())
         self.metrics.trips.labels(engine.name, "slow").inc()
-        log.warning("engine %s is far slower than the others: it gets no requests for a while", engine.address.url)
+        now, url = self.clock(), engine.address.url
+        if now - self._slow_told.get(engine.slot, -_TELL_SLOW_SECONDS) >= _TELL_SLOW_SECONDS:
+            self._slow_told[engine.slot] = now
+            log.warning("engine %s is far slower than the others: it gets no requests for a while, now and again", url)
 
     def zmq_context(self) -> zmq.Context[zmq.Socket[bytes]]:
         if self._context is None:

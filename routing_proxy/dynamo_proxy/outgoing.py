@@ -86,8 +86,9 @@ class Outgoing:
         return self._rooms <= _ROOMS
 
     def plan_rest(self, max_model_tokens: int) -> tuple[str, bytes]:
-        """What becomes of a broken stream on tape: see stream_tape.plan_rest. "go_on": the next attempt asks for it."""
-        assert self.tape is not None
+        """What becomes of a broken stream: see stream_tape.plan_rest. "go_on": the next attempt asks for it."""
+        if self.tape is None:
+            return "not_on_tape", b""
         if self._resumes >= _RESUMES:
             return "too_often", b""
         outcome, said = stream_tape.plan_rest(self.tape, self.request.body, max_model_tokens)

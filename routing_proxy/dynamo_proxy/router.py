@@ -101,7 +101,7 @@ class Router:
         tokens = self._knowledge.prompt_tokens(prompt)
         own: policy.Held = self._knowledge.matched_tokens(prompt, fleet.mask, now)
         held = own
-        state, reaches, gains = self.state, NO_REACHES, NO_GAINS
+        state, reaches, gains, peer_tokens = self.state, NO_REACHES, NO_GAINS, 0
         if fleet.peers and tokens >= LEAST_GAIN_TOKENS:
             reaches, gains, held = self._beside_peers(prompt, fleet, own)
         if state.max_in_flight:
@@ -119,6 +119,7 @@ class Router:
             decision = _with_matched(decision, held, tokens)
         if gains:
             decision = decision._replace(matched_tokens=min(own.get(decision.slot, 0), tokens))
+            peer_tokens = gains.get(decision.slot, 0)
         queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         engine = self._registry.at(decision.slot)
@@ -131,7 +132,7 @@ class Router:
             self._metrics.routed(tokens, decision.matched_tokens)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, decision, queued, tokens, hints, gains.get(decision.slot, 0), tiers)
+        return Placement(engine, lease, decision, queued, tokens, hints, peer_tokens, tiers)
 
     def place_prefill(self, prompt: Prompt, placement: Placement, now: float, in_room: bool = False) -> Placement | str:
         """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does.
@@ -152,11 +153,12 @@ class Router:
             loads = tuple(load for load in loads if load.pending_tokens <= rule.max_queued_tokens)
             if not loads:
                 return "queue_full"
-        held: policy.Held = self._knowledge.matched_tokens(prompt, fleet.mask, now)
-        reaches, gains = NO_REACHES, NO_GAINS
+        own: policy.Held = self._knowledge.matched_tokens(prompt, fleet.mask, now)
+        held, reaches, gains = own, NO_REACHES, NO_GAINS
         if fleet.peers and tokens >= LEAST_GAIN_TOKENS:
-            reaches, gains, held = self._beside_peers(prompt, fleet, held)
+            reaches, gains, held = self._beside_peers(prompt, fleet, own)
         chosen = self._choose(loads, held, tokens, state.last_prefill_slot)
+        chosen = chosen._replace(matched_tokens=min(own.get(chosen.slot, 0), tokens))
         there, here = self._ledger.loads[chosen.slot], self._ledger.loads[slot]
         if rule.max_queued_tokens < 0 and not in_room:
             # Its own charge does not wait for itself.

@@ -60,17 +60,22 @@ class WaitingRoom:
         self._number += 1
         now = self._loop.time()
         due = now + (prompt.slo.ttft_seconds if prompt.slo is not None else self._seconds)
-        heappush(self._queue, Waiting(prompt.priority, due, self._number, now, prompt.model, request))
-        if len(self._queue) > self._size:
-            last = max(self._queue)
+        place = Waiting(prompt.priority, due, self._number, now, prompt.model, request)
+        if len(self._queue) >= self._size:
+            last = max(self._queue, default=place)
+            if last <= place:
+                self._refuse(request)
+                return
             self._queue.remove(last)
             heapify(self._queue)
-            last.request.turn_away(429, "queue_full", "all engines are busy and too many requests wait already")
-            if last.request is request:
-                return
+            self._refuse(last.request)
+        heappush(self._queue, place)
         if self._timer is None:
             self._timer = self._loop.call_later(min(1.0, self._seconds), self._tick)
         self.wake()
+
+    def _refuse(self, request: Held) -> None:
+        request.turn_away(429, "queue_full", "all engines are busy and too many requests wait already")
 
     def wake(self) -> None:
         """An engine may have room: look soon, not from inside whoever says so."""

@@ -13,7 +13,7 @@ from dynamo_connectors.host_limits import check_host, read_secret
 from dynamo_connectors.peer_config import PeerConfig
 
 ROLE, HOST, PORT = "kvbm_role", "kvbm_peer_host", "kvbm_peer_port"
-SECRET, DEADLINE = "kvbm_peer_secret_file", "kvbm_peer_deadline_ms"
+SECRET, DEADLINE, HBM = "kvbm_peer_secret_file", "kvbm_peer_deadline_ms", "kvbm_peer_hbm_gb"
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({ROLE: "prefil"}, "--kvbm-role", "write prefill, decode or both"),
@@ -29,6 +29,10 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({ROLE: "both", PORT: 1.5}, "--kvbm-peer-port", "whole number from 1 to 65535"),
     ({ROLE: "both", DEADLINE: "soon"}, "--kvbm-peer-deadline-ms", "number from 1 to 600000"),
     ({ROLE: "both", DEADLINE: "nan"}, "--kvbm-peer-deadline-ms", "number from 1 to 600000"),
+    ({ROLE: "both", HBM: "much"}, "--kvbm-peer-hbm-gb", "0 for none"),
+    ({ROLE: "both", HBM: -1}, "--kvbm-peer-hbm-gb", "0 for none"),
+    ({ROLE: "both", HBM: "nan"}, "--kvbm-peer-hbm-gb", "0 for none"),
+    ({ROLE: "both", HBM: 1, "kvbm_compression": "fp8"}, "--kvbm-peer-hbm-gb", "drop one of the two"),
 ]
 
 
@@ -71,3 +75,20 @@ def test_a_role_without_nixl_is_refused_at_start(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("dynamo_connectors.transport.agent.installed_build", lambda: None)
     with pytest.raises(ConfigError, match=r"pip install 'dynamo-connectors\[nixl\]'"):
         check_host(parse_config({ROLE: "prefill", "kvbm_host_dram_gb": 0.01}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_gpu", "on_cpu"),
+    [
+        ({ROLE: "decode"}, 10**9, 0),
+        ({ROLE: "both"}, 5 * 10**8, 0),
+        ({ROLE: "both", HBM: 3}, 15 * 10**8, 15 * 10**8),
+        ({ROLE: "prefill", HBM: 0}, 0, 0),
+        ({ROLE: "prefill", "kvbm_compression": "fp8"}, 0, 0),
+    ],
+)
+def test_rows_in_hbm_are_usual_on_gpus_and_shared_by_what_an_engine_does(
+    settings: dict[str, Any], on_gpu: int, on_cpu: int
+) -> None:
+    peer = parse_config(settings).peer
+    assert (peer.hbm_bytes_on("cuda"), peer.hbm_bytes_on("cpu")) == (on_gpu, on_cpu)

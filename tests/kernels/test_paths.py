@@ -12,6 +12,7 @@ import pytest
 import torch
 from dynamo_kernels.choices import Choice, Direction, Path
 from dynamo_kernels.errors import CopyError
+from dynamo_kernels.inside import InsidePlan
 from dynamo_kernels.plan import CopyPlan
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,16 @@ def test_pages_and_rows(size: int, choice: Choice, direction: Direction) -> None
     blocks = 6 if size < 10_000 else 3
     ids = [5, 0, 3, 3] if blocks == 6 else [2, 0]
     copied(choice, direction, arena(blocks, [size] * 3, 16, 0, 1), ids, arena(blocks, [size] * 3, 0, 16, 2))
+
+
+@pytest.mark.parametrize("size", [128, 4096, 65536])
+def test_pages_to_rows_and_back_inside_one_gpu(size: int) -> None:
+    pages, rows = arena(5, [size] * 3, 16, 0, 1), arena(4, [size] * 3, 0, 16, 2)
+    for src, src_ids, dst, dst_ids in ((pages, [4, 0, 2], rows, [1, 0, 3]), (rows, [3, 1], pages, [0, 3])):
+        expected, machine = naive_copy(src, src_ids, dst, dst_ids), FakeMachine()
+        InsidePlan(src.view, dst.view, machine).enqueue(np.array(src_ids), np.array(dst_ids))
+        assert dst.images() == expected
+        assert set(machine.calls) == {"direct"}
 
 
 @pytest.mark.parametrize("choice", KINDS, ids=lambda choice: choice.path.value)

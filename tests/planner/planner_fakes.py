@@ -113,6 +113,7 @@ class FakeProxy:
     never_ready: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     calls: list[str] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
     arrivals_total: int = 0
     prompt_tokens_total: int = 0
 
@@ -125,6 +126,7 @@ class FakeProxy:
                 "state": state,
                 "was_ready": url not in self.never_ready,
                 "in_flight": self.in_flight.get(url, 0),
+                "role": self.roles.get(url, ""),
                 "knowledge": "none",
                 "models": [],
             }
@@ -135,6 +137,9 @@ class FakeProxy:
 
     async def change(self, request: web.Request) -> web.Response:
         url = request.query.get("url") or (await request.json())["url"]
+        url, _, option = url.partition(",")
+        if option:
+            self.roles[url] = option.removeprefix("role=")
         what = {"POST /engines": "register", "DELETE /engines": "remove"}.get(
             f"{request.method} {request.path}", request.path.rpartition("/")[2]
         )

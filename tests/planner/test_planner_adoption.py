@@ -207,14 +207,17 @@ def test_each_replica_sees_gpus_of_its_own_and_gives_them_back(tmp_path: Path) -
     asyncio.run(story())
 
 
-def test_a_command_may_name_its_gpus(tmp_path: Path) -> None:
+def test_a_command_may_name_its_gpus_and_further_ports(tmp_path: Path) -> None:
     """As `docker run --gpus device={gpus}` wants it."""
 
     async def story() -> None:
-        settings = actuate(tmp_path, "{gpus}", engine_gpus=[4, "6"]) | {"max_replicas": 2}
+        settings = actuate(tmp_path, "{gpus}/{port+1000}", engine_gpus=[4, "6"]) | {"max_replicas": 2}
         async with bench(tmp_path, **settings) as stand:
             await stand.planner.order(2)
-            assert [last_word(replica.child) for replica in replicas(stand)._replicas.values()] == [b"4", b"6"]
+            assert [last_word(replica.child) for replica in replicas(stand)._replicas.values()] == [
+                b"4/19100",
+                b"6/19101",
+            ]
 
     asyncio.run(story())
 

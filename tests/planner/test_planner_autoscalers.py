@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,6 +81,24 @@ def test_advice_to_shrink_stays_until_somebody_follows_it(tmp_path: Path) -> Non
                 del proxy.states[c]
                 followed = (await stand.planner.tick())[0]
                 assert (followed.current, followed.desired, followed.reason) == (2, 2, "rate_limited")
+
+    asyncio.run(story())
+
+
+def test_what_the_proxy_lists_belongs_to_the_pool_of_its_role(tmp_path: Path) -> None:
+    """An engine that an autoscaler starts is named by nobody; one without a role is no pool's."""
+
+    async def story() -> None:
+        engines = [FakeEngine() for _ in range(4)]
+        async with AsyncExitStack() as stack:
+            urls = [await stack.enter_async_context(served(engine.app())) for engine in engines]
+            roles = dict(zip(urls, ("prefill", "decode", "decode", ""), strict=True))
+            proxy = FakeProxy(dict.fromkeys(urls, "ready"), roles=roles)
+            admin = await stack.enter_async_context(served(proxy.app()))
+            pools = {"p": {"role": "prefill"}, "d": {"role": "decode"}, "other": {"engine": [urls[3]]}}
+            stand = await stack.enter_async_context(bench(tmp_path, proxy_admin=admin, pools=pools))
+            done = await stand.fleet.tick()
+            assert {name: decision.current for name, (decision, _) in done.items()} == {"p": 1, "d": 2, "other": 1}
 
     asyncio.run(story())
 

@@ -93,6 +93,14 @@ def test_scale_down_waits_for_the_whole_window_and_then_halves_at_most_every_min
     assert log[25] == (1, "idle_window")
 
 
+def test_what_was_ordered_is_not_taken_back_before_it_has_come() -> None:
+    """However short the window: what asked for it may be still only because it is on its way."""
+    policy = replace(POLICY, stabilisation_seconds=0.0)
+    coming = fleet(engine(kv_usage=0.1), engine(1, kv_usage=0.1), engine(2, state="starting"))
+    assert (once(coming, policy).desired, once(coming, policy).reason) == (3, "stabilising")
+    assert once(fleet(engine(kv_usage=0.1), engine(1, kv_usage=0.1)), policy).desired == 1
+
+
 def test_only_as_many_stay_as_the_window_ever_needed() -> None:
     memory = Memory(since_seconds=0.0, needs=((950.0, 5), (990.0, 2)))
     busy = fleet(*(engine(number, kv_usage=0.05) for number in range(8)), now=1000.0)

@@ -79,6 +79,16 @@ def test_the_minimum_is_started_registered_and_gone_after_close(tmp_path: Path) 
     asyncio.run(story())
 
 
+def test_a_replica_is_registered_with_the_role_of_its_pool(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with behind_a_proxy(tmp_path, is_empty=True, role="prefill") as (stand, proxy):
+            await stand.planner.tick()
+            url = url_in(await stand.until("ready http"))
+            assert (proxy.states, proxy.roles) == ({url: "ready"}, {url: "prefill"})
+
+    asyncio.run(story())
+
+
 def test_a_request_held_open_over_a_scale_down_finishes(tmp_path: Path) -> None:
     async def story() -> None:
         async with behind_a_proxy(tmp_path) as (stand, proxy):

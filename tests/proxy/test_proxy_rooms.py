@@ -290,6 +290,7 @@ def test_a_chat_that_breaks_at_a_decode_engine_ends_with_an_error_in_its_stream(
             answer = await ask(proxy.port, asked(CHAT, stream=True))
             assert b'"code":"engine_lost"' in answer.body
             assert b"[DONE]" not in answer.body
+            assert b'stream_resumes_total{reason="not_on_tape"} 1.0' in proxy.front_end.metrics()
 
     run(body())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import orjson
+import pytest
 from aiohttp import web
 from dynamo_proxy.breaker import FIRST_SECONDS, Breaker
 from dynamo_proxy.speeds import Speeds
@@ -62,7 +63,7 @@ class LateEngine(FakeEngine):
         return await super()._answer(request)
 
 
-def test_requests_keep_off_an_engine_that_became_slow() -> None:
+def test_requests_keep_off_an_engine_that_became_slow(caplog: pytest.LogCaptureFixture) -> None:
     async def body() -> None:
         engines = [LateEngine() for _ in range(4)]
         for engine in engines:
@@ -80,8 +81,12 @@ def test_requests_keep_off_an_engine_that_became_slow() -> None:
             before = len(engines[2].requests)
             for _ in range(8):
                 assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 200
+            for _ in range(3):
+                proxy.monitor.engine_is_slow(slow)
+            said = [record for record in caplog.records if "far slower" in record.getMessage()]
+            assert len(said) == 1, "once, however often it trips"
             page = (await ask(proxy.port, get("/metrics"))).body
-            assert b'dynamo_router_breaker_trips_total{engine="engine-2",reason="slow"} 1.0' in page
+            assert b'dynamo_router_breaker_trips_total{engine="engine-2",reason="slow"} 4.0' in page
             assert len(engines[2].requests) - before <= 1  # a trial, if this took its time
 
     run(body())

@@ -111,3 +111,12 @@ def test_a_prefill_engine_that_is_killed_is_an_error_and_decode_lives(fleet: Fle
     for _ in range(2):
         assert ask(fleet.decode, mine()[4], **fleet.room()).status_code == 500
     assert requests.get(f"{fleet.decode.url}/server_info", timeout=60).status_code == 200
+
+
+def test_a_prefill_engine_that_comes_back_at_the_same_address_is_met_anew(
+    fleet: Fleet, expected: list[tuple[list[int], list[Any]]]
+) -> None:
+    fleet.prefill.kill()
+    fleet.prefill.start().wait_ready(BOOT_SECONDS)
+    wait_until(lambda: fleet.ask(mine()[5]).status_code == 200, "its next run is met")
+    assert [answer(fleet.ask(prompt)) for prompt in mine()] == expected

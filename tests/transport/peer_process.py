@@ -60,9 +60,6 @@ class OwnerSide:
     def export(self, lease: str, slots: dict[str, int]) -> None:
         self.server.export(bytes.fromhex(lease), {BlockKey(key.encode()): slot for key, slot in slots.items()})
 
-    def revoke(self) -> None:
-        self.server.revoke_all()
-
     def ended(self) -> list[str]:
         return [lease.hex() for lease in self.server.take_ended()]
 

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import zmq
@@ -73,10 +75,15 @@ Hook = Callable[[Request | Reply], int]
 
 
 class Between:
-    """Passes messages on. `hook` sees each before that and says how often it is delivered; it may do anything."""
+    """Passes messages on. `hook` sees each before that and says how often it is delivered; it may do anything.
+
+    `delay` says how many seconds later that is, to some 20 ms; `frame_of` gives what is delivered instead of its frame.
+    """
 
     def __init__(self, port: int, owner_port: int, secret: bytes = b"s") -> None:
         self.hook: Hook = lambda message: 1
+        self.delay: Callable[[Request | Reply], float] = lambda message: 0.0
+        self.frame_of: Callable[[Request | Reply, bytes], bytes] = lambda message, frame: frame
         self.seen: list[str] = []
         self._owner = f"tcp://127.0.0.1:{owner_port}"
         self._codec = Codec(secret)
@@ -86,6 +93,8 @@ class Between:
         self._monitor = channel.serve(self._front, secret)
         self._front.bind(f"tcp://127.0.0.1:{port}")
         self._backs: dict[bytes, zmq.Socket[Any]] = {}
+        #: What is to be delivered, and when.
+        self._held: list[tuple[float, Callable[[], object]]] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -103,21 +112,33 @@ class Between:
             ready = dict(poller.poll(20))
             if self._front in ready:
                 client, frame = self._front.recv_multipart()
-                self._to_owner(client, frame)
+                self._hold(self._codec.request(frame), frame, self._back(client).send)
             for client, back in list(self._backs.items()):
                 if back in ready:
                     frame = back.recv()
-                    for _ in range(self._times(self._codec.reply(frame))):
-                        self._front.send_multipart([client, frame])
+                    self._hold(self._codec.reply(frame), frame, partial(self._to_reader, client))
+            now, held = time.monotonic(), self._held
+            self._held = [each for each in held if each[0] > now]
+            for due, deliver in held:
+                if due <= now:
+                    deliver()
 
-    def _to_owner(self, client: bytes, frame: bytes) -> None:
+    def say(self, message: Request) -> None:
+        """To the owner, as one of the fleet. For the hook."""
+        self._back(b"somebody").send(self._codec.encode(message))
+
+    def _back(self, client: bytes) -> zmq.Socket[Any]:
         if client not in self._backs:
             back = self._backs[client] = self._context.socket(zmq.DEALER)
             channel.connect(back, self._secret)
             back.connect(self._owner)
-        for _ in range(self._times(self._codec.request(frame))):
-            self._backs[client].send(frame)
+        return self._backs[client]
 
-    def _times(self, message: Request | Reply) -> int:
+    def _to_reader(self, client: bytes, frame: bytes) -> None:
+        self._front.send_multipart([client, frame])
+
+    def _hold(self, message: Request | Reply, frame: bytes, send: Callable[[bytes], object]) -> None:
         self.seen.append(type(message).__name__)
-        return self.hook(message)
+        for _ in range(self.hook(message)):
+            due = time.monotonic() + self.delay(message)
+            self._held.append((due, partial(send, self.frame_of(message, frame))))

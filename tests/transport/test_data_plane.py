@@ -11,7 +11,7 @@ import zmq
 
 from dynamo_connectors.errors import ConfigError, StoreError
 from dynamo_connectors.transport import channel, data_plane, progress
-from dynamo_connectors.transport.agent import Region
+from dynamo_connectors.transport.agent import Measured, Region
 from dynamo_connectors.transport.data_plane import DataPlane
 from dynamo_connectors.transport.messages import Welcome
 from dynamo_connectors.transport.sockets import PeerSockets
@@ -50,6 +50,9 @@ class Flaky:
 
     def is_done(self, handle: object) -> bool:
         return True
+
+    def measured(self, handle: object) -> Measured:
+        return Measured(4096, 1, 20, 300)
 
     def release(self, handle: object) -> None:
         if Flaky.releases_badly:
@@ -102,6 +105,8 @@ def test_a_handle_that_cannot_be_released_is_a_read_that_has_ended(plane: DataPl
     assert plane.post(1, "tcp://a", [0], [0]) is None
     assert plane.poll() == [(1, None)]
     assert plane.transfers_under_way == 0
+    assert plane.counts["nixl_transferred_bytes", ""] == 4096
+    assert plane.counts["nixl_transfer_microseconds", ""] == 300
 
 
 def test_without_a_descriptor_for_a_socket_a_message_is_lost_and_nothing_else(

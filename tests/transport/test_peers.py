@@ -163,7 +163,10 @@ def test_blocks_arrive_over_a_network_that_loses_doubles_and_delays(fleet: Fleet
         fleet.read()
     fleet.between.hook = lambda message: 1
     fleet.read_until_right()
-    assert fleet.reader.call("counts")["nixl_read_bytes|"] >= 2 * len(KEYS) * ROW_BYTES
+    counts = fleet.reader.call("counts")
+    assert counts["nixl_transferred_bytes|"] >= counts["nixl_read_bytes|"] >= 2 * len(KEYS) * ROW_BYTES
+    assert counts["nixl_descriptors|"] >= 2  # neighbours are one
+    assert counts["nixl_transfer_microseconds|"] >= counts["nixl_post_microseconds|"] > 0
     fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=True)
     fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=False)
     wait_until(lambda: fleet.owner.call("ended") == [fleet.lease], "the owner has its blocks back")

@@ -33,9 +33,23 @@ class Fleet(RuleBasedStateMachine):
             self.exported.add((self.world.runs, lease))
             self.world.export(lease, keys, slots)
 
-    @rule(lease=st.sampled_from([*LEASES, STANDING_LEASE]), keys=keys, seconds=st.sampled_from([0.3, 2.0, 8.0]))
-    def read(self, lease: bytes, keys: list[BlockKey], seconds: float) -> None:
-        self.world.read(lease, keys, seconds)
+    @rule(
+        lease=st.sampled_from([*LEASES, STANDING_LEASE]),
+        keys=keys,
+        seconds=st.sampled_from([0.3, 2.0, 8.0]),
+        in_window=st.booleans(),
+    )
+    def read(self, lease: bytes, keys: list[BlockKey], seconds: float, in_window: bool) -> None:
+        self.world.read(lease, keys, seconds, in_window)
+
+    @precondition(lambda self: self.world.fillings)
+    @rule(at=pick)
+    def window_is_filled(self, at: int) -> None:
+        self.world.proceed(at % len(self.world.fillings))
+
+    @rule()
+    def answer_waiting(self) -> None:
+        self.world.answer_waiting()
 
     @rule(lease=st.sampled_from(LEASES), wanted=st.booleans())
     def watch(self, lease: bytes, wanted: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import Reply, Request
+from dynamo_connectors.transport.messages import Reply, Request, Window
 from dynamo_connectors.transport.owner import Offer, Owner
 from dynamo_connectors.transport.reader import Reader
 from dynamo_connectors.transport.reader_state import (
@@ -21,11 +21,15 @@ from dynamo_connectors.transport.reader_state import (
     Post,
     Restart,
     Send,
+    Wanted,
 )
+from dynamo_connectors.transport.window_desk import Fill
 
 PEER = "owner"
 ROWS = 6
 ROW_BYTES = 8
+#: Fewer than some READs want, so they wait for each other, and the largest gets a part.
+WINDOW_ROWS = 3
 NAMESPACE = b"n" * 16
 
 
@@ -60,9 +64,21 @@ class Memory:
 
 
 @dataclass
+class Filling:
+    """A fill of the owner's window, row by row, from what host memory holds at that moment."""
+
+    fill: Fill
+    owner: Owner
+    memory: Memory
+    window: list[bytes]
+    pairs: list[tuple[int, int]]
+
+
+@dataclass
 class Transfer:
     read: int
-    memory: Memory
+    run: int
+    source: list[bytes]
     rows: list[tuple[int, int]]
     buffers: dict[int, bytes]
 
@@ -72,6 +88,7 @@ class Asked:
     keys: tuple[BlockKey, ...]
     lease: bytes
     deadline: float
+    in_window: bool = False
     buffers: dict[int, bytes] = field(default_factory=dict)
     reasons: tuple[str | None, ...] | None = None
 
@@ -83,19 +100,21 @@ class World:
         self.to_owner: list[Request] = []
         self.to_reader: list[Reply] = []
         self.transfers: list[Transfer] = []
+        self.fillings: list[Filling] = []
         self.asked: dict[int, Asked] = {}
         self.pinned: dict[bytes, dict[BlockKey, int]] = {}
         self.started_anew = 0
-        self.reader = Reader(Common(b"reader", NAMESPACE, ROW_BYTES, quarantine_bytes, 0))
+        usual = Common(b"reader", NAMESPACE, ROW_BYTES, quarantine_bytes, 0)
+        self.reader = Reader(usual._replace(window_quarantine_bytes=quarantine_bytes))
         self.start_owner()
 
     def start_owner(self) -> None:
         """The owner, or its next run at the same address: its memory, its leases and what it read are gone."""
         self.runs += 1
-        self.memory = Memory()
+        self.memory, self.window = Memory(), [b"?"] * WINDOW_ROWS
         self.pinned = {}
         self.epoch = b"run%d" % self.runs
-        offer = Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES)
+        offer = Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES, Window(8192, WINDOW_ROWS, -1))
         self.owner = Owner(offer, self.memory, 3.0, self.memory)
 
     # -- what the test does ------------------------------------------------------------------------------------------
@@ -110,10 +129,10 @@ class World:
         self.owner.export(lease, chosen, self.now)
         self.collect()
 
-    def read(self, lease: bytes, keys: list[BlockKey], seconds: float) -> int:
+    def read(self, lease: bytes, keys: list[BlockKey], seconds: float, in_window: bool = False) -> int:
         number = len(self.asked)
-        self.asked[number] = Asked(tuple(keys), lease, self.now + seconds)
-        self.reader.read(number, PEER, lease, keys, self.now + seconds, self.now)
+        self.asked[number] = Asked(tuple(keys), lease, self.now + seconds, in_window)
+        self.reader.read(number, PEER, Wanted(lease, tuple(keys), in_window), self.now + seconds, self.now)
         self.obey()
         return number
 
@@ -123,6 +142,23 @@ class World:
         if reply is not None:
             self.to_reader.append(reply)
         self.collect()
+
+    def answer_waiting(self) -> None:
+        self.to_reader += self.owner.answers(self.now)
+        self.collect()
+
+    def proceed(self, at: int) -> None:
+        """One row of the window is filled, or the fill ends."""
+        filling = self.fillings[at]
+        if filling.pairs:
+            slot, row = filling.pairs.pop(0)
+            filling.window[row] = filling.memory.content[slot]
+            return
+        self.fillings.pop(at)
+        grant = filling.owner.filled(filling.fill.number)
+        if filling.owner is self.owner:
+            self.to_reader += [grant] if grant is not None else []
+            self.collect()
 
     def deliver_to_reader(self, at: int, keep: bool = False) -> None:
         message = self.to_reader[at] if keep else self.to_reader.pop(at)
@@ -135,7 +171,7 @@ class World:
         if transfer.rows:
             row, slot = transfer.rows.pop(0)
             assert self.asked[transfer.read].reasons is None, "a READ wrote to memory that is somebody else's by now"
-            transfer.buffers[row] = transfer.memory.content[slot]
+            transfer.buffers[row] = transfer.source[slot]
             return
         self.transfers.pop(at)
         self.reader.transfer_ended(transfer.read, None, self.now)
@@ -159,12 +195,14 @@ class World:
     def settle(self) -> None:
         """A network that works, until everything has ended. A READ that hangs goes on hanging until its peer dies."""
         for _ in range(400):
-            if not self.reader.reads_under_way:
+            if not self.reader._reads:
                 return
             while self.to_owner:
                 self.deliver_to_owner(0)
             while self.to_reader:
                 self.deliver_to_reader(0)
+            while self.fillings:
+                self.proceed(0)
             while self.transfers:
                 self.progress(0)
             self.pass_time(0.25)
@@ -179,7 +217,10 @@ class World:
     # -- what follows from it ----------------------------------------------------------------------------------------
 
     def collect(self) -> None:
-        """Leases that have ended: their slots may be filled anew."""
+        """Leases that have ended: their slots may be filled anew. Fills that begin."""
+        for fill in self.owner.take_fills():
+            pairs = list(zip(fill.slots, fill.rows, strict=True))
+            self.fillings.append(Filling(fill, self.owner, self.memory, self.window, pairs))
         for lease in self.owner.take_ended():
             del self.pinned[lease]
 
@@ -187,7 +228,7 @@ class World:
         """Whether a READ of the lease, in the present run, could still be accepted."""
         return any(
             self.asked[transfer.read].lease == lease
-            and transfer.memory is self.memory
+            and transfer.run == self.runs
             and self.asked[transfer.read].deadline > self.now
             for transfer in self.transfers
         )
@@ -204,8 +245,9 @@ class World:
             self.obey()
         elif isinstance(instruction, Post):
             rows = list(zip(instruction.rows, instruction.slots, strict=True))
-            buffers = self.asked[instruction.read].buffers
-            self.transfers.append(Transfer(instruction.read, self.memory, rows, buffers))
+            asked = self.asked[instruction.read]
+            source = self.window if asked.in_window else self.memory.content
+            self.transfers.append(Transfer(instruction.read, self.runs, source, rows, asked.buffers))
         elif isinstance(instruction, Finish):
             asked = self.asked[instruction.read]
             assert asked.reasons is None, "a read ended twice"

@@ -22,16 +22,18 @@ from vllm.v1.request import Request
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Verdict
 from dynamo_connectors.transport.messages import Request as Message
-from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.vllm.fetch import name_of
-from dynamo_connectors.vllm.handoff import SIGNATURE, Identity
+from dynamo_connectors.vllm.handoff import Identity
 from dynamo_connectors.vllm.hints import PEER
 from tests.transport.peers import Between
+from tests.vllm.handoff_tickets import SECRET, signed
 from tests.vllm.simulated_engine import BLOCK, Mode, SimulatedEngine, SimulatedWorker, Truth, ours
 from tests.vllm.version_scenario import engine_config, prompt
 from tools.server_process import free_port
 
 HBM_BLOCKS = 40
+#: Room for nine blocks, of which a read takes one and a load four.
+HBM_GB = 0.0003
 ANSWER_TOKENS = 4
 PREFILL = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -87,14 +89,15 @@ class Engine(SimulatedEngine):
 class Fleet:
     """A prefill and a decode engine, and somebody between them."""
 
-    def __init__(self, model: str, mode: Mode, deadline_ms: int) -> None:
+    def __init__(self, model: str, mode: Mode, deadline_ms: int, hbm_gb: float = HBM_GB) -> None:
         self.port = free_port()
-        port = ["--kvbm-peer-port", str(self.port)]
+        self.has_window = bool(hbm_gb)
+        port = ["--kvbm-peer-port", str(self.port), "--kvbm-peer-hbm-gb", str(hbm_gb)]
         self.prefill = Engine(model, mode, "--kvbm-role", "prefill", *port)
-        deadline = ["--kvbm-peer-deadline-ms", str(deadline_ms)]
+        deadline = ["--kvbm-peer-deadline-ms", str(deadline_ms), "--kvbm-peer-hbm-gb", str(hbm_gb)]
         self.decode = Engine(model, mode, "--kvbm-role", "decode", *deadline)
         self.between_port = free_port()
-        self.between = Between(self.between_port, self.port, b"this host alone")
+        self.between = Between(self.between_port, self.port, SECRET)
 
     def run_until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
@@ -122,7 +125,7 @@ class Fleet:
 
     def through_between(self, ticket: dict[str, Any]) -> dict[str, Any]:
         if PEER in ticket:
-            return {**ticket, PEER: name_of(Identity("", "127.0.0.1", self.between_port, 1, b"this host alone"))}
+            return {**ticket, PEER: name_of(Identity("", "127.0.0.1", self.between_port, 1, SECRET))}
         return signed({**ticket, "remote_port": self.between_port})
 
     def settle(self) -> None:
@@ -150,12 +153,6 @@ class Fleet:
         self.between.close()
 
 
-def signed(params: dict[str, Any]) -> dict[str, Any]:
-    """As the engine would have signed them."""
-    ticket = Ticket(params["remote_host"], params["remote_port"], bytes.fromhex(params["dynamo_lease"]))
-    return {**params, SIGNATURE: ticket.signature(b"this host alone", params["remote_num_tokens"]).hex()}
-
-
 def hand_over(fleet: Fleet, count: int) -> None:
     """Every block of the prompt but the last, partial one comes from the prefill engine."""
     blocks = 0
@@ -168,6 +165,7 @@ def hand_over(fleet: Fleet, count: int) -> None:
     assert counts["hit_blocks|peer"] == blocks, counts
     assert not [key for key in counts if key.startswith("load_failures")], counts
     assert counts["nixl_read_blocks|"] == blocks * len(fleet.decode.workers), counts
+    assert counts["nixl_window_blocks|"] == counts["nixl_read_blocks|"] * fleet.has_window, counts
 
 
 def many_at_once(fleet: Fleet, rounds: int) -> None:
@@ -213,6 +211,18 @@ def refill(fleet: Fleet, keys: Sequence[BlockKey]) -> None:
             dram.write(slot, BlockKey(b"foreign"), memoryview(os.urandom(dram.row_bytes)))
 
 
+def refill_window(fleet: Fleet) -> None:
+    """The rows of every READ serve another one by now, as if it had been given up."""
+    for worker in fleet.prefill.workers:
+        server = ours(worker.connector)._worker._peers._server
+        with server._lock:
+            desk = server._owner._desk
+            ready = [serving for serving in desk._reads.values() if serving.state == "ready"]
+            for row in (row for serving in ready for row in serving.in_use):
+                desk._generations[row] += 1
+                server._window.rows.rows[row] = 77
+
+
 def at(fleet: Fleet, kind: type, act: Callable[[], object]) -> None:
     done: list[bool] = []
 
@@ -241,9 +251,11 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     elif fault == "lease over, slots re-used":
         refill(fleet, keys)
         for worker in fleet.prefill.workers:
-            ours(worker.connector)._worker._peers._server.revoke_all()
+            ours(worker.connector)._worker._peers._server._owner.revoke_all()
     elif fault.startswith("slots re-used at "):
         at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, keys))
+    elif fault.startswith("window re-used at "):
+        at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill_window, fleet))
     elif fault.startswith("silence at "):
         kind = KINDS[fault.rsplit(" ", 1)[1]]
         fleet.between.hook = lambda message: 0 if isinstance(message, kind) else 1
@@ -266,6 +278,7 @@ FAULTS = [
     "ticket of no engine",
     "lease over, slots re-used",
     *(f"slots re-used at {kind}" for kind in ("Ask", "Grant", "Check")),
+    *(f"window re-used at {kind}" for kind in ("Grant", "Check")),
     *(f"silence at {kind}" for kind in ("Ask", "Check", "Verdict")),
     "lossy network",
     "client leaves",
@@ -279,7 +292,9 @@ def faults(fleet: Fleet, count: int) -> None:
     counts = fleet.decode.take_counts()
     print("faults:", dict(sorted(seen.items())))
     print("told:", {key: counts[key] for key in sorted(counts) if "fail" in key or "nixl" in key or "hit_" in key})
-    stale = sum(seen[fault] for fault in seen if fault.startswith("slots re-used at "))
+    # What is in the window already does not care for host memory any more.
+    what = "window re-used at " if fleet.has_window else "slots re-used at "
+    stale = sum(seen[fault] for fault in seen if fault.startswith(what))
     assert counts["load_failures|stale"] or not stale, "no fence ever refused"
     assert counts["hit_blocks|peer"], "nothing was ever handed over"
 
@@ -309,13 +324,14 @@ def main(model: str, requests: int) -> None:
         finally:
             fleet.close()
         print(f"ok: {mode.name}", flush=True)
-    fleet = Fleet(model, Mode("faults"), 300)
-    try:
-        faults(fleet, requests)
-        reset(fleet)
-        fleet.settle()
-    finally:
-        fleet.close()
+    for hbm_gb in (HBM_GB, 0):
+        fleet = Fleet(model, Mode("faults"), 300, hbm_gb)
+        try:
+            faults(fleet, requests // 2)
+            reset(fleet)
+            fleet.settle()
+        finally:
+            fleet.close()
     print(f"ok: {requests} requests with faults, no wrong byte", flush=True)
 
 

@@ -50,7 +50,8 @@ class Pair:
 
     def flags(self, role: str) -> list[str]:
         flags = ["--kv-connector", "dynamo", "--kvbm-host-dram-gb", "0.02", "--kvbm-load-gate", "off"]
-        flags += ["--kvbm-role", role]
+        # Rows for half of a prompt: they are used again and again.
+        flags += ["--kvbm-role", role, "--kvbm-peer-hbm-gb", "0.001"]
         more = self._decode_flags if role == "decode" else ["--kvbm-peer-port", str(self._peer_port)]
         return [*flags, *more]
 

@@ -1,0 +1,286 @@
+"""Thousands of requests to a real prefill and a real decode vLLM, a random fault each: every answer must be right.
+
+    handoff_storm [MINUTES [SEED]]
+
+Between the engines stands somebody who sees every message and may lose, double or delay it, end its lease, or stop
+or kill an engine at that moment. Several clients ask at once. What the prefill engine answers alone, before any
+fault, is right; weights in float32, so that the shape of a batch changes no token. Only a client that leaves, or one
+whose decode engine is killed, may end without an answer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.handoff_middle import KINDS, SIDES, Engines, Middle, Plan
+from dynamo_connectors.transport.messages import (
+    End,
+)
+from dynamo_connectors.vllm.fetch import name_of
+from dynamo_connectors.vllm.handoff import Identity
+from tests.vllm.client import prompt, wait_until
+from tests.vllm.handoff_tickets import SECRET, signed
+from tests.vllm.pair import Pair
+from tools.tiny_model import make_model
+from tools.vllm_server import MODEL_NAME
+
+CLIENTS = 10
+#: Twice what both engines hold: a prompt that comes again is nowhere.
+PROMPTS = 200
+CHUNKS = 2
+ANSWER_TOKENS = 6
+HOST_GB = "0.03"
+DEADLINE_MS = "2000"
+#: Longer than a lease.
+AGED_SECONDS = 33.0
+STANDS_SECONDS = (0.2, 4.0)
+STEPS = ("Ask", "Grant", "Check", "Verdict")
+#: Fault -> how often, beside the others.
+FAULTS: dict[str, float] = {
+    "none": 4,
+    "another prompt's ticket": 6,
+    "ticket of no lease": 4,
+    "ticket of an unsigned lease": 2,
+    "ticket as old as its lease, blocks re-used": 4,
+    "lossy": 10,
+    "client leaves": 8,
+    "fetched, lossy": 10,
+    **{f"no {step}": 2 for step in STEPS},
+    **{f"late {step}": 4 for step in STEPS},
+    **{f"lease ended at {step}": 5 for step in STEPS},
+    **{f"{side} stopped at {step}": 0.3 for side in SIDES for step in STEPS},
+}
+#: Engines that are killed, one after the other, at these messages, evenly over the time.
+KILLS = (("prefill", "Grant"), ("decode", "Check"), ("prefill", "Check"), ("decode", "Grant"))
+
+
+TOLD = (
+    "dynamo_kvbm_hit_blocks_total",
+    "dynamo_kvbm_load_failures_total",
+    "dynamo_nixl_read_blocks_total",
+    "dynamo_nixl_fences_refused_total",
+    "dynamo_nixl_late_reads_total",
+    "dynamo_nixl_silent_peers_total",
+    "dynamo_nixl_refused_messages_total",
+)
+
+
+class StormPair(Pair):
+    def flags(self, role: str) -> list[str]:
+        return [*super().flags(role), "--kvbm-host-dram-gb", HOST_GB, "--dtype", "float32"]
+
+
+class Ended(NamedTuple):
+    fault: str
+    how: str
+    seconds: float
+
+
+class Storm:
+    def __init__(self, pair: StormPair, seed: int) -> None:
+        self._pair = pair
+        self._chance = random.Random(seed)
+        self.engines = Engines(pair)
+        for event in self.engines.ready.values():
+            event.set()
+        self.middle = Middle(pair._peer_port, random.Random(seed + 1))
+        self.ended: list[Ended] = []
+        self._alone: list[tuple[int, ...]] = []
+        self._numbers = iter(range(1 << 62))
+        #: Prompt, ticket, and when it was given.
+        self._aged: deque[tuple[int, dict[str, Any], float]] = deque()
+        self._lock = threading.Lock()
+        self._ends = 0.0
+
+    def learn(self) -> None:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            self._alone = list(pool.map(self._answer_alone, range(PROMPTS)))
+
+    def rage(self, seconds: float) -> None:
+        self._ends = time.monotonic() + seconds
+        killer = threading.Thread(target=self._kill_now_and_then, args=(seconds,))
+        killer.start()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for client in [pool.submit(self._keep_asking) for _ in range(CLIENTS)]:
+                client.result()
+        killer.join()
+        self.engines.settle()
+        self.middle.plans.clear()
+
+    def _answer_alone(self, number: int) -> tuple[int, ...]:
+        return self._pair.prefill.complete(prompt(number + 1, CHUNKS), ANSWER_TOKENS).tokens
+
+    def _kill_now_and_then(self, seconds: float) -> None:
+        for side, kind in KILLS if seconds >= 240 else ():
+            time.sleep(seconds / (len(KILLS) + 1))
+            act = lambda side=side, kind=kind: self.engines.kill(side, kind)  # noqa: E731
+            self.middle.breaks_in.append(Plan(KINDS[kind], act))
+
+    def _keep_asking(self) -> None:
+        while time.monotonic() < self._ends:
+            with self._lock:
+                number = next(self._numbers) % PROMPTS
+                fault = self._chance.choices(list(FAULTS), list(FAULTS.values()))[0]
+            if not self.engines.ready["prefill"].is_set():
+                fault = "ticket of an engine that was killed"
+            self.engines.ready["decode"].wait()
+            lives, started = self.engines.lives, time.monotonic()
+            fault, how = self._one(fault, number)
+            if how and (self.engines.lives > lives and how.startswith("error")):
+                how = "error: decode was killed"
+            if how:
+                self.ended.append(Ended(fault, how, time.monotonic() - started))
+
+    def _one(self, fault: str, number: int) -> tuple[str, str]:
+        """What was done to it, and how it ended; empty when there was nothing to ask."""
+        try:
+            if "old" in fault or "killed" in fault:
+                return fault, self._with_an_old_ticket(0.0 if "killed" in fault else AGED_SECONDS, number)
+            ticket = self._ticket(fault, number)
+        except (OSError, http.client.HTTPException):
+            return fault, ""  # the prefill engine was killed under it: no ticket, no hand-off
+        lease = bytes.fromhex(ticket.get("dynamo_lease", ""))
+        if (plan := self._plan(fault, lease)) is not None:
+            self.middle.plans[lease] = plan
+        how = (self._leave if fault == "client leaves" else self._judge)(number, ticket)
+        # An engine that others' faults have made silent is not asked for a while.
+        return "none: nothing was asked of the peer" if plan is not None and not plan.is_met else fault, how
+
+    def _ticket(self, fault: str, number: int) -> dict[str, Any]:
+        tokens = prompt(number + 1, CHUNKS)
+        if fault.startswith("fetched"):
+            self._pair.prefill.complete(tokens, 1)
+            name = name_of(Identity("", "127.0.0.1", self.middle.port, 1, SECRET))
+            return {"kvbm_peer": name, "kvbm_peer_tokens": len(tokens)}
+        if fault == "another prompt's ticket":
+            tokens = prompt(number + 1 + PROMPTS, CHUNKS)
+        ticket = self._pair.ticket(tokens)
+        if fault == "ticket of no lease":
+            ticket["dynamo_lease"] = os.urandom(16).hex()
+        ticket = signed({**ticket, "remote_port": self.middle.port})
+        return {**ticket, "dynamo_lease": os.urandom(16).hex()} if fault == "ticket of an unsigned lease" else ticket
+
+    def _with_an_old_ticket(self, seconds: float, number: int) -> str:
+        ticket: dict[str, Any] | None = None
+        with self._lock:
+            if self._aged and time.monotonic() - self._aged[0][2] >= seconds:
+                at, ticket, _ = self._aged.popleft()
+        if ticket is not None:
+            return self._judge(at, ticket)
+        if not seconds:  # nobody gives out tickets now
+            time.sleep(0.2)
+            return ""
+        self._aged.append((number, self._ticket("", number), time.monotonic()))
+        return ""
+
+    def _plan(self, fault: str, lease: bytes) -> Plan | None:
+        chance, engines = self._chance, self.engines
+        kind = KINDS.get(fault.rpartition(" ")[2])
+        if fault == "lossy":
+            return Plan(times=lambda: chance.choice((0, 1, 1, 2)))
+        if kind is None:
+            return None
+        if fault.startswith("no "):
+            return Plan(kind, times=lambda: 0)
+        if fault.startswith("late "):
+            return Plan(kind, delay=lambda: chance.uniform(0.1, 2.5))
+        if fault.startswith("lease ended at "):
+            return Plan(kind, lambda: self.middle.say(End(lease)))
+        side, seconds = fault.partition(" ")[0], chance.uniform(*STANDS_SECONDS)
+        return Plan(kind, lambda: engines.stop_for(side, seconds))
+
+    def _judge(self, number: int, params: dict[str, Any]) -> str:
+        try:
+            said = self._pair.decode.complete(prompt(number + 1, CHUNKS), ANSWER_TOKENS, kv_transfer_params=params)
+        except (OSError, http.client.HTTPException) as error:
+            return f"error: {error!r:.80}"
+        return "right" if said.tokens == self._alone[number] else "WRONG"
+
+    def _leave(self, number: int, params: dict[str, Any]) -> str:
+        body = {"model": MODEL_NAME, "prompt": prompt(number + 1, CHUNKS), "max_tokens": 400, "ignore_eos": True}
+        host = self._pair.decode.url.removeprefix("http://")
+        connection = http.client.HTTPConnection(host, timeout=60)
+        try:
+            text = json.dumps({**body, "stream": True, "kv_transfer_params": params})
+            connection.request("POST", "/v1/completions", text, {"content-type": "application/json"})
+            time.sleep(self._chance.uniform(0.0, 0.3))
+        except (OSError, http.client.HTTPException) as error:
+            return f"error: {error!r:.80}"
+        finally:
+            connection.close()
+        return "left"
+
+
+def is_clean(pair: Pair) -> bool:
+    for client in (pair.prefill, pair.decode):  # gauges are published by steps
+        client.complete(prompt(1 << 20, 1), 1)
+    gauges = {
+        pair.prefill: ("dynamo_nixl_open_leases", "dynamo_kvbm_pinned_blocks", "vllm:num_requests_running"),
+        pair.decode: ("dynamo_nixl_quarantined_bytes", "dynamo_kvbm_pinned_blocks", "vllm:num_requests_running"),
+    }
+    return not any(client.metric(name) for client, names in gauges.items() for name in names)
+
+
+def label_of(labels: dict[str, str]) -> str:
+    return labels.get("tier") or labels.get("reason") or ""
+
+
+def report(storm: Storm, pair: Pair) -> bool:
+    table = Counter((ended.fault, ended.how) for ended in storm.ended)
+    for (fault, how), count in sorted(table.items()):
+        longest = max(each.seconds for each in storm.ended if (each.fault, each.how) == (fault, how))
+        print(f"{fault:45} {how:28} {count:6}   longest {longest:5.1f} s")
+    for note in storm.engines.notes:
+        print(note)
+    faulted = sum(count for (fault, _), count in table.items() if not fault.startswith("none"))
+    ends = Counter(how for _, how in table.elements())
+    tokens = ends["right"] * ANSWER_TOKENS
+    print(f"{sum(ends.values())} requests, {faulted} with a fault of their own: {dict(ends)}; {tokens} tokens compared")
+    for name in TOLD:
+        told = {label_of(each.labels): int(each.value) for each in pair.decode.series(name) if each.value}
+        print(f"{name} of the decode engine since its start: {told}")
+    allowed = {"right", "left", "error: decode was killed"}
+    return set(ends) <= allowed
+
+
+def main(arguments: Sequence[str]) -> int:
+    minutes = float(arguments[0]) if arguments else 8.0
+    seed = int(arguments[1]) if len(arguments) > 1 else 7
+    os.environ["UCX_LOG_LEVEL"] = "error"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pair = StormPair(make_model(folder / "model"), folder, ["--kvbm-peer-deadline-ms", DEADLINE_MS], "tcp")
+        try:
+            pair.start()
+            storm = Storm(pair, seed)
+            try:
+                storm.learn()
+                storm.rage(60 * minutes)
+                good = report(storm, pair)
+                wait_until(lambda: is_clean(pair), "nothing is leased, pinned or quarantined", 90.0)
+                print("at the end no lease, no pin, no quarantine, no request is left")
+            finally:
+                storm.middle.close()
+        finally:
+            pair.close()
+            for log in folder.glob("*.log"):
+                _, found, what = log.read_text().partition("Traceback")
+                good &= not found
+                print(f"{log.name}: Traceback{what[:2000]}" if found else f"{log.name}: no traceback")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,245 @@
+"""READs of a window that is too small for all of them, whose rows are filled from host memory that changes meanwhile.
+
+Bytes of another block are never called loaded, a row serves one READ at a time, and all of them come back.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.transport.messages import STANDING_LEASE, Check, Grant
+from dynamo_connectors.transport.window_desk import Source, WindowDesk
+from tests.transport.world import ROWS, WINDOW_ROWS, World
+
+KEYS = [BlockKey(b"key%d" % number) for number in range(ROWS)]
+LEASE = b"l" * 16
+A, B, C = KEYS[:3]
+keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4, unique=True)
+pick = st.integers(0, 1000)
+
+
+def talk(world: World) -> None:
+    while world.to_owner or world.to_reader:
+        while world.to_owner:
+            world.deliver_to_owner(0)
+        while world.to_reader:
+            world.deliver_to_reader(0)
+
+
+def exported() -> World:
+    """Every key lies in the slot of its number, and owner and reader have met."""
+    world = World(quarantine_bytes=1000)
+    world.export(LEASE, KEYS, list(range(ROWS)))
+    world.read(LEASE, [A], 8.0)
+    talk(world)
+    world.settle()
+    return world
+
+
+class Window(RuleBasedStateMachine):
+    @initialize()
+    def meet(self) -> None:
+        self.world = exported()
+
+    @rule(lease=st.sampled_from([LEASE, STANDING_LEASE]), keys=keys, seconds=st.sampled_from([0.5, 8.0]))
+    def read(self, lease: bytes, keys: list[BlockKey], seconds: float) -> None:
+        self.world.read(lease, keys, seconds, in_window=True)
+        talk(self.world)
+
+    @precondition(lambda self: self.world.fillings)
+    @rule(at=pick, whole=st.booleans())
+    def fill(self, at: int, whole: bool) -> None:
+        filling = self.world.fillings[at % len(self.world.fillings)]
+        while whole and filling.pairs:
+            self.world.proceed(self.world.fillings.index(filling))
+        self.world.proceed(self.world.fillings.index(filling))
+        talk(self.world)
+
+    @precondition(lambda self: self.world.transfers)
+    @rule(at=pick, whole=st.booleans())
+    def land(self, at: int, whole: bool) -> None:
+        transfer = self.world.transfers[at % len(self.world.transfers)]
+        while whole and transfer.rows:
+            self.world.progress(self.world.transfers.index(transfer))
+        self.world.progress(self.world.transfers.index(transfer))
+
+    @rule()
+    def hear(self) -> None:
+        talk(self.world)
+
+    @precondition(lambda self: self.world.to_owner)
+    @rule(again=st.booleans())
+    def say_twice_or_lose(self, again: bool) -> None:
+        if again:
+            self.world.deliver_to_owner(0, keep=True)
+        else:
+            self.world.to_owner.pop(0)
+
+    @rule(slot=st.integers(0, ROWS - 1), key=st.sampled_from(KEYS), whole=st.booleans())
+    def host_memory_changes(self, slot: int, key: BlockKey, whole: bool) -> None:
+        """Not even what a lease pins stays as it was: the fence alone must do."""
+        self.world.memory.begin_fill(slot)
+        if whole:
+            self.world.memory.end_fill(slot, key)
+
+    @rule(seconds=st.sampled_from([0.02, 0.6, 4.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+        talk(self.world)
+
+    @invariant()
+    def nothing_foreign(self) -> None:
+        self.world.check()
+        self.world.reader.check()
+        self.world.owner.check()
+        desk = self.world.owner._desk
+        being_filled = [row for filling in self.world.fillings for row in filling.fill.rows]
+        assert len(set(being_filled)) == len(being_filled), "two fills write to one row"
+        assert not set(being_filled) & set(desk._free), "a row is free while it is filled"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        self.world.settle()
+        self.world.pass_time(20.0)
+        while self.world.fillings:
+            self.world.proceed(0)
+        self.world.check()
+        assert sorted(self.world.owner._desk._free) == list(range(WINDOW_ROWS)), "rows are lost"
+
+
+TestWindow = Window.TestCase
+TestWindow.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_read_of_the_window_is_granted_when_its_rows_are_filled() -> None:
+    world = exported()
+    number = world.read(LEASE, [C, A], 8.0, in_window=True)
+    talk(world)
+    assert not world.transfers, "a READ was posted before there was anything to read"
+    while world.fillings:
+        world.proceed(0)
+    talk(world)
+    world.settle()
+    assert world.asked[number].reasons == (None, None)
+    assert world.asked[number].buffers == {0: C, 1: A}
+
+
+def test_what_was_filled_anew_in_host_memory_while_it_was_copied_is_not_granted() -> None:
+    world = exported()
+    number = world.read(LEASE, [A, B], 8.0, in_window=True)
+    talk(world)
+    world.proceed(0)
+    world.memory.begin_fill(1)
+    world.settle()
+    assert world.asked[number].reasons == (None, "gone")
+
+
+def test_host_memory_may_change_once_the_rows_are_filled() -> None:
+    world = exported()
+    number = world.read(LEASE, [A], 8.0, in_window=True)
+    talk(world)
+    while world.fillings:
+        world.proceed(0)
+    world.memory.begin_fill(0)
+    world.settle()
+    assert world.asked[number].reasons == (None,)
+
+
+def test_a_read_whose_rows_serve_another_one_by_now_is_refused() -> None:
+    world = exported()
+    number = world.read(LEASE, [A], 8.0, in_window=True)
+    talk(world)
+    while world.fillings:
+        world.proceed(0)
+    talk(world)
+    assert world.transfers, "it reads"
+    desk = world.owner._desk
+    desk.leave((b"reader", number))
+    desk.ask((b"another", 1), [Source(slot, 1) for slot in range(WINDOW_ROWS)], 100.0)
+    world.collect()
+    world.settle()
+    assert world.asked[number].reasons == ("stale",)
+
+
+def test_more_than_the_window_holds_is_granted_in_part() -> None:
+    world = exported()
+    number = world.read(LEASE, KEYS[: WINDOW_ROWS + 1], 8.0, in_window=True)
+    world.settle()
+    assert world.asked[number].reasons == (None,) * WINDOW_ROWS + ("gone",)
+
+
+def test_reads_are_served_in_turn_and_one_that_is_given_up_gives_its_rows_to_the_next() -> None:
+    desk = WindowDesk(4)
+    sources = [Source(slot, 1) for slot in range(3)]
+    for reader in (b"first", b"second", b"small"):
+        desk.ask((reader, 1), sources[:1] if reader == b"small" else sources, 10.0)
+    (fill,) = desk.take_fills()
+    assert desk.take_fills() == [], "the small one does not overtake the second"
+    desk.expire(11.0)
+    assert not desk._reads
+    desk.ask((b"late", 1), sources, 20.0)
+    assert desk.take_fills() == [], "rows that are still being filled are nobody's"
+    assert desk.filled(fill.number, lambda source: True) is None
+    (fill,) = desk.take_fills()
+    assert desk.filled(fill.number, lambda source: True) == (b"late", 1)
+    desk.check()
+
+
+def test_a_check_that_comes_twice_hears_the_same_until_the_rows_are_used_again() -> None:
+    world = exported()
+    world.read(LEASE, [A], 8.0, in_window=True)
+    talk(world)
+    while world.fillings:
+        world.proceed(0)
+    (grant,) = [each for each in world.to_reader if isinstance(each, Grant)]
+    check = Check(b"reader", grant.read, world.epoch, LEASE, grant.slots, grant.generations, True)
+    held = [getattr(world.owner.receive(check, world.now), "held", None) for _ in range(2)]
+    assert held == [True, True]
+    world.owner._desk.ask((b"another", 1), [Source(slot, 1) for slot in range(WINDOW_ROWS)], 100.0)
+    assert getattr(world.owner.receive(check, world.now), "held", None) is False
+
+
+def test_an_owner_without_a_window_says_so_at_once() -> None:
+    desk = WindowDesk(0)
+    desk.ask((b"reader", 1), [Source(0, 1), None], 10.0)
+    assert desk.granted((b"reader", 1)) == ((-1, -1), (0, 0))
+    assert desk.take_fills() == []
+
+
+def test_one_who_asks_early_is_answered_when_all_of_it_has_come() -> None:
+    world = exported()
+    world.memory.guesses.clear()
+    world.owner.announce(b"e" * 16, world.now)
+    number = world.read(b"e" * 16, [A, B], 8.0)
+    talk(world)
+    world.memory.guesses[A] = 0
+    world.answer_waiting()
+    talk(world)
+    assert not world.transfers, "half of it is not there yet"
+    world.memory.guesses[B] = 1
+    assert world.owner.has_waiting
+    world.answer_waiting()
+    assert not world.owner.has_waiting
+    world.settle()
+    assert world.asked[number].reasons == (None, None)
+
+
+@pytest.mark.parametrize("how", ["revoked", "late"])
+def test_one_who_asks_early_is_not_left_waiting(how: str) -> None:
+    world = exported()
+    world.owner.announce(b"e" * 16, world.now)
+    number = world.read(b"e" * 16, [BlockKey(b"never")], 1.0)
+    talk(world)
+    if how == "revoked":
+        world.owner.revoke_all()
+    else:
+        world.pass_time(1.5)
+    world.answer_waiting()
+    talk(world)
+    assert not world.owner.has_waiting
+    assert world.asked[number].reasons == ("gone" if how == "revoked" else "timeout",)

@@ -1,0 +1,194 @@
+"""Copies that take their time: nothing is granted before its rows are filled, and no row is used before it was emptied.
+
+The agents are stand-ins: READs are outside of every stream, so what counts is when they may begin.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from dynamo_kernels.block_view import BlockView
+
+from dynamo_connectors.blocks import BlockKey
+from dynamo_connectors.config import PEER
+from dynamo_connectors.errors import StoreError
+from dynamo_connectors.hbm_rows import HbmRows
+from dynamo_connectors.jobs import LoadItem
+from dynamo_connectors.loads import LoadFromBelow
+from dynamo_connectors.row_copy import RowCopy
+from dynamo_connectors.staging import StagingRows
+from dynamo_connectors.tiers.base import Batch, Place
+from dynamo_connectors.tiers.dram import DramStore
+from dynamo_connectors.transport import server as server_module
+from dynamo_connectors.transport.agent import Region
+from dynamo_connectors.transport.messages import Ask, Check, Codec, Grant, Hello, Reply, Request, Verdict, Welcome
+from dynamo_connectors.transport.server import PeerServer, ServerSettings, host_rows
+from dynamo_connectors.transport.sockets import PeerSockets
+from dynamo_connectors.window import Window
+
+ROW_BYTES, SECRET, LEASE = 64, b"s", b"l" * 16
+KEYS = [BlockKey(b"key%d" % number) for number in range(4)]
+CPU = torch.device("cpu")
+
+
+class QuietAgent:
+    metadata = b"m"
+
+    def __init__(self, name: str, regions: list[Region]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Copies:
+    """Copies from rows that wait until they may; `fails` instead, if asked to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.may_go, self.has_begun, self.fails = threading.Event(), threading.Event(), False
+        really = RowCopy.up
+
+        def up(copy: RowCopy, slots: Sequence[int], blocks: Sequence[int]) -> None:
+            self.has_begun.set()
+            assert self.may_go.wait(60)
+            if self.fails:
+                raise OSError("the GPU is gone")
+            really(copy, slots, blocks)
+
+        monkeypatch.setattr(RowCopy, "up", up)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copies]:
+    copies = Copies(monkeypatch)
+    yield copies
+    copies.may_go.set()
+
+
+class Talk:
+    """An owner of four blocks with a window of three rows, and a reader that says what the test wants."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(server_module, "Agent", QuietAgent)
+        self.dram = DramStore(4, ROW_BYTES)
+        for slot, key in enumerate(KEYS):
+            self.dram.write(slot, key, memoryview(bytes([slot + 1]) * ROW_BYTES))
+        self.rows = HbmRows(3, ROW_BYTES, CPU)
+        settings = ServerSettings("127.0.0.1", 0, b"n", SECRET, opens_shelf=True)
+        self.server = PeerServer(settings, host_rows(self.dram, Window(self.dram, self.rows)))
+        self._codec, self._sockets = Codec(SECRET), PeerSockets(SECRET)
+        self._peer = f"tcp://127.0.0.1:{self.server.port}"
+        self.server.export(LEASE, {key: slot for slot, key in enumerate(KEYS)})
+        welcome = self.ask(Hello(1, b"n", ROW_BYTES))
+        assert isinstance(welcome, Welcome)
+        assert welcome.window is not None
+        assert (welcome.window.rows, welcome.window.device) == (3, -1)
+        self.epoch = welcome.epoch
+
+    def ask(self, request: Request) -> Reply:
+        self._sockets.send(self._peer, self._codec.encode(request))
+        return self.hear()
+
+    def hear(self) -> Reply:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for _, frame in self._sockets.receive(0.5):
+                return self._codec.reply(frame)
+        raise AssertionError("nothing was said")
+
+    def question(self, read: int, keys: Sequence[BlockKey]) -> Ask:
+        return Ask(b"reader", read, self.epoch, LEASE, tuple(keys), 30.0, in_window=True)
+
+    def verdict(self, grant: Grant) -> bool:
+        check = Check(b"reader", grant.read, self.epoch, LEASE, grant.slots, grant.generations, in_window=True)
+        answer = self.ask(check)
+        assert isinstance(answer, Verdict)
+        return answer.held
+
+    def close(self) -> None:
+        self._sockets.close()
+        assert self.server.close()
+        self.dram.close()
+
+
+@pytest.fixture
+def talk(monkeypatch: pytest.MonkeyPatch, copies: Copies) -> Iterator[Talk]:
+    talk = Talk(monkeypatch)
+    try:
+        yield talk
+    finally:
+        copies.may_go.set()
+        talk.close()
+
+
+def granted(reply: Reply) -> Grant:
+    assert isinstance(reply, Grant)
+    return reply
+
+
+def test_rows_are_granted_when_the_copy_into_them_is_complete_and_not_before(talk: Talk, copies: Copies) -> None:
+    question = talk.question(1, KEYS[1:3])
+    assert granted(talk.ask(question)).status == "pending"
+    assert copies.has_begun.wait(60)
+    assert granted(talk.ask(question)).status == "pending", "asked again it is no further"
+    copies.may_go.set()
+    grant = granted(talk.hear())  # it need not ask a third time
+    assert grant.status == "granted"
+    assert [int(talk.rows.rows[row][0]) for row in grant.slots] == [2, 3]
+    assert talk.verdict(grant)
+
+
+def test_a_read_waits_for_rows_until_another_one_has_its_verdict(talk: Talk, copies: Copies) -> None:
+    copies.may_go.set()
+    assert granted(talk.ask(talk.question(1, KEYS[:2]))).status == "pending"
+    first = granted(talk.hear())
+    assert granted(talk.ask(talk.question(2, KEYS[2:]))).status == "pending"
+    assert talk.verdict(first)
+    second = granted(talk.hear())
+    assert [int(talk.rows.rows[row][0]) for row in second.slots] == [3, 4]
+    assert not talk.verdict(first), "one of its rows serves the second"
+    assert talk.verdict(second)
+
+
+def test_rows_that_could_not_be_filled_are_not_granted(talk: Talk, copies: Copies) -> None:
+    copies.fails = True
+    copies.may_go.set()
+    assert granted(talk.ask(talk.question(1, KEYS[:1]))).status == "pending"
+    grant = granted(talk.hear())
+    assert (grant.status, grant.slots) == ("granted", (-1,))
+
+
+class Tier:
+    """Every READ is done at once."""
+
+    def __init__(self) -> None:
+        self.into: list[list[int]] = []
+
+    def read(self, places: Sequence[Place], into: Sequence[int]) -> list[Batch]:
+        self.into.append(list(into))
+        outcome: Future[Sequence[StoreError | None]] = Future()
+        outcome.set_result([None] * len(places))
+        return [Batch(range(len(places)), outcome)]
+
+
+def test_rows_are_read_into_again_when_they_have_been_emptied_and_not_before(copies: Copies) -> None:
+    pages = np.zeros((8, ROW_BYTES), dtype=np.uint8)
+    view = BlockView.of_pages([torch.from_numpy(pages)], [ROW_BYTES])
+    staging, tier = StagingRows(HbmRows(2, ROW_BYTES, CPU), view), Tier()
+    items = [LoadItem(key, PEER, 0, at) for at, key in enumerate(KEYS)]
+    failed: dict[BlockKey, str] = {}
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(LoadFromBelow(tier, staging, 2, 2).run, items, 60.0, failed)
+        assert copies.has_begun.wait(60)
+        assert len(tier.into) == 1, "its rows are still being scattered"
+        assert staging.take(1) == []
+        copies.may_go.set()
+        assert loaded.result(60) == 4
+    assert tier.into == [[staging.view(0), staging.view(1)]] * 2
+    assert not failed
+    assert staging.all_are_back
+    staging.close()
