@@ -12,7 +12,7 @@ import pytest
 
 from tests.house.repository import ROOT
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(1100)
 
 TESTS = ("chaos", "http1", "data_plane", "resume", "failures", "disaggregation", "explain", "engines", "kv", "workers")
 
@@ -23,7 +23,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compiled")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
     environment = {**os.environ, "DYNAMO_COMPILE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, f"no C compiler, or no Python.h beside it?\n{done.stdout}{done.stderr}"
     (built,) = folder.glob("*.whl")
     return built
@@ -50,5 +50,5 @@ def test_the_proxys_tests_pass_on_it(compiled: Path, tmp_path: Path) -> None:
     assert found.strip().endswith(".so")
     files = [f"tests/proxy/test_proxy_{name}.py" for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
