@@ -19,14 +19,15 @@ from dynamo_connectors.tiers.base import LowerTier
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.peer_tier import PeerTier, PeerWindows
 
-#: Memory that loads from below pass through, and the rows that it has at least (enough to keep a disk busy).
+#: Memory that loads from a tier below pass through (from peers `PEER_READS` times as much), and the rows that it has at
+#: least (enough to keep a disk busy).
 _STAGING_BYTES = 64 << 20
 _MIN_STAGING_ROWS = 16
 #: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.
 _LOADS_FROM_BELOW = 4
 #: Reads of a peer that one load has under way: a peer is asked before each and after it, and bytes come meanwhile.
-#: Bandwidth of bare NIXL that 2, 3 and 4 of 16 rows reach (1 and 2 MiB rows, 2 busy cores, 2026-11-28): 0.84 and 0.75,
-#: 0.86 and 0.84, 0.90 and 0.92.
+#: Share of bare NIXL's bandwidth that 2 and 4 of 16 rows reach, mean of five runs (2 busy cores, 2026-11-28): 0.80 and
+#: 0.86 with rows of 1 MiB, 0.82 and 0.91 with 2 MiB.
 PEER_READS = 4
 #: Shares of the rows in HBM: what one load may hold, and one read.
 _LOADS_AT_A_TIME, _READS_AT_A_TIME = 2, 8

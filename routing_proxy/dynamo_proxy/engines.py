@@ -223,10 +223,11 @@ class EngineRegistry:
         # A doubtful engine is better than none.
         return self._as_fleet(model, [e for e in fit if not e.breaker.blocks] or fit)
 
-    def prefill_fleet(self, model: str, but_slot: int) -> Fleet:
-        """The engines that may compute a prompt for another one, the doubtful left out."""
-        fit = self._fit(model, 1 << but_slot)
-        return self._as_fleet(model, [e for e in fit if e.role in _PREFILLS and not e.breaker.blocks])
+    def prefill_fleet(self, model: str, but_slot: int, in_room: bool) -> Fleet:
+        """The engines that may compute a prompt for another one, the doubtful left out, unless it cannot do without."""
+        fit = [e for e in self._fit(model, 1 << but_slot) if e.role in _PREFILLS and (e.bootstrap_port or not in_room)]
+        sure = [e for e in fit if not e.breaker.blocks]
+        return self._as_fleet(model, sure or fit if in_room else sure)
 
     def _fit(self, model: str, tried: int) -> list[Engine]:
         engines = self._engines.values()

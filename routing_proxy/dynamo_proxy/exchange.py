@@ -25,7 +25,6 @@ from .upstream import UpstreamConnection
 from .wire import is_framed, may_speak, refusal, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
-_RETRY_STATUSES = frozenset((502, 503))  # and 500, once: an engine that shuts down says so, or fails by the request
 
 
 class Exchange:
@@ -160,10 +159,9 @@ class Exchange:
             self._timer = self._loop.call_later(min(left, limits.idle_seconds), self._on_timer)
         elif started:
             self._broken("idle_timeout")
-        elif self._leg is not None:  # in a room whose other half has not answered: it is that one that is late
-            self._leg.cancel("timeout")
-            self._next_engine("first_byte_timeout", is_fault=False)
         else:
+            if self._leg is not None:  # in a room whose other half has not answered: either of them hangs
+                self._leg.cancel("timeout")
             self._next_engine("first_byte_timeout")
 
     # --- from the engine (ResponseSink)
@@ -176,8 +174,7 @@ class Exchange:
             if head.status != 200 or not head.is_events:
                 self._next_engine(f"status_{head.status}")
             return
-        is_asked_again = head.status in _RETRY_STATUSES or (head.status == 500 and self._failure != "status_500")
-        if is_asked_again and self._services.router.another(self._prompt, self._tried):
+        if self._out.may_go_on(head.status) and self._services.router.another(self._prompt, self._tried):
             self._next_engine(f"status_{head.status}")
             return
         self._head = head
@@ -196,8 +193,7 @@ class Exchange:
             if frames.failed:
                 self._relay(data)
                 self._lost(frames.failed)
-                return
-            if not data:
+            if frames.failed or not data:
                 return
         self._relay(data)
         self._last = data

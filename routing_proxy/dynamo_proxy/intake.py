@@ -78,10 +78,11 @@ class Intake:
             return Asked(request, Prompt(body.get("model") or ""))  # deeper than we render: placed by load alone
         if self.read_sessions:
             prompt = prompt._replace(session=_session(request, body))
-        if "priority" in body and type(body["priority"]) is int:
+        if self.slo_classes:  # the operator's word about order, in the place of the client's
+            if isinstance(tier := body.get("service_tier"), str) and tier in self.slo_classes:
+                prompt = prompt._replace(slo=self.slo_classes[tier], priority=self.slo_classes[tier].priority)
+        elif "priority" in body and type(body["priority"]) is int:
             prompt = prompt._replace(priority=body["priority"])
-        if self.slo_classes and isinstance(tier := body.get("service_tier"), str) and tier in self.slo_classes:
-            prompt = prompt._replace(slo=self.slo_classes[tier], priority=self.slo_classes[tier].priority)
         if self.explains_all or request.head.wants_route:
             prompt = prompt._replace(explained=True)
         return Asked(request, prompt, tapeable)

@@ -77,6 +77,11 @@ class CostLearner:
         self.peer_worth = 0.0
         self._saved = self._possible = 0.0  # seconds, of late
 
+    @property
+    def counts_peers(self) -> bool:
+        """Whether what peers hold is worth anything, ever."""
+        return self._possible > 0
+
     def expect_of_peers(self, worth: float) -> None:
         """What to go by until reads from peers were seen."""
         self.peer_worth, self._saved, self._possible = worth, worth, 1.0
@@ -92,7 +97,7 @@ class CostLearner:
 
         alone = expected(new_tokens)
         possible = alone - expected(max(0, new_tokens - peer_tokens))
-        if possible <= 0 or not self._possible:
+        if possible <= 0 or not self.counts_peers:
             return
         self._saved = self._saved * _FORGET_FETCHES + max(-possible, min(alone - seconds, possible))
         self._possible = self._possible * _FORGET_FETCHES + possible

@@ -10,10 +10,12 @@ from . import handoff, stream_tape
 from .engines import Engine
 from .http1 import Request, ResponseReader
 from .intake import Asked
+from .openapi import JSON_ROUTES
 from .router import Placement
 from .stream_tape import StreamTape
 from .wire import request_bytes
 
+_OF_THE_MOMENT = frozenset((502, 503))
 _RESUMES = 3  # per request
 _ROOMS = 3  # that one request to SGLang's prefill and decode engines gets beyond its first
 
@@ -22,6 +24,7 @@ class Outgoing:
     """One request towards engines, attempt by attempt."""
 
     __slots__ = (
+        "_broke",
         "_continuation",
         "_endpoint",
         "_resumes",
@@ -43,6 +46,7 @@ class Outgoing:
         self.room: dict[str, Any] = {}  # where the halves of a request to SGLang meet
         self.resuming = False
         self._resumes = self._rooms = 0
+        self._broke = False  # an engine said 500
         self._continuation = b""  # what asks for the rest of a broken stream
 
     def begin(self, placement: Placement, max_head_bytes: int) -> tuple[bytes, ResponseReader]:
@@ -68,6 +72,15 @@ class Outgoing:
                 body = stream_tape.asking_for_ids(body)
         reader = ResponseReader(head.method, max_head_bytes, decode)
         return request_bytes(head, target, body, engine.host_lines), reader
+
+    def may_go_on(self, status: int) -> bool:
+        """True if another engine may do better than this answer. 500 is said by engines that shut down, and by those
+        that a request breaks: it must not break them all.
+        """
+        if status != 500 or self._endpoint not in JSON_ROUTES:  # other routes may have half of their work behind them
+            return status in _OF_THE_MOMENT
+        self._broke, before = True, self._broke
+        return not before
 
     def divisible(self, engine: Engine) -> Request | None:
         """The request whose prompt another engine may compute; None: none may. The rest of a stream is divided only if

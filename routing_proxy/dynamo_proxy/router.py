@@ -143,10 +143,8 @@ class Router:
         tokens, rule = placement.prompt_tokens, self.state.prefill
         if decision.new_tokens <= rule.min_tokens and not in_room:
             return "short"
-        fleet = self._registry.prefill_fleet(prompt.model, slot)
+        fleet = self._registry.prefill_fleet(prompt.model, slot, in_room)
         loads = fleet.loads
-        if in_room:
-            loads = tuple(load for load in loads if self._registry.at(load.slot).bootstrap_port)
         if not loads:
             return "no_engine"
         if rule.max_queued_tokens >= 0 and not in_room:
@@ -187,15 +185,16 @@ class Router:
         """
         learner, new, tokens = self.state.learner, placement.decision.new_tokens, placement.prompt_tokens
         self._ledger.prefilled(placement.lease, learner.model.prefill_seconds(new, tokens))
-        if first_token_seconds and placement.peer_tokens:
-            lacked = tokens - placement.decision.matched_tokens
-            learner.fetched(first_token_seconds, placement.queued_tokens, lacked, placement.peer_tokens, tokens)
-        elif first_token_seconds:
+        if first_token_seconds:
             predicted = learner.model.t_0 + learner.model.t_p * placement.queued_tokens
             predicted += learner.model.prefill_seconds(new, tokens)
             if self.state.speeds.observe(placement.engine.slot, predicted, first_token_seconds):
                 self._on_slow(placement.engine)
-            learner.first_token(first_token_seconds, placement.queued_tokens, new, tokens)
+            if placement.peer_tokens:
+                lacked = tokens - placement.decision.matched_tokens
+                learner.fetched(first_token_seconds, placement.queued_tokens, lacked, placement.peer_tokens, tokens)
+            else:
+                learner.first_token(first_token_seconds, placement.queued_tokens, new, tokens)
 
     def stream_ended(self, placement: Placement, events: int, seconds: float) -> None:
         """A stream came to its end: so many events, the last one `seconds` after the first."""
@@ -240,7 +239,9 @@ class Router:
         """
         mask = sum((1 << peer for peer in fleet.peers if not fleet.mask >> peer & 1), fleet.mask)
         reaches = self._knowledge.reaches(prompt, mask)
-        gains, worth = peer_gains(fleet.readers, reaches, fleet.peers), self.state.learner.peer_worth
+        learner = self.state.learner
+        gains = peer_gains(fleet.readers, reaches, fleet.peers) if learner.counts_peers else NO_GAINS
+        worth = learner.peer_worth
         if not gains or not worth:
             return reaches, gains, own
         return reaches, gains, {**own, **{slot: own.get(slot, 0) + int(worth * more) for slot, more in gains.items()}}

@@ -1,7 +1,8 @@
 """Requests that wait because every engine has as many as it may have: bounded, in order, not for ever.
 
 Off unless engines have a limit. The order is that of priority, then of the time at which a first token is due: what an
-SLO class wants, else the end of the wait. So those of one class go as they came, and nobody is overtaken for ever.
+SLO class wants, at the latest the end of the wait. So those of one class go as they came. When the queue is full, a
+request of a class drives out whoever is behind it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class WaitingRoom:
         return sum(1 for waiting in self._queue if not waiting.request.over)
 
     def enter(self, request: Held, prompt: Prompt) -> None:
-        """Start a request now, let it wait, or turn away whoever is last."""
+        """Start a request now, let it wait, or turn it or another one away."""
         if not self._queue and self._has_room(prompt.model):
             request.start()
             return
@@ -59,11 +60,11 @@ class WaitingRoom:
             self._sweep()
         self._number += 1
         now = self._loop.time()
-        due = now + (prompt.slo.ttft_seconds if prompt.slo is not None else self._seconds)
+        due = now + (self._seconds if prompt.slo is None else min(prompt.slo.ttft_seconds, self._seconds))
         place = Waiting(prompt.priority, due, self._number, now, prompt.model, request)
         if len(self._queue) >= self._size:
             last = max(self._queue, default=place)
-            if last <= place:
+            if prompt.slo is None or last <= place:
                 self._refuse(request)
                 return
             self._queue.remove(last)

@@ -66,10 +66,25 @@ def test_what_fails_inside_an_engine_gets_one_other_and_no_more() -> None:
             engines[0].status = 500
             assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 200
             assert [len(engine.requests) for engine in engines] == [1, 1, 0]
+            engines[1].status, engines[2].status = 503, 500
+            assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 500
+            assert [len(engine.requests) for engine in engines] == [2, 2, 1], "once, whatever others said between"
             for engine in engines:
                 engine.status = 500
             assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 500
-            assert sum(len(engine.requests) for engine in engines) == 4
+            assert sum(len(engine.requests) for engine in engines) == 7
+
+    run(body())
+
+
+def test_a_500_of_a_route_that_may_have_done_half_of_its_work_is_not_asked_again() -> None:
+    async def body() -> None:
+        engines = [await FakeEngine().start() for _ in range(2)]
+        for engine in engines:
+            engine.status = 500
+        async with proxy_before(*engines) as proxy:
+            assert (await ask(proxy.port, post("/v1/files", {"a": 1}))).status == 500
+            assert sum(len(engine.requests) for engine in engines) == 1
 
     run(body())
 

@@ -36,6 +36,7 @@ class Half(TokenEngine):
         self.how_half = "well"
         self.bad_halves = 1 << 30  # so many halves of a prefill engine go as `how_half` says
         self.in_chunks, self.wait_seconds = False, 0.0
+        self.deaf = False  # a decode engine takes nothing: its other half waits for it
         self.bad_answers = 0  # so many answers of a decode engine are 500
         self.server_info = {"disaggregation_mode": role, "disaggregation_bootstrap_port": 8998}
 
@@ -54,6 +55,8 @@ class Half(TokenEngine):
                 answer.enable_chunked_encoding()
             return answer
         met = self.rooms.setdefault(room, asyncio.Event())
+        if self.role == "decode" and self.deaf:
+            await asyncio.Event().wait()
         if self.role == "decode":
             if self.bad_answers:
                 self.bad_answers -= 1
@@ -66,6 +69,7 @@ class Half(TokenEngine):
                 raise
             finally:
                 self.active -= 1
+            self.rooms.setdefault(-room, asyncio.Event()).set()
             return await super()._answer(request)
         self.requests.append((request.path, dict(request.headers), await request.read()))
         if how == "die":
@@ -81,6 +85,8 @@ class Half(TokenEngine):
                 self.aborted += 1
         await asyncio.sleep(self.wait_seconds)
         met.set()
+        if how == "until taken":
+            await self.rooms.setdefault(-room, asyncio.Event()).wait()
         return web.json_response({"text": "x"})
 
 
@@ -148,18 +154,33 @@ def test_a_prefill_engine_that_fails_costs_a_room_and_no_answer(how: str) -> Non
     run(body())
 
 
-def test_a_prefill_engine_that_hangs_is_to_blame_and_decode_is_not() -> None:
+def test_a_half_that_hangs_is_left_alone_when_others_are_there_and_used_when_not() -> None:
     timeouts = replace(QUICK, first_byte_seconds=0.3)
 
     async def body() -> None:
-        async with fleet(timeouts=timeouts) as (proxy, (prefill,), decode):
-            prefill.how_half, prefill.bad_halves = "hang", 5
-            for _ in range(5):
-                answer = await ask(proxy.port, asked(CHAT, stream=True))
-                assert (answer.status, answer.json()["error"]["code"]) == (504, "engine_timeout")
-            assert proxy.registry.at(1).breaker.score == 0
+        async with halves(2, 1, timeouts=timeouts, router_mode="round-robin") as (proxy, (hung, well), (decode,)):
+            hung.how_half = "hang"
+            statuses = [(await ask(proxy.port, asked(CHAT, stream=True))).status for _ in range(20)]
+            assert statuses.count(504) == len(hung.requests) == 5
             assert proxy.registry.at(0).state == "tripped"
-            await wait_until(lambda: prefill.aborted == decode.aborted == 5, "both were told to stop")
+            await wait_until(lambda: hung.aborted == decode.aborted == 5, "both were told to stop")
+            assert (proxy.registry.at(1).state, len(well.requests)) == ("ready", 15)
+            proxy.registry.at(1).draining = True  # a doubtful engine is better than none
+            hung.how_half = "well"
+            assert (await ask(proxy.port, asked(CHAT))).status == 200
+
+    run(body())
+
+
+def test_a_decode_engine_that_hangs_does_not_take_prefill_away_from_the_others() -> None:
+    timeouts = replace(QUICK, first_byte_seconds=0.3)
+
+    async def body() -> None:
+        async with halves(1, 2, timeouts=timeouts, router_mode="round-robin") as (proxy, (prefill,), (_, hung)):
+            prefill.how_half, hung.deaf = "until taken", True
+            answers = [await ask(proxy.port, asked(CHAT, stream=True)) for _ in range(20)]
+            assert [answer.status for answer in answers] == [200] * 20
+            assert proxy.registry.at(2).state == "tripped"
 
     run(body())
 

@@ -16,7 +16,7 @@ from .proxy_fakes import Answer, FakeEngine, ask, chat, post, proxy_before, run,
 from .test_proxy_policy import MODEL, holdings, loads, st
 from .test_proxy_waiting import ROUTE, texts
 
-CLASSES = (SloClass("priority", 0.5, -1), SloClass("default", 5.0), SloClass("flex", 600.0))
+CLASSES = (SloClass("priority", 0.5, -1), SloClass("default", 5.0), SloClass("flex", 600.0, 1))
 
 
 def test_the_queue_goes_by_class_and_then_by_when_a_first_token_is_due() -> None:
@@ -61,6 +61,26 @@ def test_a_full_queue_turns_away_whoever_would_go_last() -> None:
             hold.set()
             assert [(await answer).status for answer in (first, urgent)] == [200, 200]
             assert texts(engine) == ["first", "priority"]
+
+    run(body())
+
+
+@pytest.mark.parametrize("classes", [CLASSES, ()])
+def test_a_client_pushes_nobody_out_by_its_own_word(classes: tuple[SloClass, ...]) -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        routing = Routing(engine_request_limit=1, slo_classes=classes, queue_size=1, queue_seconds=60.0)
+        async with proxy_before(engine, routing=routing) as server:
+            room = server.front_end.waiting
+            assert room is not None
+            hold = engine.hold = asyncio.Event()
+            first = asyncio.ensure_future(ask(server.port, post(ROUTE, chat("first", stream=True))))
+            await wait_until(lambda: engine.active == 1)
+            waits = asyncio.ensure_future(ask(server.port, post(ROUTE, chat("waits"))))
+            await wait_until(lambda: len(room) == 1)
+            assert (await ask(server.port, post(ROUTE, chat("pushes", priority=-1000)))).status == 429
+            hold.set()
+            assert [(await answer).status for answer in (first, waits)] == [200, 200]
 
     run(body())
 
@@ -114,5 +134,5 @@ def test_a_class_that_is_none_ends_the_start(text: str, capsys: pytest.CaptureFi
 
 
 def test_classes_as_they_are_written() -> None:
-    read = parse_slo_classes(["priority,ttft=0.5,priority=-1", "default,ttft=5", "flex,ttft=600"])
+    read = parse_slo_classes(["priority,ttft=0.5,priority=-1", "default,ttft=5", "flex,ttft=600,priority=1"])
     assert tuple(read.values()) == CLASSES

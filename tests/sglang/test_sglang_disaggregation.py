@@ -63,15 +63,19 @@ def test_dynamo_proxy_brings_both_halves_together(
             answers = [await aside(lambda: ask(through, prompt)) for prompt in mine()]  # noqa: B023
             assert [answer(each) for each in answers] == expected
             body = {"prompt": mine()[3], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-            whole, streamed = [
+            whole, streamed, with_ids = [
                 await aside(lambda: requests.post(f"{through.url}/v1/completions", json=asked, timeout=120).text)  # noqa: B023
-                for asked in (body, {**body, "stream": True})
+                for asked in (body, {**body, "stream": True}, {**body, "stream": True, "return_token_ids": True})
             ]
             events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
             said = "".join(choice["text"] for event in events for choice in event["choices"])
             assert said == json.loads(whole)["choices"][0]["text"], streamed
             assert streamed.rstrip().endswith("[DONE]")
-            assert b'prefill_legs_total{reason="handed_over"} 8.0' in proxy.front_end.metrics()
+            # What a stream that breaks would go on with: every token of prompt and answer, the one from prefill too.
+            told = [json.loads(line[6:])["choices"] for line in with_ids.splitlines() if line.startswith("data: {")]
+            ids = [token for choices in told for choice in choices for token in choice["token_ids"] or ()]
+            assert (told[0][0]["prompt_token_ids"], ids) == (mine()[3], expected[3][0])
+            assert b'prefill_legs_total{reason="handed_over"} 9.0' in proxy.front_end.metrics()
 
     run(shown())
 
