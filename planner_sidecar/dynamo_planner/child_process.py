@@ -99,7 +99,7 @@ class ChildProcess(EngineProcess):
         arguments = [_filled(part, port, named) for part in shlex.split(command)]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": named} if gpus else None
         try:
-            log_path.parent.mkdir(parents=True, exist_ok=True)
+            log_path.parent.mkdir(0o700, parents=True, exist_ok=True)
             with log_path.open("ab") as output:
                 self._process = subprocess.Popen(
                     arguments,
@@ -131,11 +131,13 @@ class AdoptedProcess(EngineProcess):
     def __init__(self, record: ReplicaRecord, log_path: Path) -> None:
         super().__init__(record.life.pid, log_path, record)
         self._birth = record.life.birth
+        self._was_seen = birth_of(self.pid) == self._birth
         if record.life.is_terminated:
             self.signalled.add(signal.SIGTERM)
 
-    def _is_ours(self) -> bool:  # a number is not given anew while a group bears it
-        return birth_of(self.pid) in (None, self._birth)
+    def _is_ours(self) -> bool:  # a number that was ours when we came is not given anew while a group bears it
+        birth = birth_of(self.pid)
+        return birth == self._birth or (birth is None and self._was_seen)
 
     def _leader_runs(self) -> bool:
         return birth_of(self.pid) == self._birth

@@ -5,6 +5,7 @@ Every mistake becomes one ConfigError line that names the key and says what to d
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import tempfile
@@ -76,7 +77,7 @@ class PlannerConfig(BaseModel):
     engine_command: str | None = None
     engine_port_range: str = "8100-8199"
     engine_gpus: tuple[str, ...] = ()
-    engine_log_dir: Path = Path(tempfile.gettempdir(), "dynamo-planner")
+    engine_log_dir: Path = Path(tempfile.gettempdir(), f"dynamo-planner-{os.getuid()}")
     keep_replicas: bool = False
     start_seconds: Seconds = 600.0
     drain_seconds: Seconds = 300.0

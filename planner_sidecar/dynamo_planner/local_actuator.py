@@ -312,7 +312,7 @@ class LocalProcessActuator:
             self._tell(replica, "failed", f"{error!r}; its process group was killed")
         elif state in ENDED:
             stopped = replica.stopping and state is State.GONE
-            if not stopped:
+            if not stopped and not replica.is_adopted:
                 self._count_failed_start()
             self._tell(replica, "stopped" if stopped else "failed", replica.child.exit_text)
         elif replica.stopping:

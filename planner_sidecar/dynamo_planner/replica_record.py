@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+_BYTES = 4096
+
 
 @dataclass(frozen=True)
 class Life:
@@ -77,7 +79,7 @@ class ReplicaRecord:
 
     def _store(self) -> None:
         assert self._descriptor is not None, "the record was let go"
-        text = json.dumps(asdict(self.life)).encode()
+        text = json.dumps(asdict(self.life)).encode().ljust(_BYTES)  # over the old text in one write
         with suppress(OSError):
             os.pwrite(self._descriptor, text, 0)
             os.ftruncate(self._descriptor, len(text))
@@ -107,13 +109,17 @@ def birth_of(pid: int) -> str | None:
 
 
 def _locked(path: Path) -> int | None:
+    """None for what somebody else has written, too, and for what was removed while we opened it."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(descriptor)
+        if found.st_uid == os.geteuid() and found.st_nlink:
+            return descriptor
     except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        pass  # another planner lives with it
+    os.close(descriptor)
+    return None
