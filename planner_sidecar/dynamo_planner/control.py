@@ -88,7 +88,7 @@ class ControlPort:
         return web.json_response(said, status=503 if stalled else 200)
 
     async def _desired(self, request: web.Request) -> web.Response:
-        """For KEDA's metrics-api scaler. What is too old to act on is no answer."""
+        """For KEDA's metrics-api scaler. What is too old to act on is no answer, and a guess is none."""
         from aiohttp import web
 
         pool = request.query.get("pool", DEFAULT_POOL)
@@ -98,6 +98,8 @@ class ControlPort:
         if not planner.history.sights or self._age_seconds([planner]) > self._stalled_seconds:
             return _refuse(503, "no fresh decision; see /health")
         last = planner.history.sights[-1]
+        if last.is_blind:
+            return _refuse(503, "no engine or proxy of the pool can be read; keep what there is, and see /decisions")
         return web.json_response({"pool": pool, "desired_replicas": last.desired, "current_replicas": last.current})
 
     async def _decisions(self, request: web.Request) -> web.Response:

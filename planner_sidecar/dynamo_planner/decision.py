@@ -44,11 +44,21 @@ def decide(inputs: DecisionInputs) -> Decision:
     need = _combined(fleet, policy, memory, stale) if ready else None
     if need is not None and not stale:
         memory = corrected(memory, fleet, policy)
-    down = current if need is None or stale else need.down
+    down = _unseen(fleet, policy, memory) if need is None else current if stale else need.down
     memory = _remembered(memory, now, down, policy.stabilisation_seconds)
     verdict = _verdict(fleet, policy, memory, need, stale)
     up = current if need is None else need.up
     return Decision(current, verdict.desired, verdict.reason, verdict.explanation, up, down, inputs, memory)
+
+
+def is_blind(decision: Decision) -> bool:
+    """Whether it rests on nothing that was seen: no advice, for replicas may run and serve all the same."""
+    fleet, policy = cleaned(decision.inputs.observation), decision.inputs.policy
+    if not fleet.is_complete or (fleet.proxy is not None and fleet.proxy.stale_reason):
+        return True
+    if decision.reason in ("manual", "wake") or any(engine.usable for engine in fleet.engines):
+        return False
+    return decision.reason != "asleep" or not _sleeps(fleet, policy, decision.memory)
 
 
 def wish(inputs: DecisionInputs) -> Wish:
@@ -90,15 +100,24 @@ def _remembered(memory: Memory, now: float, down: int, window_seconds: float) ->
     return replace(memory, since_seconds=since, needs=(*kept, (now, down)))
 
 
+def _unseen(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> int:
+    """What is needed as long as nothing tells: what was, unless nobody wants anything."""
+    if _sleeps(fleet, policy, memory):
+        return fleet.current
+    return max(fleet.current, *(count for _, count in memory.needs), 0)
+
+
 def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need | None, stale: int) -> _Verdict:
     current, low, high = fleet.current, policy.min_replicas, policy.max_replicas
     if not fleet.is_complete:
         text = "what is there is not known (the proxy or the cluster has not told)"
         return _Verdict(current, "fleet_unknown", f"{text}; holding {current}")
     if policy.idle_to_zero_seconds is not None and need is None and current == 0:
-        return _at_zero(fleet, policy)
+        return _at_zero(fleet, policy, memory)
     if current < low:
-        return _Verdict(low, "below_min", f"{current} replicas are fewer than the minimum of {low}")
+        wanted = min(high, max(low, *(count for _, count in memory.needs)))
+        more = f"; the window needed {wanted}" if wanted > low else ""
+        return _Verdict(wanted, "below_min", f"{current} replicas are fewer than the minimum of {low}{more}")
     if need is None:
         starting = sum(engine.state == STARTING for engine in fleet.engines)
         text = f"{starting} of {len(fleet.engines)} engines start and " if starting else ""
@@ -118,18 +137,18 @@ def _verdict(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need
     return _downwards(fleet, policy, memory, need)
 
 
-def _at_zero(fleet: FleetObservation, policy: SizingPolicy) -> _Verdict:
+def _at_zero(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> _Verdict:
     """Asleep: the first request that the proxy sees wakes the pool. A proxy that is away serves nobody: no reason."""
     proxy = fleet.proxy
     if proxy is not None and not proxy.stale_reason and (proxy.arrivals or proxy.in_flight):
-        count = min(max(1, policy.min_replicas), policy.max_replicas)
+        count = min(max(1, policy.min_replicas, *(count for _, count in memory.needs)), policy.max_replicas)
         return _Verdict(count, "wake", f"requests arrive and nothing runs; starting {count}")
     return _Verdict(0, "asleep", "nothing runs and nothing arrives")
 
 
 def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, need: Need) -> _Verdict:
     current, now, window = fleet.current, fleet.time_seconds, policy.stabilisation_seconds
-    if policy.idle_to_zero_seconds is not None and _slept(fleet, memory) >= policy.idle_to_zero_seconds:
+    if _sleeps(fleet, policy, memory):
         return _Verdict(0, "idle_to_zero", f"nothing was asked for {policy.idle_to_zero_seconds:g} s")
     floor = max(max(entry[1] for entry in memory.needs), policy.min_replicas)
     if max(need.down, policy.min_replicas) >= current:
@@ -150,6 +169,6 @@ def _downwards(fleet: FleetObservation, policy: SizingPolicy, memory: Memory, ne
     return _Verdict(max(floor, current - step), "idle_window", said)
 
 
-def _slept(fleet: FleetObservation, memory: Memory) -> float:
-    asked = memory.last_asked_seconds
-    return 0.0 if asked is None else fleet.time_seconds - asked
+def _sleeps(fleet: FleetObservation, policy: SizingPolicy, memory: Memory) -> bool:
+    patience, asked = policy.idle_to_zero_seconds, memory.last_asked_seconds
+    return patience is not None and asked is not None and fleet.time_seconds - asked >= patience

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from .decision import is_blind
 from .demand import demand, forecast_rule
 from .forecast import outlook
 from .records import Decision
@@ -25,6 +26,7 @@ class Sight:
     current: int
     desired: int
     attained: float | None
+    is_blind: bool = False
 
 
 def sight(decision: Decision, wall_seconds: float) -> Sight:
@@ -43,6 +45,7 @@ def sight(decision: Decision, wall_seconds: float) -> Sight:
         current=decision.current,
         desired=decision.desired,
         attained=attained(fleet),
+        is_blind=is_blind(decision),
     )
 
 

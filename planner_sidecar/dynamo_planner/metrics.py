@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from .history import Sight
@@ -59,7 +61,6 @@ class PlannerMetrics:
     def decided(self, pool: str, decision: Decision, accepted: bool) -> None:
         """Count a decision. An advised change counts once, however many ticks repeat it."""
         self._current.labels(pool).set(decision.current)
-        self._desired.labels(pool).set(decision.desired)
         pair = decision.current, decision.desired
         advised_anew = self._mode == "advisory" and pair != self._last.get(pool)
         self._last[pool] = pair
@@ -67,7 +68,14 @@ class PlannerMetrics:
             self._events.labels(pool, self._mode, decision.direction, decision.reason).inc()
 
     def saw(self, pool: str, seen: Sight, decision: Decision) -> None:
-        """Publish what the decision rested on; what is unknown keeps its last value."""
+        """Publish what was decided and on what it rested; what is unknown keeps its last value. Advice that rests on
+        nothing is not published: without a sample KEDA and an HPA hold.
+        """
+        if seen.is_blind:
+            with suppress(KeyError):
+                self._desired.remove(pool)
+        else:
+            self._desired.labels(pool).set(seen.desired)
         for gauge, value in (
             (self._rate.labels(pool), seen.rate),
             (self._ahead.labels(pool, "lower"), seen.lower),

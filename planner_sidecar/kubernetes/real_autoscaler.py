@@ -57,8 +57,8 @@ STORED = {
 }
 
 
-async def publish(made: Cluster, stand: Bench, base: str) -> float:
-    """What an adapter does: from the planner's page into the API."""
+async def publish(made: Cluster, stand: Bench, base: str) -> None:
+    """What an adapter does: from the planner's page into the API. What has no sample any more is not there."""
     page = (await ask(stand, "GET", f"{base}/metrics"))[1]
     samples = [
         sample
@@ -66,6 +66,9 @@ async def publish(made: Cluster, stand: Bench, base: str) -> float:
         for sample in family.samples
         if sample.name == "dynamo_planner_desired_replicas"
     ]
+    if not samples:
+        await made.ask("DELETE", f"{METRICS}/now")
+        return
     (sample,) = samples
     body = {
         "apiVersion": "external.metrics.k8s.io/v1beta1",
@@ -79,7 +82,6 @@ async def publish(made: Cluster, stand: Bench, base: str) -> float:
     status, _ = await made.ask("PATCH", f"{METRICS}/now", body, "application/merge-patch+json")
     if status == 404:
         await made.must("POST", METRICS, body)
-    return sample.value
 
 
 def old_hpa() -> dict[str, Any]:
@@ -102,6 +104,7 @@ class Pods:
     engine: FakeEngine
     load: float = 0.4
     turns: int = 0
+    state: str = "ready"
 
     def share(self, there: int) -> None:
         self.turns += 1
@@ -128,7 +131,7 @@ def test_a_real_hpa_follows_the_planner_up_and_down(tmp_path: Path) -> None:
                 await made.kubelet()
                 there = await made.replicas(f"{DEPLOYMENT}/vllm")
                 pods.share(there)
-                proxy.states = {f"http://127.0.3.{number}:{port}": "ready" for number in range(1, there + 1)}
+                proxy.states = {f"http://127.0.3.{number}:{port}": pods.state for number in range(1, there + 1)}
                 await stand.planner.tick()
                 await publish(made, stand, base)
                 await asyncio.sleep(0.2)
@@ -139,9 +142,21 @@ def test_a_real_hpa_follows_the_planner_up_and_down(tmp_path: Path) -> None:
                 while await turn() != count:
                     assert time.monotonic() < end, (stand.said[-3:], await made.must("GET", f"{HPAS}/vllm"))
 
+            async def blind(count: int) -> None:
+                """The HPA has looked, has found no metric, and holds."""
+                end, looks = time.monotonic() + 180, 0
+                while looks < 10:
+                    assert time.monotonic() < end, await made.must("GET", f"{HPAS}/vllm")
+                    assert await turn() == count
+                    looks += "FailedGetExternalMetric" in str(await made.must("GET", f"{HPAS}/vllm"))
+
             try:
                 await until(1)
                 pods.load = 26.0
+                await until(4)
+                pods.state = "down"  # the network between the proxy and the engines is cut
+                await blind(4)
+                pods.state = "ready"
                 await until(4)
                 pods.load = 0.4
                 await until(1)

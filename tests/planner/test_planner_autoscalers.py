@@ -10,16 +10,28 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 from dynamo_planner.control import ControlPort
+from dynamo_planner.decision import decide, is_blind
+from dynamo_planner.records import (
+    Decision,
+    DecisionInputs,
+    EngineObservation,
+    FleetObservation,
+    Memory,
+    ProxyObservation,
+    SizingPolicy,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.planner.planner_fakes import FakeEngine, FakeProxy, bench, served, vllm_text
+from tests.planner.planner_fakes import Bench, FakeEngine, FakeProxy, bench, served, vllm_text
 from tests.planner.test_planner_service import ask
 
 MANIFEST = Path(__file__).parents[2] / "planner_sidecar" / "kubernetes" / "autoscaling.yaml"
@@ -101,6 +113,124 @@ def test_what_the_proxy_lists_belongs_to_the_pool_of_its_role(tmp_path: Path) ->
             assert {name: decision.current for name, (decision, _) in done.items()} == {"p": 1, "d": 2, "other": 1}
 
     asyncio.run(story())
+
+
+@asynccontextmanager
+async def advised(stand: Bench) -> AsyncIterator[Any]:
+    """Asks what an autoscaler is told after one more tick: the number, by both ways, or None."""
+    port = ControlPort(stand.fleet, 60.0, time.monotonic)
+    base = f"http://127.0.0.1:{await port.start('127.0.0.1', 0)}"
+
+    async def told() -> int | None:
+        await stand.planner.tick()
+        status, text = await ask(stand, "GET", f"{base}/desired")
+        page = (await ask(stand, "GET", f"{base}/metrics"))[1]
+        samples = [line for line in page.splitlines() if line.startswith("dynamo_planner_desired_replicas{")]
+        if status == 503:
+            assert samples == []
+            assert "keep what there is" in text
+            return None
+        (sample,) = samples
+        assert float(sample.rpartition(" ")[2]) == json.loads(text)["desired_replicas"]
+        return int(json.loads(text)["desired_replicas"])
+
+    try:
+        yield told
+    finally:
+        await port.close()
+
+
+def test_a_planner_that_has_never_reached_its_proxy_advises_nothing(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with bench(tmp_path, proxy_admin="http://127.0.0.1:9") as stand, advised(stand) as told:
+            assert await told() is None
+
+    asyncio.run(story())
+
+
+def test_there_is_no_advice_while_nothing_of_the_pool_can_be_seen(tmp_path: Path) -> None:
+    """The engines run all the while: one number less, and an HPA with a window of 0 would take them at once."""
+
+    async def story() -> None:
+        engine = FakeEngine(vllm_text(running=8, kv=0.75))
+        async with AsyncExitStack() as stack:
+            urls = [await stack.enter_async_context(served(engine.app())) for _ in range(4)]
+            proxy = FakeProxy(dict.fromkeys(urls, "ready"))
+            admin = await stack.enter_async_context(served(proxy.app()))
+            stand = await stack.enter_async_context(bench(tmp_path, proxy_admin=admin))
+            told = await stack.enter_async_context(advised(stand))
+            assert await told() == 4
+            for state in ("down", "starting", "draining"):
+                proxy.states = dict.fromkeys(urls, state)
+                assert await told() is None, state
+                proxy.states = dict.fromkeys(urls, "ready")
+                assert await told() == 4
+            proxy.states = {}
+            assert await told() is None
+            proxy.states = dict.fromkeys(urls, "ready")
+            engine.mood = "error"
+            assert await told() is None
+            engine.mood = "ok"
+            assert await told() == 4
+            proxy.broken = {"list"}
+            assert await told() is None
+            proxy.broken = set()
+            assert await told() == 4
+
+    asyncio.run(story())
+
+
+POLICY = SizingPolicy(max_replicas=16, stabilisation_seconds=100.0)
+SLEEPY = replace(POLICY, idle_to_zero_seconds=200.0)
+QUIET = ProxyObservation(interval_seconds=10, arrivals=0, prompt_tokens=0)
+ASKED = replace(QUIET, arrivals=5)
+
+
+def seen(now: float, state: str, count: int, proxy: ProxyObservation, running: float = 0.0) -> FleetObservation:
+    one = EngineObservation("", state, running=running, waiting=0, kv_usage=0.07 * running, interval_seconds=10)
+    return FleetObservation(now, tuple(replace(one, url=f"http://e{number}") for number in range(count)), proxy)
+
+
+def after_work(policy: SizingPolicy) -> Memory:
+    """Twelve that are needed."""
+    memory = Memory()
+    for tick in range(20):
+        decision = decide(DecisionInputs(seen(10.0 * tick, "ready", 12, ASKED, running=10.0), policy, memory))
+        memory = decision.memory
+    assert decision.desired == 12
+    return memory
+
+
+def in_turn(policy: SizingPolicy, memory: Memory, *fleets: FleetObservation) -> list[Decision]:
+    decisions = []
+    for fleet in fleets:
+        decisions.append(decide(DecisionInputs(fleet, policy, memory)))
+        memory = decisions[-1].memory
+    return decisions
+
+
+def test_a_fleet_that_went_down_is_replaced_as_the_window_needed_it_and_not_by_the_minimum() -> None:
+    """However long it is down: nothing was seen since."""
+    memory = after_work(POLICY)
+    down = in_turn(POLICY, memory, *(seen(200.0 + 10 * tick, "down", 12, ASKED) for tick in range(30)))
+    needed = max(count for _, count in memory.needs)  # with the margin of a scale-down
+    assert {(decision.desired, decision.reason) for decision in down} == {(needed, "below_min")}
+    assert needed >= 12
+    assert all(map(is_blind, down))
+    assert in_turn(SLEEPY, after_work(SLEEPY), seen(200.0, "down", 12, ASKED))[0].desired == needed, "not even to wake"
+
+
+def test_a_pool_sleeps_on_advice_when_it_was_idle_and_not_when_it_is_lost_from_sight() -> None:
+    memory = after_work(SLEEPY)
+    cut = in_turn(SLEEPY, memory, *(seen(200.0 + 10 * tick, "down", 12, QUIET) for tick in range(19)))
+    assert {decision.reason for decision in cut} == {"asleep"}
+    assert all(map(is_blind, cut))
+    idle = in_turn(SLEEPY, memory, *(seen(200.0 + 10 * tick, "ready", 12, QUIET) for tick in range(20)))
+    assert (idle[-1].desired, idle[-1].reason, is_blind(idle[-1])) == (0, "idle_to_zero", False)
+    gone = in_turn(SLEEPY, idle[-1].memory, *(seen(400.0 + 10 * tick, "down", 12, QUIET) for tick in range(20)))
+    assert {(decision.desired, is_blind(decision)) for decision in gone} == {(0, False)}
+    (woken,) = in_turn(SLEEPY, gone[-1].memory, seen(600.0, "down", 12, ASKED))
+    assert (woken.desired, woken.reason, is_blind(woken)) == (1, "wake", False)
 
 
 def hook(url: str, admin: str) -> subprocess.Popen[str]:
