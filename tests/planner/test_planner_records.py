@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from dynamo_planner.child_process import AdoptedProcess, group_alive
+from dynamo_planner.child_process import AdoptedProcess, ChildProcess, group_alive
+from dynamo_planner.config import load_config
 from dynamo_planner.replica_record import Life, ReplicaRecord, birth_of, record_path, records
 
 from tests.planner.planner_fakes import bench, child_command
@@ -128,3 +129,13 @@ def test_a_record_can_be_read_whenever_its_planner_is_killed(tmp_path: Path, mon
     (found,) = records(path.parent, (18100, 18100))
     assert found.life.is_terminated
     found.release()
+
+
+def test_the_folder_of_logs_and_records_is_its_users_alone(tmp_path: Path) -> None:
+    child = ChildProcess(f"{sys.executable} -c pass", 18100, tmp_path / "logs" / "engine-18100.log")
+    deadline = time.monotonic() + 60
+    while not child.gone():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700
+    assert load_config(None, {"engine": "http://a:1"}).engine_log_dir.name == f"dynamo-planner-{os.getuid()}"
