@@ -2,9 +2,10 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .envs/vllm/bin
+REAL_API := $(addprefix planner_sidecar/kubernetes/real_,api.py autoscaler.py foreign.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kubernetes test-kubernetes-engines test-planner-engines lint bench soak soak-proxy clean vllm-env sglang-env vllm-versions
+.PHONY: help demo test test-kubernetes test-kubernetes-engines test-planner-engines lint bench soak soak-proxy wheel clean vllm-env sglang-env vllm-versions
 
 help: ## this list
 	@echo 'make TARGET [ARGS="..."] [PYTHON=/path/to/python3.11]'
@@ -21,7 +22,7 @@ test-kubernetes: vllm-env ## the planner against a real Kubernetes API server bu
 	planner_sidecar/kubernetes/api_server.sh build
 	run=$$(planner_sidecar/kubernetes/api_server.sh start) && \
 	trap 'planner_sidecar/kubernetes/api_server.sh stop' EXIT && \
-	KUBE_RUN=$$run $(BIN)/python -m pytest planner_sidecar/kubernetes/real_api.py planner_sidecar/kubernetes/real_autoscaler.py --timeout 600 $(ARGS)
+	KUBE_RUN=$$run $(BIN)/python -m pytest $(REAL_API) --timeout 600 $(ARGS)
 
 test-kubernetes-engines: vllm-env ## fifty scale-downs of real vLLM engines under load, on the same API server (SCALE_DOWNS=50)
 	planner_sidecar/kubernetes/api_server.sh build
@@ -45,6 +46,10 @@ soak: vllm-env ## half an hour of load and faults on a real engine (ARGS: --minu
 
 soak-proxy: vllm-env sglang-env ## twenty minutes of failing engines behind the proxy (ARGS: --minutes 5 --sglang 0)
 	$(BIN)/python -m soak.proxy $(ARGS)
+
+wheel: vllm-env ## dist/: the pure wheel, and one with the proxy's hot modules compiled (needs a C compiler)
+	$(BIN)/python -m hatchling build -t wheel -d dist
+	DYNAMO_COMPILE=1 $(BIN)/python -m hatchling build -t wheel -d dist
 
 clean: ## removes environments, build output and caches
 	rm -rf .envs .build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Real vLLM on two GPUs: one prefill and one decode engine, ours and stock, against two equal engines.
 
 python -m benchmarks gpu_disaggregation [--tiny] [--arms two,dynamo,stock] [--seconds N] [--out DIR]
-    [--stock-buffer cuda|cpu] [--host-gb N] [--hbm-gb N]
+    [--stock-buffer cuda|cpu] [--host-gb N] [--hbm-gb N] [--seeds 1 2]
 python -m benchmarks gpu_disaggregation --judge RAW.jsonl
 Needs two GPUs, or `--tiny` and a vLLM for CPU. All engines stand at the same time, an engine of each arm on each GPU
 (`--tiny`: an arm at a time); while one arm is measured the others idle. What there is no time for is named and left
@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.gpu_engine import ROOT, Schedule
@@ -38,7 +39,6 @@ _TOKEN_BYTES, _TOKEN_BYTES_TINY = 32 * 2 * 8 * 128 * 2, 4 * 2 * 2 * 64 * 2
 #: A part that takes longer is given up, for the arms behind it.
 _LONGEST = {"warm": 40.0, "sweep": 45.0, "beside": 45.0, "load": 75.0, "equal": 25.0}
 _LONGEST_TINY = 400.0
-_SEEDS = (1, 2)
 _START_SECONDS = 120.0
 
 
@@ -71,6 +71,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--stock-buffer", choices=("cuda", "cpu"), default="cuda", help="what vLLM's connector reads")
     parser.add_argument("--host-gb", type=float, default=24.0, help="host memory of each of our two engines")
     parser.add_argument("--hbm-gb", type=float, default=1.0, help="and HBM that their hand-offs pass through")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="of the loads; the first one is for all arms, then the rest",
+    )
     parser.add_argument("--judge", type=Path, help="only read this raw file and print what it says")
     return parser.parse_args(arguments)
 
@@ -97,7 +104,7 @@ async def measure(options: argparse.Namespace, folder: Path, record: Record) -> 
     for wave in [[name] for name in wanted] if options.tiny else [wanted]:
         engines = [engine for name in wave for engine in pair(name, options)]
         async with Fleet(engines, site, record, None if options.tiny else _START_SECONDS) as fleet:
-            await parts(routes(wave, fleet, schedule), scale, schedule, options.tiny)
+            await parts(routes(wave, fleet, schedule), scale, schedule, options.tiny, options.seeds)
 
 
 def pair(name: str, options: argparse.Namespace) -> list[Arm]:
@@ -143,7 +150,9 @@ def routes(names: Sequence[str], fleet: Fleet, schedule: Schedule) -> list[Route
     return found
 
 
-async def parts(arms: Sequence[Route], scale: apart.ApartScale, schedule: Schedule, tiny: bool) -> None:
+async def parts(
+    arms: Sequence[Route], scale: apart.ApartScale, schedule: Schedule, tiny: bool, seeds: Sequence[int] = (1, 2)
+) -> None:
     """The most telling first. An arm that cannot even serve its warm-up is left out."""
     record, longest = schedule.record, {what: _LONGEST_TINY if tiny else limit for what, limit in _LONGEST.items()}
     standing: list[Route] = []
@@ -153,16 +162,17 @@ async def parts(arms: Sequence[Route], scale: apart.ApartScale, schedule: Schedu
         standing += [arm] if schedule.failures == failures else []
     for arm in standing:
         await schedule.run(f"sweep {arm.name}", apart.sweep(arm, scale, record), longest["sweep"])
-    for arm in standing:
-        await schedule.run(f"load {arm.name}", apart.load(arm, scale, _SEEDS[0], record), longest["load"])
+    direct = {arm: near(arm, scale) for arm in standing if isinstance(arm, Apart)}
+    first, *others = seeds
+    for arm in [*standing, *direct.values()]:
+        await schedule.run(f"load {arm.name}", apart.load(arm, scale, first, record), longest["load"])
     for arm in standing:
         await schedule.run(f"equal {arm.name}", apart.equal(arm, scale, record), longest["equal"])
+    for seed in others:  # those that hand over first, both ways
+        for arm in [*chain.from_iterable(direct.items()), *(arm for arm in standing if arm not in direct)]:
+            await schedule.run(f"load {arm.name}", apart.load(arm, scale, seed, record), longest["load"])
     for arm in standing:
         await schedule.run(f"beside {arm.name}", apart.beside(arm, scale, record), longest["beside"])
-    direct = [near(arm, scale) for arm in standing if isinstance(arm, Apart)]
-    for again, seed in ((direct, _SEEDS[0]), (standing[::-1], _SEEDS[1])):
-        for arm in again[: 1 if tiny else None]:
-            await schedule.run(f"load {arm.name}", apart.load(arm, scale, seed, record), longest["load"])
 
 
 def near(arm: Apart, scale: apart.ApartScale) -> Route:

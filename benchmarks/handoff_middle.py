@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from dynamo_connectors.transport.messages import (
@@ -103,7 +104,8 @@ class Engines:
     #: Times that the decode engine was killed.
     lives: int = 0
     _busy: threading.Lock = field(default_factory=threading.Lock)
-    _threads: list[threading.Thread] = field(default_factory=list)
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _under_way: list[Future[None]] = field(default_factory=list)
 
     def server(self, side: str) -> ServerProcess:
         return self.pair.prefill_server if side == "prefill" else self.pair.decode_server
@@ -112,18 +114,22 @@ class Engines:
         """From the hook. One engine at a time."""
         if self._busy.acquire(blocking=False):
             self.server(side).stand_still()
-            self._aside(lambda: self._go_on(side, seconds))
+            self._under_way.append(self._pool.submit(self._go_on, side, seconds))
 
     def kill(self, side: str, why: str) -> None:
         self._busy.acquire()
         self.ready[side].clear()
         self.lives += side == "decode"
         self.server(side).kill()
-        self._aside(lambda: self._start_again(side, why))
+        self._under_way.append(self._pool.submit(self._start_again, side, why))
 
     def settle(self) -> None:
-        for thread in self._threads:
-            thread.join()
+        for each in self._under_way:
+            each.result()
+
+    def close(self) -> None:
+        """When the engines have ended: one that was started again does not outlive the thread that did it."""
+        self._pool.shutdown()
 
     def _go_on(self, side: str, seconds: float) -> None:
         time.sleep(seconds)
@@ -138,8 +144,3 @@ class Engines:
         self.notes.append(f"{side} killed at {why}, back after {time.monotonic() - started:.0f} s")
         self.ready[side].set()
         self._busy.release()
-
-    def _aside(self, what: Callable[[], None]) -> None:
-        thread = threading.Thread(target=what)
-        self._threads.append(thread)
-        thread.start()

@@ -21,6 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,10 +90,10 @@ class Ended(NamedTuple):
 
 
 class Storm:
-    def __init__(self, pair: StormPair, seed: int) -> None:
+    def __init__(self, pair: StormPair, engines: Engines, seed: int) -> None:
         self._pair = pair
         self._chance = random.Random(seed)
-        self.engines = Engines(pair)
+        self.engines = engines
         for event in self.engines.ready.values():
             event.set()
         self.middle = Middle(pair._peer_port, random.Random(seed + 1))
@@ -150,6 +151,7 @@ class Storm:
                 return fault, self._with_an_old_ticket(0.0 if "killed" in fault else AGED_SECONDS, number)
             ticket = self._ticket(fault, number)
         except (OSError, http.client.HTTPException):
+            time.sleep(0.2)
             return fault, ""  # the prefill engine was killed under it: no ticket, no hand-off
         lease = bytes.fromhex(ticket.get("dynamo_lease", ""))
         if (plan := self._plan(fault, lease)) is not None:
@@ -259,26 +261,24 @@ def main(arguments: Sequence[str]) -> int:
     minutes = float(arguments[0]) if arguments else 8.0
     seed = int(arguments[1]) if len(arguments) > 1 else 7
     os.environ["UCX_LOG_LEVEL"] = "error"
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         pair = StormPair(make_model(folder / "model"), folder, ["--kvbm-peer-deadline-ms", DEADLINE_MS], "tcp")
-        try:
-            pair.start()
-            storm = Storm(pair, seed)
-            try:
-                storm.learn()
-                storm.rage(60 * minutes)
-                good = report(storm, pair)
-                wait_until(lambda: is_clean(pair), "nothing is leased, pinned or quarantined", 90.0)
-                print("at the end no lease, no pin, no quarantine, no request is left")
-            finally:
-                storm.middle.close()
-        finally:
-            pair.close()
-            for log in folder.glob("*.log"):
-                _, found, what = log.read_text().partition("Traceback")
-                good &= not found
-                print(f"{log.name}: Traceback{what[:2000]}" if found else f"{log.name}: no traceback")
+        engines = Engines(pair)
+        stack.callback(engines.close)
+        stack.callback(pair.close)
+        pair.start()
+        storm = Storm(pair, engines, seed)
+        stack.callback(storm.middle.close)
+        storm.learn()
+        storm.rage(60 * minutes)
+        good = report(storm, pair)
+        wait_until(lambda: is_clean(pair), "nothing is leased, pinned or quarantined", 90.0)
+        print("at the end no lease, no pin, no quarantine, no request is left")
+        for log in folder.glob("*.log"):
+            _, found, what = log.read_text().partition("Traceback")
+            good &= not found
+            print(f"{log.name}: Traceback{what[:2000]}" if found else f"{log.name}: no traceback")
     return 0 if good else 1
 
 

@@ -19,17 +19,20 @@ from dynamo_connectors.tiers.base import LowerTier
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.peer_tier import PeerTier, PeerWindows
 
-#: Memory that loads from below pass through, and the rows that it has at least (enough to keep a disk busy).
+#: Memory that loads from a tier below pass through (from peers `PEER_READS` times as much), and the rows that it has at
+#: least (enough to keep a disk busy).
 _STAGING_BYTES = 64 << 20
 _MIN_STAGING_ROWS = 16
 #: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.
 _LOADS_FROM_BELOW = 4
 #: Reads of a peer that one load has under way: a peer is asked before each and after it, and bytes come meanwhile.
-#: Bandwidth of bare NIXL that 2, 3 and 4 of 16 rows reach (1 and 2 MiB rows, 2 busy cores, 2026-11-28): 0.84 and 0.75,
-#: 0.86 and 0.84, 0.90 and 0.92.
+#: Share of bare NIXL's bandwidth that 2 and 4 of 16 rows reach, mean of five runs (2 busy cores, 2026-11-28): 0.80 and
+#: 0.86 with rows of 1 MiB, 0.82 and 0.91 with 2 MiB.
 PEER_READS = 4
 #: Shares of the rows in HBM: what one load may hold, and one read.
 _LOADS_AT_A_TIME, _READS_AT_A_TIME = 2, 8
+#: A load is so many reads at least, for one to be filled while another is read, unless they had fewer rows than that.
+_READS_OF_A_LOAD, _LEAST_OF_A_READ = 4, 16
 #: Why a block does not come from a peer's window, and may from its host memory all the same.
 _ELSEWHERE = frozenset({"gone", "disconnected", "transfer_failed"})
 
@@ -61,6 +64,11 @@ class Below:
         self.staging.check()
 
 
+def rows_of_a_read(rows: int, blocks: int) -> int:
+    """Of so many rows in HBM, for a load of so many blocks."""
+    return min(max(1, rows // _READS_AT_A_TIME), max(_LEAST_OF_A_READ, -(-blocks // _READS_OF_A_LOAD)))
+
+
 class PeersBelow(Below):
     """Peers, asked before each read and after it; meanwhile other reads are under way.
 
@@ -86,9 +94,10 @@ class PeersBelow(Below):
         if self._rows is None:
             return super().load(items, seconds, failed)
         deadline, rows = time.monotonic() + seconds, self._rows.store.capacity_blocks
-        most, each = max(1, rows // _LOADS_AT_A_TIME), max(1, rows // _READS_AT_A_TIME)
+        most = max(1, rows // _LOADS_AT_A_TIME)
         missed: dict[BlockKey, str] = {}
-        good = LoadFromBelow(self._windows, self._rows, most, each).run(items, seconds, missed)
+        load = LoadFromBelow(self._windows, self._rows, most, rows_of_a_read(rows, len(items)))
+        good = load.run(items, seconds, missed)
         failed.update({key: reason for key, reason in missed.items() if reason not in _ELSEWHERE})
         rest = [item for item in items if missed.get(item.key) in _ELSEWHERE]
         return good + (super().load(rest, deadline - time.monotonic(), failed) if rest else 0)

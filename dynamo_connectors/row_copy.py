@@ -37,11 +37,12 @@ class RowCopy:
     def device(self) -> torch.device:
         return self._hbm.device
 
-    def down(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+    def start_down(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Returns while the copy is under way on the current stream, unless it compresses."""
         if not blocks:
             return
         if self._storing is None:
-            copy_blocks(self._hbm, blocks, self._rows, slots)
+            start_copy(self._hbm, blocks, self._rows, slots)
         else:
             self._storing.store(blocks, slots)
 

@@ -26,7 +26,7 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import HOST_DRAM, NVME_SSD, OBJECT_STORE, PEER
 from dynamo_connectors.errors import StoreError
 from dynamo_connectors.hbm_rows import HbmRows
-from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreJob
+from dynamo_connectors.jobs import EraseJob, JobReport, LoadItem, LoadJob, Moved, MoveItem, MoveJob, StoreItem, StoreJob
 from dynamo_connectors.lanes import Lane
 from dynamo_connectors.loads import reasons
 from dynamo_connectors.row_copy import RowCopy
@@ -44,6 +44,8 @@ Job: TypeAlias = StoreJob | LoadJob | MoveJob | EraseJob
 #: A load that queued until less than this share of its time was left does not set out: it would hardly arrive, and its
 #: hanging up would look like a failure of the store.
 _LEAST_TIME_LEFT = 0.1
+#: Blocks of a store that become readable together: peers that wait for the first need not wait for the last.
+_STORED_AT_A_TIME = 64
 #: How long stopping may take when a device does not answer.
 _CLOSE_SECONDS = 10.0
 
@@ -232,12 +234,20 @@ class TransferEngine:
         started, outcome = time.monotonic(), _Outcome()
         for item in job.items:
             self._dram.set_key(item.slot, None)
+        parts = [job.items[at : at + _STORED_AT_A_TIME] for at in range(0, len(job.items), _STORED_AT_A_TIME)]
         with CopyLane(self._device):
-            self._copy.down([item.block for item in job.items], [item.slot for item in job.items])
-        for item in job.items:
-            self._dram.set_key(item.slot, item.key)
+            copies = [self._start_down(part) for part in parts]
+            for part, copied in zip(parts, copies, strict=True):
+                copied.wait()
+                for item in part:
+                    self._dram.set_key(item.slot, item.key)
+                self._dram.tell_of_arrivals()
         outcome.note_move(HOST_DRAM, len(job.items), self._dram.row_bytes, started)
         return outcome
+
+    def _start_down(self, items: Sequence[StoreItem]) -> ComputeFence:
+        self._copy.start_down([item.block for item in items], [item.slot for item in items])
+        return ComputeFence(self._device)
 
     def _load(self, job: LoadJob, fence: ComputeFence, submitted: float) -> _Outcome:
         # Waiting for its turn is part of what a load may take; the compute before it would delay a miss just as well.

@@ -1,4 +1,4 @@
-"""The rows in HBM that peers read from, and the thread that fills them from host memory (`transport.window_desk`)."""
+"""The rows in HBM that peers read from, and the threads that fill them from host memory (`transport.window_desk`)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from dynamo_connectors.tiers.dram import DramStore
 
 log = logging.getLogger(__name__)
 
+#: Fills that run at a time: while one is being prepared another one keeps the bus busy.
+_FILLS_AT_A_TIME = 2
 _CLOSE_SECONDS = 5.0
 
 
@@ -25,10 +27,10 @@ class Window:
     def __init__(self, host: DramStore, rows: HbmRows) -> None:
         self.rows = rows
         self._copy = RowCopy(BlockView((rows.rows,)), host.rows)
-        self._lane = Lane("kvbm-window", 1)
+        self._lane = Lane("kvbm-window", _FILLS_AT_A_TIME)
 
     def fill(self, slots: Sequence[int], rows: Sequence[int], then: Callable[[bool], None]) -> None:
-        """Copies host slots to rows; `then` is told, on our thread, whether the bytes are there."""
+        """Copies host slots to rows; `then` is told, on a thread of ours, whether the bytes are there."""
         self._lane.submit(partial(self._fill, slots, rows)).add_done_callback(partial(_tell, then))
 
     def close(self) -> bool:

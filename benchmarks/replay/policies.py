@@ -108,7 +108,6 @@ class Planned:
         running = sum(step["num_decode_requests"] for step in steps) if role == "decode" else 0.0
         kv = sum(step["sum_decode_kv_tokens"] for step in steps) / KV_TOKENS if role == "decode" else 0.0
         share = max(1, ready)
-        served, first = float(traffic.get("ttft_count") or 0), float(traffic.get("avg_ttft_ms") or 0) / 1e3
         engines = [
             EngineObservation(
                 f"{role}{number}",
@@ -118,9 +117,8 @@ class Planned:
                 running=running / share,
                 waiting=waiting / share,
                 kv_usage=kv / share,
-                generation_tokens=served * output / share,
-                prompt_tokens=served * prompt / share,
-                ttft=Delta(first * served / share, served / share),
+                generation_tokens=count * output / share,
+                ttft=Delta(0.0, count / share),
             )
             for number in range(total)
         ]

@@ -37,7 +37,7 @@ def build(folder: Path) -> tuple[Path, Path]:
     return built[0], built[1]
 
 
-def write_bodies(path: Path, turns: int, turn_bytes: int, stream: bool) -> int:
+def write_bodies(path: Path, turns: int, turn_bytes: int, tokens: int, stream: bool) -> int:
     """Chats of a few sessions that share system prompts, turn by turn; return their mean length in bytes."""
     source = random.Random(5)
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -52,7 +52,7 @@ def write_bodies(path: Path, turns: int, turn_bytes: int, stream: bool) -> int:
     for _ in range(turns):
         for messages in sessions:
             messages.append({"role": "user", "content": text(turn_bytes)})
-            request = {"model": "m", "messages": messages, "max_tokens": 200, "temperature": 0.7}
+            request = {"model": "m", "messages": messages, "max_tokens": tokens, "temperature": 0.7}
             records.append(json.dumps({**request, "stream": True} if stream else request).encode())
             messages.append({"role": "assistant", "content": text(turn_bytes // 2)})
     path.write_bytes(b"".join(b"%d\n%b\n" % (len(record), record) for record in records))

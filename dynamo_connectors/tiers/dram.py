@@ -44,6 +44,7 @@ class DramStore:
         self._keys: list[BlockKey | None] = [None] * capacity_blocks
         #: Where to look for a key first: `_keys` says whether it is there. None until `keep_places`.
         self._slots: dict[BlockKey, int] | None = None
+        self._listener: Callable[[], None] | None = None
         #: How often each slot was filled: who reads it from outside (`transport`) sees whether it changed meanwhile.
         self._generations = [0] * capacity_blocks
         #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
@@ -76,6 +77,14 @@ class DramStore:
     def keep_places(self) -> None:
         """From now on blocks are found by key, for peers: a dict entry per block. Call it before any copy starts."""
         self._slots = {key: slot for slot, key in enumerate(self._keys) if key is not None}
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """`listener` is called when blocks have come that somebody may wait for, on the thread that brought them."""
+        self._listener = listener
+
+    def tell_of_arrivals(self) -> None:
+        if self._listener is not None:
+            self._listener()
 
     def slot_of(self, key: BlockKey) -> int | None:
         """A slot that holds it, or did a moment ago. None when none is known, as after a race between two copies."""

@@ -167,7 +167,7 @@ class Agent:
                 _microseconds(said.postDuration),
                 _microseconds(said.xferDuration),
             )
-        except Exception as error:  # noqa: BLE001 - a figure less; an older NIXL has none
+        except Exception as error:  # noqa: BLE001 - a figure less
             del error
             return None
 

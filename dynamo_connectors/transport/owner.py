@@ -45,6 +45,9 @@ DEFAULT_LEASE_SECONDS = 30.0
 _GRACE_SECONDS = 1.0
 #: Ended leases that are remembered, so that a late reader hears at once that there is nothing to wait for.
 _MOST_REMEMBERED = 4096
+#: The engine of a busy owner hands a ticket out before its workers hear of the lease: who asks meanwhile is remembered
+#: for so long, and asks again anyway.
+_UNKNOWN_SECONDS = 1.0
 #: READs of one lease that may be granted at a time.
 _MOST_GRANTS = 1024
 
@@ -101,7 +104,7 @@ class Owner:
         self._shelf = shelf
         self._desk = WindowDesk(0 if offer.window is None else offer.window.rows)
         self._leases: dict[bytes, _Lease] = {}
-        #: Questions about leases whose blocks are still on their way, and when their readers give up.
+        #: Questions about leases that are not known yet or whose blocks are on their way, and until when they count.
         self._waiting: dict[ReadName, tuple[Ask, float]] = {}
         #: Ended lease -> why.
         self._remembered: OrderedDict[bytes, str] = OrderedDict()
@@ -159,13 +162,9 @@ class Owner:
 
     def answers(self, now: float) -> list[Grant]:
         """What can be told by now to readers who were told to wait; they need not ask again."""
-        ready = [read for read, (ask, until) in self._waiting.items() if until <= now or not self._is_early(ask)]
+        ready = [read for read, (ask, until) in self._waiting.items() if until <= now or not self._must_wait(ask)]
         asked = [self._waiting.pop(read) for read in ready]
         return [self._ask(ask, now) for ask, until in asked if now < until]
-
-    @property
-    def has_waiting(self) -> bool:
-        return bool(self._waiting)
 
     def expire(self, now: float) -> None:
         self._desk.expire(now)
@@ -233,24 +232,33 @@ class Owner:
             return Grant(ask.reader, ask.read, epoch, "restarted")
         if ask.lease == STANDING_LEASE and self._shelf is not None:
             return self._grant(ask, self._on_shelf(ask), now)
+        if lease is None and ask.lease in self._remembered:
+            return Grant(ask.reader, ask.read, epoch, "gone")
         if lease is None:
-            return Grant(ask.reader, ask.read, epoch, "gone" if ask.lease in self._remembered else "unknown")
+            self._remember(ask, now + min(ask.seconds, _UNKNOWN_SECONDS))
+            return Grant(ask.reader, ask.read, epoch, "unknown")
         is_new = (ask.reader, ask.read) not in lease.grants
         if lease.is_done and is_new:
             return Grant(ask.reader, ask.read, epoch, "gone")
         self._renew(ask.lease, now)
-        is_early = self._is_early(ask)
-        if is_early and len(self._waiting) < _MOST_REMEMBERED:
-            self._waiting[ask.reader, ask.read] = ask, now + ask.seconds
+        is_early = self._must_wait(ask)
+        if is_early:
+            self._remember(ask, now + ask.seconds)
         if is_early or (len(lease.grants) >= _MOST_GRANTS and is_new):
             return Grant(ask.reader, ask.read, epoch, "pending")
         lease.grants[ask.reader, ask.read] = now + ask.seconds + _GRACE_SECONDS
         return self._grant(ask, self._on_shelf(ask) if lease.slots is None else lease.slots, now)
 
-    def _is_early(self, ask: Ask) -> bool:
-        """Whether the lease is announced only, and not all of this lies there yet."""
+    def _remember(self, ask: Ask, until: float) -> None:
+        if len(self._waiting) < _MOST_REMEMBERED:
+            self._waiting[ask.reader, ask.read] = ask, until
+
+    def _must_wait(self, ask: Ask) -> bool:
+        """Whether the lease is still to come, or is announced only and not all of this lies there yet."""
         lease = self._leases.get(ask.lease)
-        if lease is None or lease.slots is not None:
+        if lease is None:
+            return ask.lease not in self._remembered
+        if lease.slots is not None:
             return False
         slots = self._on_shelf(ask)
         return not all(key in slots and self._holdings.holds(slots[key], key) for key in map(BlockKey, ask.keys))

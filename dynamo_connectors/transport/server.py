@@ -32,8 +32,6 @@ from dynamo_connectors.window import Window
 log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
-#: And while somebody waits for blocks that are on their way to host memory.
-_WAITING_SECONDS = 0.004
 _CLOSE_SECONDS = 5.0
 #: Whom a grant can be sent to later. Others hear of it when they ask again.
 _MOST_READERS = 4096
@@ -67,6 +65,8 @@ class Served(NamedTuple):
     #: Where blocks that nobody exported are found.
     shelf: Shelf | None = None
     window: Window | None = None
+    #: Gets what is to be called when blocks have come.
+    listen: Callable[[Callable[[], None]], None] | None = None
 
 
 def host_rows(dram: DramStore, window: Window | None = None) -> Served:
@@ -74,7 +74,8 @@ def host_rows(dram: DramStore, window: Window | None = None) -> Served:
     dram.keep_places()
     region = Region(dram.rows.ctypes.data, dram.rows.nbytes)
     regions = [region] if window is None else [region, window.rows.region]
-    return Served(regions, region.address, dram.capacity_blocks, dram.row_bytes, dram, shelf=dram, window=window)
+    place = regions, region.address, dram.capacity_blocks, dram.row_bytes
+    return Served(*place, dram, shelf=dram, window=window, listen=dram.listen)
 
 
 class PeerServer:
@@ -108,17 +109,21 @@ class PeerServer:
         offer = Offer(epoch, settings.namespace, metadata, *place, told)
         shelf = served.shelf if settings.opens_shelf else None
         self._owner = Owner(offer, served.holdings, settings.lease_seconds, shelf)
+        if served.listen is not None:
+            served.listen(self._bell.ring)
         self._thread = threading.Thread(target=self._serve, name="kvbm-peer-server", daemon=True)
         self._thread.start()
 
     def announce(self, lease: bytes) -> None:
         with self._lock:
             self._owner.announce(lease, time.monotonic())
+        self._bell.ring()
 
     def export(self, lease: bytes, slots: Mapping[BlockKey, int]) -> None:
         """The slots are pinned until `take_ended` names the lease."""
         with self._lock:
             self._owner.export(lease, slots, time.monotonic())
+        self._bell.ring()
 
     def isolate(self, namespace: bytes) -> None:
         """Serves nothing of what there was, and only readers with this namespace from now on."""
@@ -185,9 +190,7 @@ class PeerServer:
         poller.register(self._bell.fd, zmq.POLLIN)
         expiry = 0.0
         while not self._stopping:
-            with self._lock:
-                pause = _WAITING_SECONDS if self._owner.has_waiting else _TICK_SECONDS
-            ready = dict(poller.poll(int(pause * 1000)))
+            ready = dict(poller.poll(int(_TICK_SECONDS * 1000)))
             now = time.monotonic()
             try:
                 if now >= expiry:

@@ -22,8 +22,9 @@ from dynamo_connectors.vllm.peers import WorkerPeers
 
 log = engine_logger(__name__)
 
-#: How long an idle step may wait for a job to end, instead of spinning through empty steps.
-_IDLE_WAIT_SECONDS = 0.001
+#: How long an idle step may wait for a job to end, instead of spinning through empty steps; and for one that a request
+#: waits for, whose threads want the interpreter that the engine's thread would spin in.
+_IDLE_WAIT_SECONDS, _LOAD_WAIT_SECONDS = 0.001, 0.004
 
 
 class WorkerHalf:
@@ -110,7 +111,7 @@ class WorkerHalf:
         for erasure in plan.erasures:
             self._start(erasure, "erase")
         if plan.is_idle and self._running:
-            self._collect(_IDLE_WAIT_SECONDS)
+            self._collect(_LOAD_WAIT_SECONDS if self._loads else _IDLE_WAIT_SECONDS)
 
     def take_loaded_requests(self) -> set[str]:
         """Requests whose load ended, well or badly, since the last call, or will have before they are computed."""

@@ -91,7 +91,7 @@ class EngineProcess:
 class ChildProcess(EngineProcess):
     """An engine that this planner has started, in a session of its own."""
 
-    def __init__(self, command: str, port: int, log_path: Path, gpus: tuple[str, ...] = ()) -> None:
+    def __init__(self, command: str, port: int, log_path: Path, gpus: tuple[str, ...] = (), fleet: str = "") -> None:
         """Start `command` with `{port}`, `{port+N}` and `{gpus}` filled in. Raises ActuationError if it cannot be
         started.
         """
@@ -112,8 +112,10 @@ class ChildProcess(EngineProcess):
         except OSError as error:
             raise ActuationError("cannot_start", f"cannot start {arguments[0]!r}: {error.strerror or error}") from error
         pid = self._process.pid
-        life = Life(port, pid, birth_of(pid) or "", command, gpus)
-        super().__init__(pid, log_path, ReplicaRecord.write(record_path(log_path.parent, port), life))
+        birth = birth_of(pid)
+        life = None if birth is None else Life(port, pid, birth, command, fleet, gpus)
+        record = None if life is None else ReplicaRecord.write(record_path(log_path.parent, port), life)
+        super().__init__(pid, log_path, record)
 
     def _leader_runs(self) -> bool:
         return self._process.poll() is None

@@ -267,6 +267,7 @@ class PlannerConfig(BaseModel):
             exit_seconds=self.exit_drain_seconds,
             gpus=self.engine_gpus,
             gpus_per_replica=self.gpus_per_replica,
+            fleet=self.proxy_admin or self.engine_command,
         )
 
 

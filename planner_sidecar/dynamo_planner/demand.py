@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from .capacity import PrefillLoad, prefill_service
 from .forecast import ForecastRule, fold, outlook
-from .queueing import service_behind
 from .records import READY, STARTING, EngineObservation, FleetObservation, Memory, SizingPolicy
-from .step_model import coefficients, learn_steps
+from .step_model import learn_steps
 
 _ARRIVAL_MEMORY_SECONDS = 60.0
 _LENGTH_MEMORY_SECONDS = 300.0
@@ -145,11 +143,11 @@ def _kv_per_request(fleet: FleetObservation) -> float | None:
 
 
 def _learn_steps(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) -> Memory:
-    prefills, decodes, spread = [], [], _service_spread(memory, policy)
+    prefills, decodes = [], []
     for engine in fleet.engines:
         if not engine.usable or engine.age_seconds < policy.warmup_seconds:
             continue
-        service = prefill_seconds(engine, spread)
+        service = prefill_seconds(engine)
         if service is not None and engine.ttft is not None and engine.prompt_tokens:
             prefills.append(((1.0, engine.prompt_tokens / engine.ttft.count), service))
         gap = engine.itl.mean_seconds if engine.itl is not None else None
@@ -158,26 +156,13 @@ def _learn_steps(memory: Memory, fleet: FleetObservation, policy: SizingPolicy) 
     return replace(memory, prefill=learn_steps(memory.prefill, prefills), decode=learn_steps(memory.decode, decodes))
 
 
-def _service_spread(memory: Memory, policy: SizingPolicy) -> float:
-    tokens, fitted = memory.prompt_tokens, coefficients(memory.prefill)
-    if tokens is None or fitted is None:
-        return policy.prompt_cv2
-    return prefill_service(fitted, PrefillLoad(0.0, tokens, policy.prompt_cv2)).cv2
-
-
-def prefill_seconds(engine: EngineObservation, cv2: float) -> float | None:
-    """Mean time of a prefill alone: to the first token, less the wait in the queue; where the engine does not say how
-    long that was, less what a queue of prompts with this spread would make them wait.
-    """
-    total = engine.ttft
-    first = total.mean_seconds if total is not None else None
-    if total is None or first is None:
+def prefill_seconds(engine: EngineObservation) -> float | None:
+    """Mean time of a prefill alone: to the first token, less the wait in the queue."""
+    first = engine.ttft.mean_seconds if engine.ttft is not None else None
+    if first is None:
         return None
     queued = engine.queue_wait.mean_seconds if engine.queue_wait is not None else None
-    if queued is None:
-        rate = total.count / engine.interval_seconds if engine.interval_seconds > 0 else 0.0
-        return service_behind(first, rate, cv2)
-    return max(first - queued, 0.05 * first)
+    return max(first - (queued or 0.0), 0.05 * first)
 
 
 def _learn_startups(memory: Memory, fleet: FleetObservation) -> Memory:

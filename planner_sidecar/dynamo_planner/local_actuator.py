@@ -17,7 +17,7 @@ from .drain import ENDED, State, choose_victim
 from .errors import ActuationError, ObservationError
 from .records import DRAINING, STARTING
 from .replica import Replica, Surroundings
-from .replica_record import records
+from .replica_record import birth_of, records
 from .rolling import RollingRestart
 
 _FIRST_BACKOFF_SECONDS = 15.0
@@ -26,8 +26,8 @@ _MAX_BACKOFF_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """How to start one replica: a command with `{port}`, the inclusive port range, where its output goes, and the GPUs
-    that there are for all of them; none named: replicas see what the planner sees.
+    """How to start one replica: a command with `{port}`, the inclusive port range, where its output goes, the GPUs that
+    there are for all of them (none named: replicas see what the planner sees), and whose they are.
     """
 
     command: str
@@ -38,6 +38,7 @@ class LaunchPlan:
     exit_seconds: float = 30.0
     gpus: tuple[str, ...] = ()
     gpus_per_replica: int = 1
+    fleet: str = ""
 
 
 class LocalProcessActuator:
@@ -196,13 +197,21 @@ class LocalProcessActuator:
         """Start one more and return its URL. Raises ActuationError."""
         used = {int(url.rpartition(":")[2]) for url, replica in self._replicas.items() if not replica.ended}
         port, gpus = free_port(self._plan.ports, used), self._free_gpus()
-        child = ChildProcess(self._plan.command, port, self._log_path(port), gpus)
+        child = ChildProcess(self._plan.command, port, self._log_path(port), gpus, self._plan.fleet)
         return self._take_in(Replica(self._url(port), child, self._around, gpus)).url
 
     def _adopt(self) -> None:
         """Go on with what a planner that is gone has left running."""
         for record in records(self._plan.log_dir, self._plan.ports):
             life = record.life
+            if life.fleet != self._plan.fleet:
+                if birth_of(life.pid) != life.birth:
+                    record.remove()
+                    continue
+                record.release()
+                text = f"process {life.pid} is of another fleet ({life.fleet}); stop it if nobody needs it"
+                self._happenings.append(Happening(self._url(life.port), "left", "other_fleet", text))
+                continue
             child = AdoptedProcess(record, self._log_path(life.port))
             state = State.TERMINATING if life.is_terminated else State.ADOPTING
             replica = self._take_in(Replica(self._url(life.port), child, self._around, life.gpus, state))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .errors import ObservationError
 from .peers import ListedEngine, Peers, ProxyAdmin, ProxyListing
@@ -103,15 +103,14 @@ class Observer:
     async def _observe_engine(
         self, url: str, state: str, now: float, failures: list[ObservationFailure]
     ) -> EngineObservation:
-        if state in (STARTING, DOWN):
+        if state != READY:  # nothing rests on the numbers of what comes, goes or is away
             return EngineObservation(url, state)
         tracker = self._trackers.setdefault(url, EngineTracker(url, now, targets=self._targets))
         try:
-            seen = tracker.read(await self._peers.scrape(url), now)
+            return tracker.read(await self._peers.scrape(url), now)
         except ObservationError as error:
             failures.append(ObservationFailure(url, error.reason, str(error)))
-            seen = tracker.failed(error, now)
-        return replace(seen, state=DRAINING) if state == DRAINING else seen
+            return tracker.failed(error, now)
 
 
 def _states(listing: ProxyListing) -> dict[str, str]:

@@ -46,12 +46,6 @@ def erlang_c(servers: int, load: float) -> float:
     return servers * blocked / (servers - load * (1.0 - blocked))
 
 
-def service_behind(mean_seconds: float, rate: float, cv2: float) -> float:
-    """Mean service time of an M/G/1 queue through which one is in `mean_seconds`: Pollaczek and Khinchine, solved."""
-    taken = rate * mean_seconds
-    return 2.0 * mean_seconds / (1.0 + taken + math.sqrt(1.0 + taken * taken + 2.0 * taken * cv2))
-
-
 def service_quantiles(service: Service) -> tuple[float, ...]:
     """Equally likely service times of a log-normal with the given mean and spread."""
     sigma2 = math.log1p(max(0.0, service.cv2))

@@ -16,12 +16,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Life:
-    """A started replica. `birth` tells its process from a later one with the same number."""
+    """A started replica. `birth` tells its process from a later one with the same number, `fleet` is whose it is."""
 
     port: int
     pid: int
     birth: str
     command: str
+    fleet: str
     gpus: tuple[str, ...] = ()
     is_terminated: bool = False
 

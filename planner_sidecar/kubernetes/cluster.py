@@ -71,7 +71,8 @@ class Cluster:
         headers = {"Authorization": "Bearer admin-token", "Content-Type": kind}
         data = None if body is None else json.dumps(body)
         async with self.session.request(method, self.url + path, data=data, headers=headers, ssl=self.tls) as answer:
-            return answer.status, await answer.json()
+            text = await answer.text()  # what is not served yet is refused in plain words
+            return answer.status, json.loads(text) if text.startswith("{") else text
 
     async def must(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> Any:
         status, answer = await self.ask(method, path, body, kind)

@@ -193,8 +193,7 @@ class Exchange:
             if frames.failed:
                 self._relay(data)
                 self._lost(frames.failed)
-                return
-            if not data:
+            if frames.failed or not data:
                 return
         self._relay(data)
         self._last = data

@@ -32,6 +32,7 @@ _CARRIED = frozenset(
      "session_id", "skip_special_tokens", "spaces_between_special_tokens", "stop_token_ids", "stream_options",
      "temperature", "top_k", "top_p", "user", "vllm_xargs")
 )  # fmt: skip
+_LIMITS = ("max_completion_tokens", "max_tokens", "min_tokens")  # engines read "20" as 20; we do not count with it
 # Any of these, if it says something, makes a stream one that token ids alone cannot continue.
 _HINDERS = frozenset(
     ("audio", "best_of", "documents", "echo", "functions", "guided_choice", "guided_grammar", "guided_json",
@@ -68,7 +69,7 @@ def is_resumable(path: str, body: dict[str, Any]) -> bool:
     """
     if body.get("stream") is not True or not _HINDERS.isdisjoint(name for name, value in body.items() if value):
         return False
-    if body.get("n") not in (None, 1):
+    if body.get("n") not in (None, 1) or not all(type(body.get(name) or 0) is int for name in _LIMITS):
         return False
     kind = body.get("response_format")
     if kind is not None and not (isinstance(kind, dict) and kind.get("type") == "text"):
@@ -255,7 +256,7 @@ class StreamTape:
         del self._ids[self._safe :]
         self._base_tokens = self.tokens
         prompt = orjson.loads(b"[" + b",".join([self._prompt_ids, *filter(None, self._ids)]) + b"]")
-        asked = {name: body[name] for name in _CARRIED & body.keys()} if self._is_chat else dict(body)
+        asked = {name: value for name, value in body.items() if not self._is_chat or name in _CARRIED}
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or (0 if self._is_chat else 16)
         left = limit - self._base_tokens if limit else max_model_tokens - len(prompt)
         if left < 1:

@@ -87,4 +87,4 @@ def test_a_load_does_not_wait_for_a_store(awaited: list[str], monkeypatch: pytes
 def test_no_blocks_are_no_copy() -> None:
     copy = row_copy()
     copy.up([], [])
-    copy.down([], [])
+    copy.start_down([], [])

@@ -225,6 +225,18 @@ def test_a_job_that_cannot_be_done_is_reported_as_failed_and_touches_nothing(
     assert dict(report.failed) == {names[0]: "internal_error"}
 
 
+def test_blocks_of_a_long_store_can_be_read_before_the_last_one_has_come(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_STORED_AT_A_TIME", 3)
+    names, slots, there = keys(8), list(range(8)), []
+    rig.dram.listen(
+        lambda: there.append(sum(rig.dram.holds(slot, name) for name, slot in zip(names, slots, strict=True)))
+    )
+    assert not rig.store(names, slots, slots).failed
+    assert there == [3, 6, 8]
+
+
 class Killed(BaseException):
     """What no `except Exception` stops."""
 
@@ -238,7 +250,7 @@ def test_a_thread_that_dies_costs_its_job_and_the_next_one_runs(
     rig.offload(names[:2], slots[:2], slots[:2])
     staging = rig.engine._below[NVME_SSD].staging
     jobs: dict[str, tuple[object, str, Callable[[], JobReport]]] = {
-        "copy": (rig.engine._copy, "down", lambda: rig.store(names, slots, slots)),
+        "copy": (rig.engine._copy, "start_down", lambda: rig.store(names, slots, slots)),
         "disk_read": (rig.disk, "read_run", lambda: rig.load(names[:2], NVME_SSD, [0, 1], [8, 9])),
         "disk_write": (rig.disk, "write_run", lambda: rig.offload(names[2:], [2, 3], [2, 3])),
         "copy_after_disk": (staging.copy, "up", lambda: rig.load(names[:2], NVME_SSD, [0, 1], [8, 9])),

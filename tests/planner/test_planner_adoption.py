@@ -6,6 +6,8 @@ import asyncio
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -32,9 +34,16 @@ def abandoned(stand: Bench) -> list[EngineProcess]:
     return left
 
 
-async def successor_stops(folder: Path, proxy: FakeProxy, left: list[EngineProcess], says: str) -> None:
+@asynccontextmanager
+async def beside(folder: Path, admin: str, *flags: str, **more: object) -> AsyncIterator[Bench]:
+    """One of several planners, one after the other, of one proxy."""
+    async with bench(folder, **actuate(folder, *flags, proxy_admin=admin, **more)) as stand:
+        yield stand
+
+
+async def successor_stops(folder: Path, admin: str, left: list[EngineProcess], says: str) -> None:
     """The next planner takes one replica over, says how it goes on, and leaves nothing behind."""
-    async with behind_a_proxy(folder, is_empty=True, proxy=proxy, terminate_seconds=0.5) as (stand, _):
+    async with beside(folder, admin, terminate_seconds=0.5) as stand:
         await stand.planner.tick()
         await stand.until("adopted http")
         await stand.until(says)
@@ -52,20 +61,20 @@ def test_a_planner_killed_beside_ready_replicas_is_followed_by_one_that_goes_on_
             heard = await asyncio.to_thread(
                 lived, [*same, "--proxy-admin", admin], lambda said: said.count("ready http") == 2, signal.SIGKILL
             )
-        assert "adopted" not in heard
-        first, second = proxy.states
-        async with behind_a_proxy(tmp_path, is_empty=True, proxy=proxy, min_replicas=2) as (stand, _):
-            async with stand.session.get(f"{first}/work") as answer:
-                assert await answer.content.readexactly(5) == b"first"
-                decision, _ = await stand.planner.tick()
-                assert (decision.current, decision.desired) == (2, 2)
-                await stand.eventually(lambda: two_ready(stand))
-                assert list(proxy.states) == [first, second]
-                assert "register" not in proxy.calls[2:], "they are known there"
-                await get(stand.session, f"{first}/release")
-                assert await answer.content.readexactly(5) == b" last"
-            pids = [replica.child.pid for replica in replicas(stand)._replicas.values()]
-            assert not stand.planner.memory.startups, "taking over is no start-up"
+            assert "adopted" not in heard
+            first, second = proxy.states
+            async with beside(tmp_path, admin, min_replicas=2) as stand:
+                async with stand.session.get(f"{first}/work") as answer:
+                    assert await answer.content.readexactly(5) == b"first"
+                    decision, _ = await stand.planner.tick()
+                    assert (decision.current, decision.desired) == (2, 2)
+                    await stand.eventually(lambda: two_ready(stand))
+                    assert list(proxy.states) == [first, second]
+                    assert "register" not in proxy.calls[2:], "they are known there"
+                    await get(stand.session, f"{first}/release")
+                    assert await answer.content.readexactly(5) == b" last"
+                pids = [replica.child.pid for replica in replicas(stand)._replicas.values()]
+                assert not stand.planner.memory.startups, "taking over is no start-up"
         assert not any(map(group_alive, pids))
         assert proxy.states == {}
         assert not list((tmp_path / "logs").glob("*.json"))
@@ -75,17 +84,21 @@ def test_a_planner_killed_beside_ready_replicas_is_followed_by_one_that_goes_on_
 
 def test_a_drain_that_was_under_way_is_taken_back(tmp_path: Path) -> None:
     async def story() -> None:
-        async with behind_a_proxy(tmp_path) as (stand, proxy):
-            victim, other = proxy.states
-            proxy.in_flight = {victim: 1, other: 2}
-            await stand.planner.order(1)
-            await stand.eventually(lambda: proxy.states[victim] == "draining")
-            left = abandoned(stand)
-        async with behind_a_proxy(tmp_path, is_empty=True, proxy=proxy) as (stand, _):
-            await stand.planner.tick()
-            await stand.eventually(lambda: two_ready(stand))
-            assert set(proxy.states.values()) == {"ready"}
-            proxy.in_flight = {}
+        proxy = FakeProxy()
+        async with served(proxy.app()) as admin:
+            async with beside(tmp_path, admin) as stand:
+                await stand.planner.order(2)
+                await stand.eventually(lambda: two_ready(stand))
+                victim, other = proxy.states
+                proxy.in_flight = {victim: 1, other: 2}
+                await stand.planner.order(1)
+                await stand.eventually(lambda: proxy.states[victim] == "draining")
+                left = abandoned(stand)
+            async with beside(tmp_path, admin) as stand:
+                await stand.planner.tick()
+                await stand.eventually(lambda: two_ready(stand))
+                assert set(proxy.states.values()) == {"ready"}
+                proxy.in_flight = {}
         assert all(child.gone() for child in left)
 
     asyncio.run(story())
@@ -93,16 +106,19 @@ def test_a_drain_that_was_under_way_is_taken_back(tmp_path: Path) -> None:
 
 def test_a_replica_that_was_told_to_stop_is_seen_off_and_serves_nobody(tmp_path: Path) -> None:
     async def story() -> None:
-        async with behind_a_proxy(tmp_path, "ignore-sigterm", is_empty=True) as (stand, proxy):
-            await stand.planner.order(1)
-            url = url_in(await stand.until("ready http"))
-            proxy.states["http://127.0.0.1:9"] = "ready"
-            replicas(stand)._replicas[url].order_stop()
-            replicas(stand)._drive_anew(replicas(stand)._replicas[url])
-            await stand.eventually(lambda: replicas(stand)._replicas[url].child.signalled)
-            left = abandoned(stand)
-        proxy.calls.clear()
-        await successor_stops(tmp_path, proxy, left, f"stopped {url} (sigterm_ignored)")
+        proxy = FakeProxy()
+        async with served(proxy.app()) as admin:
+            async with beside(tmp_path, admin, "ignore-sigterm") as stand:
+                await stand.planner.order(1)
+                url = url_in(await stand.until("ready http"))
+                proxy.states["http://127.0.0.1:9"] = "ready"  # the minimum is there: none is started in its place
+                replica = replicas(stand)._replicas[url]
+                replica.order_stop()
+                replicas(stand)._drive_anew(replica)
+                await stand.eventually(lambda: replica.child.signalled)
+                left = abandoned(stand)
+            proxy.calls.clear()
+            await successor_stops(tmp_path, admin, left, f"stopped {url} (sigterm_ignored)")
         assert not {"register", "resume"} & set(proxy.calls)
 
     asyncio.run(story())
@@ -110,13 +126,15 @@ def test_a_replica_that_was_told_to_stop_is_seen_off_and_serves_nobody(tmp_path:
 
 def test_a_replica_that_died_while_no_planner_ran_is_told_to_the_proxy(tmp_path: Path) -> None:
     async def story() -> None:
-        async with behind_a_proxy(tmp_path, is_empty=True) as (stand, proxy):
-            await stand.planner.order(1)
-            url = url_in(await stand.until("ready http"))
-            left = abandoned(stand)
-        left[0].kill()
-        await asyncio.to_thread(left[0]._process.wait)  # type: ignore[attr-defined]
-        await successor_stops(tmp_path, proxy, left, f"failed {url} (crashed)")
+        proxy = FakeProxy()
+        async with served(proxy.app()) as admin:
+            async with beside(tmp_path, admin) as stand:
+                await stand.planner.order(1)
+                url = url_in(await stand.until("ready http"))
+                left = abandoned(stand)
+            left[0].kill()
+            await asyncio.to_thread(left[0]._process.wait)  # type: ignore[attr-defined]
+            await successor_stops(tmp_path, admin, left, f"failed {url} (crashed)")
         assert url not in proxy.states
 
     asyncio.run(story())
@@ -133,6 +151,31 @@ def test_what_a_living_planner_has_started_is_left_to_it(tmp_path: Path) -> None
     asyncio.run(story())
 
 
+def test_an_engine_behind_another_proxy_is_of_another_fleet(tmp_path: Path) -> None:
+    """Two models may be served from one machine: with the same folder and ports, but not by one planner."""
+
+    async def story() -> None:
+        async with behind_a_proxy(tmp_path, is_empty=True) as (stand, _):
+            await stand.planner.order(1)
+            url = url_in(await stand.until("ready http"))
+            left = abandoned(stand)
+        async with behind_a_proxy(tmp_path, is_empty=True) as (stand, proxy):
+            await stand.planner.tick()
+            assert f"left {url} (other_fleet)" in await stand.until("left http")
+            await stand.until("ready http")
+            assert url not in proxy.states
+        assert not left[0].gone()
+        left[0].kill()
+        await stand.eventually(left[0].gone)
+        assert record_path(tmp_path / "logs", int(url[-5:])).exists()
+        async with behind_a_proxy(tmp_path, is_empty=True) as (stand, _):
+            await stand.planner.tick()
+            await stand.until("ready http")
+            assert not any(line.startswith("left") for line in stand.said), "there is none any more"
+
+    asyncio.run(story())
+
+
 def test_a_number_that_belongs_to_somebody_else_by_now_is_never_signalled(tmp_path: Path) -> None:
     async def story() -> None:
         async with bench(tmp_path, **actuate(tmp_path)) as stand:
@@ -142,7 +185,8 @@ def test_a_number_that_belongs_to_somebody_else_by_now_is_never_signalled(tmp_pa
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     try:
         (tmp_path / "logs").mkdir()
-        life = Life(18100, sleeper.pid, "another boot/1", "engine {port}")
+        command = child_command(tmp_path)
+        life = Life(18100, sleeper.pid, "another boot/1", command, command)
         record = ReplicaRecord.write(record_path(tmp_path / "logs", 18100), life)
         assert record is not None
         record.release()
@@ -176,8 +220,8 @@ def visible(child: EngineProcess) -> str:
     return next(entry[21:].decode() for entry in entries if entry.startswith(b"CUDA_VISIBLE_DEVICES="))
 
 
-def last_word(child: EngineProcess) -> bytes:
-    return Path("/proc", str(child.pid), "cmdline").read_bytes().split(b"\0")[-2]
+def last_word(child: EngineProcess) -> str:
+    return Path("/proc", str(child.pid), "cmdline").read_text().split("\0")[-2]
 
 
 def test_each_replica_sees_gpus_of_its_own_and_gives_them_back(tmp_path: Path) -> None:
@@ -214,10 +258,8 @@ def test_a_command_may_name_its_gpus_and_further_ports(tmp_path: Path) -> None:
         settings = actuate(tmp_path, "{gpus}/{port+1000}", engine_gpus=[4, "6"]) | {"max_replicas": 2}
         async with bench(tmp_path, **settings) as stand:
             await stand.planner.order(2)
-            assert [last_word(replica.child) for replica in replicas(stand)._replicas.values()] == [
-                b"4/19100",
-                b"6/19101",
-            ]
+            for gpu, (url, replica) in zip("46", replicas(stand)._replicas.items(), strict=True):
+                assert last_word(replica.child) == f"{gpu}/{int(url[-5:]) + 1000}"
 
     asyncio.run(story())
 

@@ -18,14 +18,7 @@ from dynamo_planner.capacity import (
     replicas_for_prefill,
 )
 from dynamo_planner.forecast import ForecastRule, ForecastState, check_forecast, fold, outlook
-from dynamo_planner.queueing import (
-    Service,
-    erlang_c,
-    late_share,
-    servers_for,
-    service_behind,
-    waiting_exceeds,
-)
+from dynamo_planner.queueing import Service, erlang_c, late_share, servers_for, waiting_exceeds
 from dynamo_planner.step_model import StepModel, coefficients, learn_step, predict
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,13 +94,6 @@ def test_the_m_g_1_tail_is_that_of_a_simulated_queue() -> None:
             wait = max(0.0, wait + own - source.expovariate(load / service.mean_seconds))
         told = waiting_exceeds(load / service.mean_seconds, service, 1, limit)
         assert told == pytest.approx(late / count, rel=0.34, abs=0.01), load
-
-
-@given(service=st.floats(1e-3, 1.0), load=st.floats(0, 0.95), cv2=st.floats(0, 4))
-def test_the_service_is_found_behind_the_mean_time_of_a_queue(service: float, load: float, cv2: float) -> None:
-    rate = load / service
-    through = service + rate * service**2 * (1 + cv2) / (2 * (1 - load))
-    assert service_behind(through, rate, cv2) == pytest.approx(service)
 
 
 RATES, SERVICES = st.floats(0, 300), st.builds(Service, st.floats(1e-3, 1.0), st.floats(0, 4))

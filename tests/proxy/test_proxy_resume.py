@@ -156,7 +156,7 @@ def test_without_another_engine_or_when_turned_off_the_client_is_told() -> None:
 @pytest.mark.parametrize(
     "fields",
     [{"tools": [{}]}, {"stop": ["x"]}, {"n": 2}, {"logprobs": True}, {"response_format": {"type": "json_object"}},
-     {"return_token_ids": True}, {"stream": False},
+     {"return_token_ids": True}, {"stream": False}, {"max_tokens": "24"}, {"min_tokens": 2.0},
      {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}],
 )  # fmt: skip
 def test_what_token_ids_alone_cannot_continue_is_left_alone(fields: dict[str, Any]) -> None:

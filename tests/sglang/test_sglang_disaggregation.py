@@ -121,6 +121,9 @@ def test_a_prefill_engine_that_comes_back_at_the_same_address_is_met_anew(
     fleet: Fleet, expected: list[tuple[list[int], list[Any]]]
 ) -> None:
     fleet.prefill.kill()
-    fleet.prefill.start().wait_ready(BOOT_SECONDS)
-    wait_until(lambda: fleet.ask(mine()[5]).status_code == 200, "its next run is met")
-    assert [answer(fleet.ask(prompt)) for prompt in mine()] == expected
+    try:
+        fleet.prefill.start().wait_ready(BOOT_SECONDS)
+        wait_until(lambda: fleet.ask(mine()[5]).status_code == 200, "its next run is met")
+        assert [answer(fleet.ask(prompt)) for prompt in mine()] == expected
+    finally:
+        fleet.prefill.kill()  # this run is the test's own

@@ -16,16 +16,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import DynamoConnectorsError, StoreError
+from dynamo_connectors.hbm_rows import HbmRows
 from dynamo_connectors.tiers.base import Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import messages
 from dynamo_connectors.transport.agent import Region
 from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
-from dynamo_connectors.transport.server import PeerServer, ServerSettings
+from dynamo_connectors.transport.server import PeerServer, ServerSettings, host_rows
 from dynamo_connectors.transport.tickets import Ticket
+from dynamo_connectors.window import Window
+
+CPU = torch.device("cpu")
 
 
 @functools.lru_cache(maxsize=256)
@@ -46,7 +51,9 @@ class OwnerSide:
             options.get("lease_seconds", 30.0),
             opens_shelf=True,
         )
-        self.server = PeerServer(settings, self.dram)
+        window_rows = options.get("window_rows", 0)
+        window = Window(self.dram, HbmRows(window_rows, row_bytes, CPU)) if window_rows else None
+        self.server = PeerServer(settings, host_rows(self.dram, window))
         if options.get("truncates"):
             offer = self.server._owner._offer
             self.server._owner._offer = offer._replace(metadata=offer.metadata[: len(offer.metadata) // 2])
@@ -84,17 +91,25 @@ class OwnerSide:
 
 
 class ReaderSide:
+    """Reads into the rows of its slab, or, with the option `reads_windows`, into rows beside it."""
+
     def __init__(self, rows: int, row_bytes: int, options: dict[str, Any]) -> None:
         self.dram = DramStore(rows, row_bytes)
+        self.rows, self.reads_windows = self.dram.rows, options.get("reads_windows", False)
+        regions = [Region(self.dram.rows.ctypes.data, self.dram.rows.nbytes)]
+        if self.reads_windows:
+            self.hbm = HbmRows(rows, row_bytes, CPU)
+            self.rows = self.hbm.rows.numpy()
+            regions.append(self.hbm.region)
         settings = PeerSettings(
             0,
             options.get("namespace", "n").encode(),
             row_bytes,
             options.get("secret", "s").encode(),
             options.get("deadline_seconds", 10.0),
-            options.get("quarantine_bytes", 1 << 30),
+            *[options.get("quarantine_bytes", 1 << 30)] * 2,
         )
-        self.tier = PeerTier(settings, [Region(self.dram.rows.ctypes.data, self.dram.rows.nbytes)])
+        self.tier = PeerTier(settings, regions)
         self.reads: list[tuple[list[str], list[int], Future[Sequence[StoreError | None]]]] = []
         self.signals: list[Future[str] | None] = []
 
@@ -102,8 +117,11 @@ class ReaderSide:
         ticket = BlockKey(Ticket(host, port, bytes.fromhex(lease)).encode())
         places = [Place(BlockKey(key.encode()), 0, ticket) for key in keys]
         for row in rows:
-            self.dram.rows[row] = 0
-        (batch,) = self.tier.read(places, [memoryview(self.dram.rows[row]) for row in rows])
+            self.rows[row] = 0
+        if self.reads_windows:
+            (batch,) = self.tier.read_windows(places, [self.hbm.buffer(row) for row in rows])
+        else:
+            (batch,) = self.tier.read(places, [self.dram.buffer(row) for row in rows])
         self.reads.append((keys, rows, batch.outcome))
         self.signals.append(batch.given_up)
         return len(self.reads) - 1
@@ -118,7 +136,7 @@ class ReaderSide:
             time.sleep(0.005)
         said = []
         for key, row, error in zip(keys, rows, outcome.result(), strict=True):
-            right = np.array_equal(self.dram.rows[row], row_of(key.encode(), self.dram.row_bytes))
+            right = np.array_equal(self.rows[row], row_of(key.encode(), self.dram.row_bytes))
             said.append(error.reason if error is not None else "right" if right else "WRONG")
         return said
 
@@ -129,10 +147,10 @@ class ReaderSide:
     def scribble(self, rows: list[int]) -> None:
         """These rows belong to somebody else now."""
         for row in rows:
-            self.dram.rows[row] = 7
+            self.rows[row] = 7
 
     def scribbled(self, rows: list[int]) -> bool:
-        return all(bool((self.dram.rows[row] == 7).all()) for row in rows)
+        return all(bool((self.rows[row] == 7).all()) for row in rows)
 
     def watch(self, port: int, lease: str, wanted: bool) -> None:
         ticket = Ticket("127.0.0.1", port, bytes.fromhex(lease))

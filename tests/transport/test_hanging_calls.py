@@ -53,6 +53,9 @@ class Hanging:
             raise TransferEndedError("disconnected", "so that it takes leave")
         return True
 
+    def measured(self, handle: object) -> None:
+        return None
+
     def release(self, handle: object) -> None:
         self.hang("release")
 

@@ -222,9 +222,7 @@ def test_one_who_asks_early_is_answered_when_all_of_it_has_come() -> None:
     talk(world)
     assert not world.transfers, "half of it is not there yet"
     world.memory.guesses[B] = 1
-    assert world.owner.has_waiting
     world.answer_waiting()
-    assert not world.owner.has_waiting
     world.settle()
     assert world.asked[number].reasons == (None, None)
 
@@ -241,5 +239,36 @@ def test_one_who_asks_early_is_not_left_waiting(how: str) -> None:
         world.pass_time(1.5)
     world.answer_waiting()
     talk(world)
-    assert not world.owner.has_waiting
+    assert not world.owner._waiting
     assert world.asked[number].reasons == ("gone" if how == "revoked" else "timeout",)
+
+
+def test_one_who_asks_for_a_lease_that_is_still_to_come_is_answered_when_it_has() -> None:
+    world = exported()
+    number = world.read(b"e" * 16, [A, B], 8.0)
+    talk(world)
+    world.answer_waiting()
+    assert not world.to_reader, "nothing is known of it yet"
+    world.owner.announce(b"e" * 16, world.now)
+    world.answer_waiting()
+    (grant,) = world.to_reader
+    assert isinstance(grant, Grant)
+    assert grant.status == "granted"
+    world.settle()
+    assert world.asked[number].reasons == (None, None)
+
+
+def test_a_lease_that_never_comes_is_not_waited_for_for_long() -> None:
+    world = exported()
+    number = world.read(b"e" * 16, [A], 8.0)
+    talk(world)
+    world.pass_time(0.5)
+    assert world.owner._waiting
+    world.pass_time(1.0)
+    world.answer_waiting()
+    talk(world)
+    assert world.asked[number].reasons == ("gone",)
+    world.answer_waiting()
+    world.pass_time(1.5)
+    world.answer_waiting()
+    assert not world.owner._waiting

@@ -15,6 +15,7 @@ import pytest
 import torch
 from dynamo_kernels.block_view import BlockView
 
+from dynamo_connectors.below import rows_of_a_read
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import PEER
 from dynamo_connectors.errors import StoreError
@@ -81,6 +82,7 @@ class Talk:
         settings = ServerSettings("127.0.0.1", 0, b"n", SECRET, opens_shelf=True)
         self.server = PeerServer(settings, host_rows(self.dram, Window(self.dram, self.rows)))
         self._codec, self._sockets = Codec(SECRET), PeerSockets(SECRET)
+        self._heard: list[Reply] = []
         self._peer = f"tcp://127.0.0.1:{self.server.port}"
         self.server.export(LEASE, {key: slot for slot, key in enumerate(KEYS)})
         welcome = self.ask(Hello(1, b"n", ROW_BYTES))
@@ -95,10 +97,10 @@ class Talk:
 
     def hear(self) -> Reply:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            for _, frame in self._sockets.receive(0.5):
-                return self._codec.reply(frame)
-        raise AssertionError("nothing was said")
+        while not self._heard:
+            assert time.monotonic() < deadline, "nothing was said"
+            self._heard += [self._codec.reply(frame) for _, frame in self._sockets.receive(0.5)]
+        return self._heard.pop(0)
 
     def question(self, read: int, keys: Sequence[BlockKey]) -> Ask:
         return Ask(b"reader", read, self.epoch, LEASE, tuple(keys), 30.0, in_window=True)
@@ -154,12 +156,41 @@ def test_a_read_waits_for_rows_until_another_one_has_its_verdict(talk: Talk, cop
     assert talk.verdict(second)
 
 
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_who_asks_early_is_told_when_lease_and_blocks_have_come(
+    talk: Talk, copies: Copies, monkeypatch: pytest.MonkeyPatch, is_announced: bool
+) -> None:
+    monkeypatch.setattr(server_module, "_TICK_SECONDS", 3600.0)  # nobody looks from time to time
+    copies.may_go.set()
+    talk.dram.set_key(3, None)
+    early = b"e" * 16
+    if is_announced:
+        talk.server.announce(early)
+    question = Ask(b"reader", 1, talk.epoch, early, (KEYS[3],), 30.0, in_window=True)
+    assert granted(talk.ask(question)).status == ("pending" if is_announced else "unknown")
+    talk.dram.set_key(3, KEYS[3])
+    if is_announced:
+        talk.dram.tell_of_arrivals()
+    else:
+        talk.server.announce(early)
+    told = [granted(talk.hear()) for _ in range(2)]  # once it is being filled, and when it is
+    assert [grant.status for grant in told] == ["pending", "granted"]
+    assert [int(talk.rows.rows[row][0]) for row in told[1].slots] == [4]
+
+
 def test_rows_that_could_not_be_filled_are_not_granted(talk: Talk, copies: Copies) -> None:
     copies.fails = True
     copies.may_go.set()
     assert granted(talk.ask(talk.question(1, KEYS[:1]))).status == "pending"
     grant = granted(talk.hear())
     assert (grant.status, grant.slots) == ("granted", (-1,))
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks", "most"), [(476, 8, 16), (476, 64, 16), (476, 200, 50), (476, 4096, 59), (9, 64, 1)]
+)
+def test_a_load_is_several_reads_unless_it_is_small(rows: int, blocks: int, most: int) -> None:
+    assert rows_of_a_read(rows, blocks) == most
 
 
 class Tier:
@@ -190,5 +221,5 @@ def test_rows_are_read_into_again_when_they_have_been_emptied_and_not_before(cop
         assert loaded.result(60) == 4
     assert tier.into == [[staging.view(0), staging.view(1)]] * 2
     assert not failed
-    assert staging.all_are_back
+    assert staging.take(4) == [0, 1], "a row is missing"
     staging.close()

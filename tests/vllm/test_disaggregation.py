@@ -282,11 +282,14 @@ def test_an_engine_that_is_killed_under_a_prompt_or_after_its_answer_costs_no_an
 
 def test_an_engine_that_comes_back_at_the_same_address_is_met_anew(pair: Pair, old: Handed) -> None:
     pair.prefill_server.kill()
-    pair.prefill_server.start().wait_ready(600.0)
-    before = pair.from_peer()
-    assert answer(pair, old) == old.alone  # a ticket of the run that is gone
-    assert pair.from_peer() == before
-    hand_over(pair, 700)
+    try:
+        pair.prefill_server.start().wait_ready(600.0)
+        before = pair.from_peer()
+        assert answer(pair, old) == old.alone  # a ticket of the run that is gone
+        assert pair.from_peer() == before
+        hand_over(pair, 700)
+    finally:
+        pair.prefill_server.kill()  # this run is the test's own
 
 
 def before_both(pair: Pair) -> AbstractAsyncContextManager[ProxyServer]:
