@@ -34,7 +34,7 @@ _LOADS_AT_A_TIME, _READS_AT_A_TIME = 2, 8
 #: A load is so many reads at least, for one to be filled while another is read, unless they had fewer rows than that.
 _READS_OF_A_LOAD, _LEAST_OF_A_READ = 4, 16
 #: Why a block does not come from a peer's window, and may from its host memory all the same.
-_ELSEWHERE = frozenset({"gone", "disconnected", "transfer_failed"})
+_ELSEWHERE = frozenset({"gone", "disconnected"})
 
 
 class Below:

@@ -11,7 +11,7 @@ from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.transport.agent import Region
 
 #: For what engines allocate after their KV cache: the graphs of decode, above all.
-_LEFT_FREE_BYTES = 2 * 10**9
+LEFT_FREE_BYTES = 2 * 10**9
 
 
 class HbmRows:
@@ -21,10 +21,10 @@ class HbmRows:
         """Raises `ConfigError` when the GPU has not so much memory left."""
         self.capacity_blocks, self.row_bytes = capacity_blocks, row_bytes
         wanted = capacity_blocks * row_bytes
-        if device.type == "cuda" and (free := torch.cuda.mem_get_info(device)[0]) < wanted + _LEFT_FREE_BYTES:
+        if device.type == "cuda" and (free := torch.cuda.mem_get_info(device)[0]) < wanted + LEFT_FREE_BYTES:
             raise ConfigError(
                 f"--kvbm-peer-hbm-gb wants {wanted / 1e9:.2f} GB beside the engine's memory, and {free / 1e9:.2f} are "
-                f"free, of which {_LEFT_FREE_BYTES / 1e9:g} stay so; lower it, or --gpu-memory-utilization"
+                f"free, of which {LEFT_FREE_BYTES / 1e9:g} stay so; lower it, or --gpu-memory-utilization"
             )
         self.rows = torch.empty((capacity_blocks, row_bytes), dtype=torch.uint8, device=device)
 

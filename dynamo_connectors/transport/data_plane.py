@@ -21,7 +21,7 @@ from dynamo_connectors.transport.agent import (
     TransferEndedError,
     TransferUnknownError,
 )
-from dynamo_connectors.transport.messages import Welcome, Window
+from dynamo_connectors.transport.messages import Welcome, WindowPlace
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ class DataPlane:
         lengths = np.diff(np.append(np.flatnonzero(starts), len(here))) * self._row_bytes
         return here[starts].tolist(), there[starts].tolist(), lengths.tolist()
 
-    def _devices(self, theirs: Window) -> Devices:
+    def _devices(self, theirs: WindowPlace) -> Devices:
         ours = next((region.device for region in self._regions if region.device is not None), None)
         return ours, None if theirs.device < 0 else theirs.device
 

@@ -102,7 +102,7 @@ class End(_Message, frozen=True):
     lease: Lease
 
 
-class Window(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class WindowPlace(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Rows beside those in host memory, in the memory of the owner's GPU `device`; -1 where that is the host's."""
 
     base: Address
@@ -120,7 +120,7 @@ class Welcome(_Message, frozen=True):
     base: Address
     rows: Count
     row_bytes: Count
-    window: Window | None = None
+    window: WindowPlace | None = None
 
 
 class Refuse(_Message, frozen=True):

@@ -29,7 +29,10 @@ NIXL_COUNTERS: dict[str, tuple[str, str | None, str]] = {
 #: What stands at a level on a worker -> (metric name, help). Summed over workers.
 NIXL_LEVELS = {
     "nixl_open_leases": ("dynamo_nixl_open_leases", "Leases that peers hold on this engine's blocks."),
-    "nixl_quarantined_bytes": ("dynamo_nixl_quarantined_bytes", "Host memory that late READs may still write to."),
+    "nixl_quarantined_bytes": (
+        "dynamo_nixl_quarantined_bytes",
+        "Host memory and HBM that late READs may still write to.",
+    ),
 }
 
 

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import (
     STANDING_LEASE,
@@ -35,7 +37,7 @@ from dynamo_connectors.transport.messages import (
     Request,
     Verdict,
     Welcome,
-    Window,
+    WindowPlace,
 )
 from dynamo_connectors.transport.window_desk import Fill, ReadName, Source, WindowDesk
 
@@ -74,7 +76,7 @@ class Offer(NamedTuple):
     base: int
     rows: int
     row_bytes: int
-    window: Window | None = None
+    window: WindowPlace | None = None
 
 
 @dataclass
@@ -164,7 +166,9 @@ class Owner:
         """What can be told by now to readers who were told to wait; they need not ask again."""
         ready = [read for read, (ask, until) in self._waiting.items() if until <= now or not self._must_wait(ask)]
         asked = [self._waiting.pop(read) for read in ready]
-        return [self._ask(ask, now) for ask, until in asked if now < until]
+        return [
+            self._ask(msgspec.structs.replace(ask, seconds=until - now), now) for ask, until in asked if now < until
+        ]
 
     def expire(self, now: float) -> None:
         self._desk.expire(now)
@@ -260,8 +264,12 @@ class Owner:
             return ask.lease not in self._remembered
         if lease.slots is not None:
             return False
-        slots = self._on_shelf(ask)
-        return not all(key in slots and self._holdings.holds(slots[key], key) for key in map(BlockKey, ask.keys))
+        # The last first: blocks come in order, and this is asked often.
+        return not all(self._lies(BlockKey(key)) for key in reversed(ask.keys))
+
+    def _lies(self, key: BlockKey) -> bool:
+        slot = None if self._shelf is None else self._shelf.slot_of(key)
+        return slot is not None and self._holdings.holds(slot, key)
 
     def _on_shelf(self, ask: Ask) -> Mapping[BlockKey, int]:
         """Where these blocks lie in host memory, whoever keeps them."""

@@ -24,8 +24,7 @@ from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import channel
 from dynamo_connectors.transport.agent import Agent, Region
 from dynamo_connectors.transport.bell import Bell
-from dynamo_connectors.transport.messages import Ask, Codec, Grant, MessageError, Reply, Request
-from dynamo_connectors.transport.messages import Window as WindowPlace
+from dynamo_connectors.transport.messages import Ask, Codec, Grant, MessageError, Reply, Request, WindowPlace
 from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Holdings, Offer, Owner, Shelf
 from dynamo_connectors.window import Window
 
@@ -159,7 +158,8 @@ class PeerServer:
             self._agent = None
         self._bell.close()
         self._context.destroy(linger=0)
-        return self._window is None or self._window.close()
+        window, self._window = self._window, None
+        return window is None or window.close()
 
     def check(self) -> None:
         with self._lock:

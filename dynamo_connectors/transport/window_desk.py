@@ -4,6 +4,9 @@ Blocks lie in host memory; a READ of the window gets rows for itself, which are 
 Life of a READ's rows: waiting (until enough are free, first come first served) -> filling -> ready -> given back, when
 its reader has asked for the verdict, or when it has given the READ up. Every row counts how often it was given out, and
 its READ is told that generation: rows that were given to another READ since are refused by the fence.
+
+A reader that has died keeps its rows until its deadline. Nobody waits for that: when for a moment no READ got rows,
+those that wait are granted none, and look for their blocks in host memory.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple, TypeAlias
+
+#: The longest time without a READ that gets rows; filling and reading them takes milliseconds.
+_STUCK_SECONDS = 0.5
 
 #: A reader's name and its number.
 ReadName: TypeAlias = tuple[bytes, int]
@@ -60,6 +66,8 @@ class WindowDesk:
         self._filling: dict[int, tuple[ReadName, _Serving]] = {}
         self._fills: list[Fill] = []
         self._numbers = count(1)
+        #: READs that got rows so far, as of when that was seen to have changed, or nobody waited.
+        self._served, self._served_then, self._moved_at = 0, 0, 0.0
 
     def ask(self, read: ReadName, sources: Sequence[Source | None], until: float) -> None:
         """Its reader wants these, and gives up on them then. It may ask again."""
@@ -118,6 +126,13 @@ class WindowDesk:
         over = [read for read, serving in self._reads.items() if serving.until <= now]
         for read in reversed(over):  # the last first: those that wait shall not get rows of the others
             self.leave(read)
+        waiting = [serving for serving in self._reads.values() if serving.state == "waiting"]
+        if not waiting or self._served != self._served_then:
+            self._served_then, self._moved_at = self._served, now
+        elif now - self._moved_at >= _STUCK_SECONDS:
+            for serving in waiting:
+                serving.state = "ready"
+                serving.rows, serving.generations = (-1,) * len(serving.sources), (0,) * len(serving.sources)
 
     def check(self) -> None:
         """Asserts every invariant."""
@@ -142,6 +157,7 @@ class WindowDesk:
             serving.rows = tuple(-1 if source is None else next(rows) for source in serving.sources)
             serving.generations = tuple(0 if row < 0 else self._generations[row] for row in serving.rows)
             serving.state = "filling" if wanted else "ready"
+            self._served += 1
             if wanted:
                 number = next(self._numbers)
                 slots = tuple(source.slot for source in serving.sources if source is not None)

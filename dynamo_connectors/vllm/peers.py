@@ -12,10 +12,10 @@ import torch
 from dynamo_connectors.blocks import Namespace
 from dynamo_connectors.config import KvbmConfig
 from dynamo_connectors.errors import ConfigError
-from dynamo_connectors.hbm_rows import HbmRows
+from dynamo_connectors.hbm_rows import LEFT_FREE_BYTES, HbmRows
 from dynamo_connectors.host_limits import read_secret
 from dynamo_connectors.jobs import JobReport
-from dynamo_connectors.peer_config import PeerConfig
+from dynamo_connectors.peer_config import DEFAULT_PEER_HBM_GB, PeerConfig
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.agent import GpuMemoryError, Region
 from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
@@ -73,6 +73,8 @@ class WorkerPeers:
             self._tier = PeerTier(settings, [region] if rows is None else [region, rows.region])
         except GpuMemoryError as error:
             self._no_window(error)
+            if rows is not None:
+                rows.close()
             self._tier = PeerTier(settings, [region])
         return self._tier
 
@@ -182,7 +184,30 @@ def worker_peers(
         return None
     parallel = vllm_config.parallel_config
     peer = replace(config.peer, port=_first_port(config, parallel))
+    if peer.hbm_bytes is None and (why := _why_no_hbm(peer, vllm_config, device)):
+        log.info("dynamo: no HBM for blocks of peers, which pass through host memory: %s", why)
+        peer = replace(peer, hbm_bytes=0)
     return WorkerPeers(peer, parallel.rank, space, dram, device)
+
+
+def _takes_memory_away(vllm_config: Any) -> bool:
+    """vLLM unmaps what its sleep mode keeps, though peers read it."""
+    model = vllm_config.model_config
+    return any(getattr(model, flag, False) for flag in ("enable_sleep_mode", "enable_cumem_allocator"))
+
+
+def _why_no_hbm(peer: PeerConfig, vllm_config: Any, device: torch.device) -> str:
+    """Why the usual size is not taken here; empty when it is."""
+    if _takes_memory_away(vllm_config):
+        return "vLLM's sleep mode would take it away"
+    if device.type != "cuda":
+        return ""
+    # What is free now is no measure: the engine takes some of it back in its first step.
+    beside = (1 - float(vllm_config.cache_config.gpu_memory_utilization)) * torch.cuda.mem_get_info(device)[1]
+    wanted = int(DEFAULT_PEER_HBM_GB * 1e9) + LEFT_FREE_BYTES
+    if beside >= wanted:
+        return ""
+    return f"--gpu-memory-utilization leaves {beside / 1e9:.1f} GB, {wanted / 1e9:g} are wanted (or --kvbm-peer-hbm-gb)"
 
 
 def check_role(config: KvbmConfig, vllm_config: Any, geometry: Geometry) -> None:
@@ -193,6 +218,11 @@ def check_role(config: KvbmConfig, vllm_config: Any, geometry: Geometry) -> None
         raise ConfigError(
             "--kvbm-role needs a model with one kind of attention: dynamo does not hand over the KV of sliding windows "
             "or several KV cache groups yet; start without --kvbm-role"
+        )
+    if config.peer.hbm_bytes and _takes_memory_away(vllm_config):
+        raise ConfigError(
+            "--kvbm-peer-hbm-gb does not go with vLLM's sleep mode, which unmaps that memory while peers read it; "
+            "leave it out, and blocks pass through host memory, or drop --enable-sleep-mode"
         )
     if hashes_end_with_process(vllm_config.cache_config.prefix_caching_hash_algo):
         raise ConfigError(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import STANDING_LEASE, Check, Grant
+from dynamo_connectors.transport.messages import STANDING_LEASE, Ask, Check, Grant
 from dynamo_connectors.transport.window_desk import Source, WindowDesk
 from tests.transport.world import ROWS, WINDOW_ROWS, World
 
@@ -272,3 +272,54 @@ def test_a_lease_that_never_comes_is_not_waited_for_for_long() -> None:
     world.pass_time(1.5)
     world.answer_waiting()
     assert not world.owner._waiting
+
+
+def test_readers_that_died_with_all_rows_keep_nobody_waiting_for_them() -> None:
+    desk = WindowDesk(2)
+    desk.ask((b"dead", 1), [Source(0, 1), Source(1, 1)], until=11.0)
+    (fill,) = desk.take_fills()
+    desk.filled(fill.number, lambda source: True)
+    for quarter in range(4, 8):
+        desk.expire(quarter / 4)
+    desk.ask((b"alive", 1), [Source(2, 1)], until=12.0)
+    desk.expire(2.0)
+    assert desk.granted((b"alive", 1)) is None
+    desk.expire(2.25)
+    assert desk.granted((b"alive", 1)) == ((-1,), (0,)), "it waited for rows that nobody gives back"
+    desk.check()
+    desk.leave((b"alive", 1))
+    desk.leave((b"dead", 1))
+    desk.ask((b"alive", 2), [Source(2, 1)], until=13.0)
+    assert len(desk.take_fills()) == 1, "the rows are free again"
+    desk.check()
+
+
+def test_who_waits_while_others_get_rows_goes_on_waiting() -> None:
+    desk = WindowDesk(1)
+    for number in range(8):
+        desk.ask((b"reader", number), [Source(number, 1)], until=100.0)
+    for number in range(7):
+        (fill,) = desk.take_fills()
+        desk.filled(fill.number, lambda source: True)
+        desk.expire(float(number))
+        assert desk.granted((b"reader", 7)) is None
+        desk.leave((b"reader", number))
+        desk.check()
+    assert len(desk.take_fills()) == 1
+
+
+def test_a_reader_behind_a_dead_one_hears_gone_long_before_its_deadline() -> None:
+    world = exported()
+    for number in range(WINDOW_ROWS):
+        world.owner.receive(
+            Ask(b"dead", number, world.owner._offer.epoch, LEASE, (bytes(KEYS[number]),), 8.0, True), world.now
+        )
+    for fill in world.owner.take_fills():
+        world.owner.filled(fill.number)
+    ask = Ask(b"alive", 1, world.owner._offer.epoch, LEASE, (bytes(KEYS[0]),), 8.0, True)
+    for _ in range(6):
+        world.owner.expire(world.now)
+        told = world.owner.receive(ask, world.now)
+        world.now += 0.25
+    assert isinstance(told, Grant)
+    assert (told.status, told.slots) == ("granted", (-1,))

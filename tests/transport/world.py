@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import Reply, Request, Window
+from dynamo_connectors.transport.messages import Reply, Request, WindowPlace
 from dynamo_connectors.transport.owner import Offer, Owner
 from dynamo_connectors.transport.reader import Reader
 from dynamo_connectors.transport.reader_state import (
@@ -114,7 +114,7 @@ class World:
         self.memory, self.window = Memory(), [b"?"] * WINDOW_ROWS
         self.pinned = {}
         self.epoch = b"run%d" % self.runs
-        offer = Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES, Window(8192, WINDOW_ROWS, -1))
+        offer = Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES, WindowPlace(8192, WINDOW_ROWS, -1))
         self.owner = Owner(offer, self.memory, 3.0, self.memory)
 
     # -- what the test does ------------------------------------------------------------------------------------------

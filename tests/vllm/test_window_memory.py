@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from dynamo_connectors.peer_config import PeerConfig
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import data_plane, server
 from dynamo_connectors.transport.agent import GpuMemoryError, Region
-from dynamo_connectors.vllm.peers import WorkerPeers
+from dynamo_connectors.vllm.peers import WorkerPeers, _why_no_hbm, check_role
 from tools.server_process import free_port
 
 ROW_BYTES, CPU = 4096, torch.device("cpu")
@@ -51,9 +53,9 @@ def test_where_nixl_takes_no_gpu_memory_kv_goes_through_host_memory(monkeypatch:
     assert peers.take_counts()["nixl_windows_off", ""] == 2
     assert peers._server is not None
     assert peers._server._owner._offer.window is None
+    assert peers.rows.rows.nbytes == 0, "nobody reads into it, and it is kept"
     assert tier.close(time.monotonic() + 60)
     peers.close()
-    peers.rows.close()
     dram.close()
     staging.close()
 
@@ -92,3 +94,36 @@ def test_what_is_only_usual_is_left_out_on_a_full_gpu_and_what_was_asked_for_is_
         assert peers.take_counts()["nixl_windows_off", ""] == 2
         peers.close()
     dram.close()
+
+
+def vllm_config(**flags: object) -> Any:
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(**flags), parallel_config=SimpleNamespace(rank=0, world_size=1)
+    )
+    config.cache_config = SimpleNamespace(gpu_memory_utilization=0.9)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("total", "flags", "why"),
+    [
+        (141_000_000_000, {}, ""),
+        (24_000_000_000, {}, "leaves 2.4 GB, 3 are wanted"),
+        (141_000_000_000, {"enable_sleep_mode": True}, "sleep mode"),
+        (141_000_000_000, {"enable_cumem_allocator": True}, "sleep mode"),
+    ],
+)
+def test_the_usual_size_is_taken_only_where_it_stays_and_the_engine_has_room_beside(
+    monkeypatch: pytest.MonkeyPatch, total: int, flags: dict[str, bool], why: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20_000_000_000, total))
+    said = _why_no_hbm(PeerConfig(role="prefill"), vllm_config(**flags), torch.device("cuda", 0))
+    assert why in said
+    assert bool(said) == bool(why)
+
+
+def test_a_size_that_was_asked_for_is_refused_beside_sleep_mode() -> None:
+    config: Any = SimpleNamespace(peer=PeerConfig(role="prefill", hbm_bytes=10**9))
+    geometry: Any = SimpleNamespace(groups=("full",), has_windows=False)
+    with pytest.raises(ConfigError, match="--kvbm-peer-hbm-gb does not go with vLLM's sleep mode"):
+        check_role(config, vllm_config(enable_sleep_mode=True), geometry)
