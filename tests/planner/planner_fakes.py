@@ -178,14 +178,14 @@ if "dies" in flags:
 running, release, leases = [0], threading.Event(), [0]
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        body, status = b"ok", 200
+        body, status, is_leased = b"ok", 200, leases[0]
         if self.path == "/health" and "sick" in flags:
             status = 503
         elif self.path == "/metrics":
             body = ("vllm:num_requests_running %d\\nvllm:num_requests_waiting 0\\n" % running[0]).encode()
             body += b"dynamo_nixl_open_leases %d\\n" % leases[0]
         elif self.path == "/lease":
-            leases[0] = 1 - leases[0]
+            leases[0] = 1
         elif self.path == "/work":
             running[0] += 1
             self.send_response(200); self.send_header("Content-Length", "10"); self.end_headers()
@@ -194,10 +194,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             running[0] -= 1
             self.wfile.write(b" last")
             return
-        elif self.path == "/release":
-            release.set()
         self.send_response(status); self.send_header("Content-Length", str(len(body))); self.end_headers()
         self.wfile.write(body)
+        # Behind the answer: whoever waits for this stops the process at once.
+        if self.path == "/lease" and is_leased:
+            leases[0] = 0
+        elif self.path == "/release":
+            release.set()
     def log_message(self, *a): pass
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
