@@ -21,10 +21,10 @@ PACKAGE = "dynamo_proxy"
 # What a request or a chunk passes through. Not `metrics`: a base of its class is not ours, and mypyc must know it. Not
 # `receipts`: orjson looks for the fields of a dataclass where a compiled one has none, and crashes.
 MODULES = (
-    "approx_index", "block_hash", "breaker", "client_connection", "compact_map", "engines", "errors", "exchange",
-    "flow_control", "front_end", "guard", "handoff", "hints", "http1", "http_heads", "intake", "knowledge", "kv_index",
-    "learning", "ledger", "limits", "outgoing", "policy", "prefill_leg", "prefix_walk", "router",
-    "sessions", "speeds", "stream_tape", "text_chain", "token_memo", "upstream", "waiting_room", "wire",
+    "account", "approx_index", "block_hash", "breaker", "client_connection", "compact_map", "engines", "errors",
+    "exchange", "flow_control", "front_end", "guard", "handoff", "hints", "http1", "http_heads", "intake", "knowledge",
+    "kv_index", "last_resort", "learning", "ledger", "limits", "outgoing", "policy", "prefill_leg", "prefix_walk",
+    "router", "sessions", "speeds", "stream_tape", "text_chain", "token_memo", "upstream", "waiting_room", "wire",
 )  # fmt: skip
 # Exact: another compiler is another program.
 REQUIREMENTS = ["mypy[mypyc]==2.4.1", "setuptools==80.9.0"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,11 @@ class Caller:
     rates: dict[str, float] = field(default_factory=dict)
     limits: CallerLimits = field(default_factory=CallerLimits)
 
+    @property
+    def number(self) -> int:
+        """How proxies that share the file call it when they talk."""
+        return int.from_bytes(self.digest[:8], "big")
+
 
 class KeyRing:
     """The keys of a file that may change."""
@@ -37,11 +43,18 @@ class KeyRing:
         """Read the file. Raises ConfigError."""
         self._path = path
         self._callers: dict[bytes, Caller] = {}
+        self._numbered: dict[int, Caller] = {}
         self._seen: tuple[int, int] = (0, 0)
         self.reload(now)
 
     def __len__(self) -> int:
         return len(self._callers)
+
+    def __iter__(self) -> Iterator[Caller]:
+        return iter(self._callers.values())
+
+    def numbered(self, number: int) -> Caller | None:
+        return self._numbered.get(number)
 
     def find(self, key: bytes) -> Caller | None:
         """The caller with this key. Hashes are looked up and compared, never keys: time tells nothing of them."""
@@ -69,6 +82,7 @@ class KeyRing:
             same = old is not None and old.rates == caller.rates
             caller.limits = old.limits if same and old is not None else _full(caller.rates, now)
         self._callers = {caller.digest: caller for caller in fresh}
+        self._numbered = {caller.number: caller for caller in fresh}
         return True
 
     def check(self) -> None:

@@ -34,6 +34,7 @@ from .slo_classes import parse_slo_classes
 from .tls import ServerTls, client_context
 
 _DAY = 86_400.0
+log = logging.getLogger("dynamo_proxy")
 _QUEUED = "Tokens that may wait at a prefill engine that is asked; -1: while it is sooner than the decode engine"
 
 
@@ -129,7 +130,7 @@ def read_config(values: dict[str, Any]) -> ProxyConfig:
     if replicas is not None and values["workers"] > 1:
         of_workers(replicas, values["workers"])  # tells of ports that do not exist
     return ProxyConfig(
-        engines=parse_engine_urls(values["engine"] or [], may_be_none=bool(discovery)),
+        engines=parse_engine_urls(values["engine"] or [], may_be_none=bool(discovery or values["admin_port"])),
         discovery=discovery,
         host=values["host"],
         port=values["port"],
@@ -252,6 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(config: ProxyConfig) -> None:
     import uvloop
 
+    if not config.engines and not config.discovery:
+        log.warning("no engine given: every request gets 503 until POST /engines on the admin listener adds one")
     if config.workers > 1:
         from .supervisor import supervise
 

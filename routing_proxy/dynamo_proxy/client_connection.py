@@ -98,9 +98,9 @@ class ClientConnection(asyncio.Protocol):
         self._transport = None
         running, self._running = self._running, None
         self._busy = False
+        self._front_end.closed(self)
         if running is not None:
             running.abort()
-        self._front_end.closed(self)
 
     def eof_received(self) -> bool:
         return False  # a client that half-closes is taken as gone: an engine must not work for nobody

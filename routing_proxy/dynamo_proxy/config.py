@@ -222,9 +222,12 @@ def _is_host(host: str) -> bool:
 
 
 def parse_engine_urls(texts: list[str], may_be_none: bool = False) -> tuple[EngineAddress, ...]:
-    """Parse all engine URLs; at least one, unless more may be found, and none twice."""
+    """Parse all engine URLs; at least one, unless more may be found or added, and none twice."""
     if not texts and not may_be_none:
-        raise ConfigError("no engine given; name at least one, for example --engine http://127.0.0.1:8000")
+        raise ConfigError(
+            "no engine given, and none can be added with --admin-port 0; name one, "
+            "for example --engine http://127.0.0.1:8000"
+        )
     engines = tuple(parse_engine_url(text) for text in texts)
     for address in engines:
         if engines.count(address) > 1:

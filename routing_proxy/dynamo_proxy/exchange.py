@@ -9,15 +9,16 @@ the answer, unless the stream is on tape: then relaying -> resuming (as waiting,
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from .access_log import Ended
+from .account import Account
 from .guard import Meter
 from .http_heads import ResponseHead
 from .intake import Asked
+from .last_resort import CODE, MESSAGE, guarded
 from .outgoing import Outgoing
 from .prefill_leg import PrefillLeg, begin_leg
-from .receipts import Receipt, receipt_of
 from .router import Placement
 from .services import ClientSide, Services
 from .stream_tape import Frames, PlainFrames
@@ -31,25 +32,22 @@ class Exchange:
     """Carries one request to an engine and its answer back. It owns at most one placement at any time."""
 
     __slots__ = (
-        "_arrived", "_attempt_started", "_client", "_dial", "_endpoint", "_events", "_failure", "_first_token",
+        "_account", "_attempt_started", "_client", "_dial", "_endpoint", "_events", "_failure", "_first_token",
         "_frames", "_head", "_heard", "_last", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled_by",
-        "_prompt", "_receipt", "_relaying", "_request", "_reused", "_services", "_stale", "_timer", "_tried", "_up",
+        "_prompt", "_relaying", "_request", "_reused", "_services", "_stale", "_timer", "_tried", "_up",
         "over",
     )  # fmt: skip
 
     def __init__(
         self, client: ClientSide, asked: Asked, endpoint: str, services: Services, meter: Meter | None = None
     ) -> None:
-        self._client = client
+        self._client, self._services, self._endpoint = client, services, endpoint
         self._request, self._prompt = asked.request, asked.prompt
-        self._endpoint = endpoint
-        self._services = services
         self._loop = asyncio.get_running_loop()
-        self._arrived = self._loop.time()
+        self._account = Account(asked, endpoint, services, meter, self._loop.time())
         self._tried, self._failure = 0, ""
         self._relaying = self.over = False
         self._meter = meter
-        self._receipt: Receipt | None = None
         self._out = Outgoing(asked, endpoint)
         # per attempt
         self._attempt_started = self._heard = self._first_token = 0.0
@@ -66,13 +64,13 @@ class Exchange:
 
     def start(self) -> None:
         self._services.metrics.arrived(len(self._request.body))
-        self._attempt()
+        guarded(self, self._attempt)
 
     def abort(self) -> None:
         """The client is gone: the engine must stop working for it."""
         if not self.over:
             self._leave_engine()
-            self._close(499, "client_gone")
+            self._close(499, "client_gone", self._client.cut)
 
     # --- towards the engine
 
@@ -87,14 +85,14 @@ class Exchange:
         self._attempt_started = now
         self._stale, self._prefilled_by = 0, ""
         if placement.engine.hands_over and (whole := self._out.divisible(placement.engine)) is not None:
-            self._leg = begin_leg(self._services, whole, self._prompt, placement, self._leg_over)
+            self._leg = begin_leg(self._services, whole, self._prompt, placement, self)
         self._out.room = self._leg.room if self._leg is not None else {}
         if not self._out.room and placement.engine.needs_room(self._endpoint):
             self._next_engine("no_prefill_engine", is_fault=False)
         elif self._leg is None or self._out.room:
             self._connect(placement)
 
-    def _leg_over(self, ticket: dict[str, Any] | None) -> None:
+    def leg_over(self, ticket: dict[str, Any] | None) -> None:
         """The prefill engine has computed the prompt, or the decode engine must."""
         leg, self._leg, placement = self._leg, None, self._placement
         assert leg is not None
@@ -121,9 +119,9 @@ class Exchange:
         if connection is not None:
             self._send(placement, connection)
         else:
-            self._dial = placement.engine.pool.dial(self._dialled)
+            self._dial = placement.engine.pool.dial(self)
 
-    def _dialled(self, connection: UpstreamConnection | None, reason: str) -> None:
+    def on_dialled(self, connection: UpstreamConnection | None, reason: str) -> None:
         self._dial = None
         placement = self._placement
         if self.over or placement is None:
@@ -141,7 +139,8 @@ class Exchange:
         data, reader = self._out.begin(placement, self._services.limits.max_head_bytes)
         connection.begin(self, reader, data)
         if self._timer is None:
-            self._timer = self._loop.call_later(placement.engine.timeouts.soonest_seconds, self._on_timer)
+            soonest = placement.engine.timeouts.soonest_seconds
+            self._timer = self._loop.call_later(soonest, guarded, self, self._on_timer)
         if connection.transport is not None:
             self._client.flow.attach(connection.transport)
 
@@ -156,7 +155,7 @@ class Exchange:
         since = self._loop.time() if self._client.flow.writing_paused else self._heard
         left = since + limit - self._loop.time()
         if left > 0:
-            self._timer = self._loop.call_later(min(left, limits.idle_seconds), self._on_timer)
+            self._timer = self._loop.call_later(min(left, limits.idle_seconds), guarded, self, self._on_timer)
         elif started:
             self._broken("idle_timeout")
         else:
@@ -222,8 +221,8 @@ class Exchange:
         if self._events and self._placement is not None:
             self._services.router.stream_ended(self._placement, self._events, self._heard - self._first_token)
         self._leave_engine()
-        self._close(head.status, "ok" if head.status < 400 else "engine_answer")
-        self._client.finish(is_framed(head, self._request.head) and self._request.head.keep_alive)
+        keep_alive = is_framed(head, self._request.head) and self._request.head.keep_alive
+        self._close(head.status, "ok" if head.status < 400 else "engine_answer", self._client.finish, keep_alive)
 
     def on_lost(self, reason: str) -> None:
         is_new = not self._relaying or self._out.resuming
@@ -269,21 +268,15 @@ class Exchange:
             self._services.router.failed(placement.engine, f"status_{head.status}")
         elif placement.engine.breaker.score:
             placement.engine.breaker.passed()  # unless it was so late that it is left alone again
-        self._services.metrics.began(now - self._arrived, self._prompt.slo if is_token else None)
-        if is_token:
-            self._services.metrics.prefilled(placement.engine.name, now - self._attempt_started)
+        self._account.began(placement.engine.name, now, now - self._attempt_started, is_token)
         if head.status == 200:
             self._services.tokens.offer(self._prompt, placement.engine)
         told = self._explain(placement, now)
         self._client.write(response_bytes(head, self._request.head, placement, told) + first)
 
     def _explain(self, placement: Placement, now: float) -> bytes:
-        """Make the receipt, if anybody wants one; as a header line if the client does."""
-        if not self._request.head.wants_route and self._services.log is None:
-            return b""
-        tries, spent = self._tried.bit_count(), (now - self._attempt_started, now - self._arrived)
-        self._receipt = receipt_of(placement, self._services.router.state, tries, spent, self._prefilled_by)
-        return self._receipt.header() if self._request.head.wants_route else b""
+        tries, seconds = self._tried.bit_count(), now - self._attempt_started
+        return self._account.explain(placement, tries, now, seconds, self._prefilled_by)
 
     def _in_another_room(self, reason: str) -> None:
         """Either half failed, or both: the decode engine of this one may be asked again."""
@@ -314,8 +307,7 @@ class Exchange:
 
     def turn_away(self, status: int, code: str, message: str) -> None:
         """Answer with an error; no engine has this request."""
-        self._close(status, self._failure or code)
-        self._client.refuse(status, code, message)
+        self._close(status, self._failure or code, self._client.refuse, status, code, message)
 
     def _broken(self, reason: str) -> None:
         """The engine was lost in the middle of its answer."""
@@ -349,14 +341,30 @@ class Exchange:
         """End an answer that cannot be made whole."""
         head = self._head
         assert head is not None
-        self._close(status, reason)
-        if may_speak:
-            self._client.write(stream_error_bytes("the engine was lost in the middle of this answer; try again"))
-            self._client.finish(self._request.head.keep_alive)  # a whole answer: closing would lose the next request
+        if may_speak:  # it is a whole answer then: closing would lose the next request
+            said = stream_error_bytes("the engine was lost in the middle of this answer; try again")
+            self._conclude(status, reason, said)
         else:
-            self._client.cut(reset=not is_framed(head, self._request.head))
+            self._close(status, reason, self._client.cut, not is_framed(head, self._request.head))
 
     # --- endings
+
+    def on_fault(self) -> None:
+        """A mistake of ours ends this request and no other."""
+        self._services.metrics.internal_errors.inc()
+        if self.over:
+            return
+        self._failure = CODE
+        try:
+            self._leave_engine()
+            if self._relaying:
+                self._end_broken(200, CODE, self._out.tape is not None)
+            else:
+                self.turn_away(500, CODE, MESSAGE)
+        finally:
+            if not self.over:  # not even that went as it should
+                self.over = True
+                self._client.cut(reset=True)
 
     def _leave_engine(self) -> None:
         """The one place where an exchange lets go of its engines."""
@@ -375,18 +383,12 @@ class Exchange:
     def _conclude(self, status: int, reason: str, said: bytes) -> None:
         """The end of an answer, or all of it, when no engine is at work on it any more."""
         self._client.write(said)
-        self._close(status, reason)
-        self._client.finish(self._request.head.keep_alive)
+        self._close(status, reason, self._client.finish, self._request.head.keep_alive)
 
-    def _close(self, status: int, reason: str) -> None:
+    def _close(self, status: int, reason: str, end: Callable[..., None], *said: object) -> None:
+        self._account.close(status, reason, self._loop.time())
+        end(*said)
         self.over = True
-        if self._meter is not None:
-            self._meter.over(self._loop.time())
-        seconds = self._loop.time() - self._arrived
-        self._services.metrics.finished(self._endpoint, status, reason, seconds)
-        if self._services.log is not None:
-            ended, headers = Ended(status, reason, seconds), self._request.head.passing
-            self._services.log.add(self._endpoint, self._prompt.model, ended, self._receipt, headers)
 
     def check(self) -> None:
         assert not (self.over and self._placement is not None), "a finished exchange still holds its engine"

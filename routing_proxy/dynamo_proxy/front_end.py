@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 from urllib.parse import unquote
 
 import orjson
 
+from . import last_resort
 from . import metrics as metric_names
 from .client_connection import ClientConnection, Running, error_body
 from .engines import EngineRegistry
@@ -25,6 +27,7 @@ from .waiting_room import WaitingRoom
 
 _OWN_ROUTES = frozenset(("/v1/models", "/health", "/metrics", "/openapi.json"))
 _MODEL_ROUTE = "/v1/models/"
+log = logging.getLogger("dynamo_proxy")
 
 
 class FrontEnd:
@@ -75,7 +78,12 @@ class FrontEnd:
             wait = error.retry_after_seconds if isinstance(error, LimitError) else 2
             allow = b"POST" if error.status == 405 else b""
             client.refuse(error.status, error.code, str(error), wait_seconds=wait, allow=allow)
-            return None
+        except Exception:
+            log.exception(last_resort.TOLD)
+            self._services.metrics.internal_errors.inc()
+            self._services.metrics.finished(_endpoint(path), 500, last_resort.CODE, 0.0)
+            client.refuse(500, last_resort.CODE, last_resort.MESSAGE)
+        return None
 
     def _admitted(self, client: ClientConnection, request: Request, path: str) -> Running | None:
         method, caller, guard = request.head.method, None, self.guard

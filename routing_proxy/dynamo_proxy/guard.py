@@ -9,6 +9,7 @@ import re
 from .api_keys import Caller, KeyRing
 from .errors import ConfigError, LimitError, RequestError
 from .http1 import Request
+from .spending import Spending
 
 _CREDENTIAL = re.compile(rb"^(authorization|x-api-key):[ \t]*(.*?)[ \t]*\r\n", re.IGNORECASE | re.MULTILINE)
 _USAGE = re.compile(rb'"total_tokens":\s?(\d{1,12})')
@@ -27,10 +28,11 @@ log = logging.getLogger("dynamo_proxy")
 class Meter:
     """What one request of a caller with a token limit costs."""
 
-    __slots__ = ("_caller", "_last", "_prompt_tokens", "_reads")
+    __slots__ = ("_caller", "_last", "_prompt_tokens", "_reads", "_spending")
 
-    def __init__(self, caller: Caller, prompt_tokens: int) -> None:
+    def __init__(self, caller: Caller, prompt_tokens: int, spending: Spending) -> None:
         self._caller = caller
+        self._spending = spending
         self._prompt_tokens = prompt_tokens
         self._last = b""
         self._reads = 0
@@ -46,6 +48,7 @@ class Meter:
         answer = int(found[-1]) - self._prompt_tokens if found else self._reads
         if self._caller.limits.tokens is not None:
             self._caller.limits.tokens.spend(answer, now)
+            self._spending.granted(self._caller)
 
 
 class Guard:
@@ -53,6 +56,7 @@ class Guard:
 
     def __init__(self, keys: KeyRing) -> None:
         self._keys = keys
+        self.spending = Spending(keys)
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
 
@@ -97,7 +101,9 @@ class Guard:
         wait = caller.limits.take(prompt_tokens, self._loop.time())
         if wait:
             raise LimitError(wait, f"the limits of this API key are used up; try again in {wait:.1f} s")
-        return Meter(caller, prompt_tokens) if caller.limits.tokens is not None else None
+        if caller.rates:
+            self.spending.granted(caller)
+        return Meter(caller, prompt_tokens, self.spending) if caller.limits.tokens is not None else None
 
     def check(self) -> None:
         self._keys.check()

@@ -11,12 +11,13 @@ _MINUTE_SECONDS = 60.0
 @dataclass(slots=True)
 class Bucket:
     """`per_minute` may be spent at once and comes back evenly. It may go into debt: what an answer costs is known
-    only when it is over.
+    only when it is over. `granted` is what was spent here, not at another proxy.
     """
 
     per_minute: float
     level: float
     at: float
+    granted: float = 0.0
 
     @classmethod
     def full(cls, per_minute: float, now: float) -> Bucket:
@@ -24,17 +25,21 @@ class Bucket:
 
     def wait_seconds(self, amount: float, now: float) -> float:
         """How long until `amount` is there; 0: it is there now."""
-        self._refill(now)
-        missing = min(amount, self.per_minute) - self.level
+        missing = min(amount, self.per_minute) - self.level_at(now)
         return missing * _MINUTE_SECONDS / self.per_minute if missing > 0 else 0.0
 
     def spend(self, amount: float, now: float) -> None:
-        self._refill(now)
-        self.level -= amount
+        """Charge what is granted here; less than nothing, if it was less than expected."""
+        self.charge(amount, now)
+        self.granted += amount
 
-    def _refill(self, now: float) -> None:
+    def charge(self, amount: float, now: float) -> None:
+        self.level = min(self.per_minute, self.level_at(now) - amount)
+
+    def level_at(self, now: float) -> float:
         gained = (now - self.at) * self.per_minute / _MINUTE_SECONDS
         self.level, self.at = min(self.per_minute, self.level + gained), now
+        return self.level
 
     def check(self) -> None:
         assert self.level <= self.per_minute, "more is left than there ever was"
@@ -46,6 +51,15 @@ class CallerLimits:
 
     requests: Bucket | None = None
     tokens: Bucket | None = None
+
+    def buckets(self) -> list[tuple[str, Bucket]]:
+        named = (("requests", self.requests), ("tokens", self.tokens))
+        return [(what, bucket) for what, bucket in named if bucket is not None]
+
+    @property
+    def in_use(self) -> bool:
+        """True if something was spent that may not be back."""
+        return any(bucket.level < bucket.per_minute for _, bucket in self.buckets())
 
     def take(self, prompt_tokens: int, now: float) -> float:
         """Charge a request and its prompt. Returns 0, or the seconds to wait; then nothing was charged."""
@@ -64,6 +78,5 @@ class CallerLimits:
         return 0.0
 
     def check(self) -> None:
-        for bucket in (self.requests, self.tokens):
-            if bucket is not None:
-                bucket.check()
+        for _, bucket in self.buckets():
+            bucket.check()

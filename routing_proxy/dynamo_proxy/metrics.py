@@ -68,6 +68,7 @@ class Metrics(Collector):
             registry=registry,
         )
         self.retries = counter("dynamo_router_retries", "Requests sent again before their first byte", "reason")
+        self.internal_errors = counter("dynamo_router_internal_errors", "Requests that a mistake of the proxy ended")
         self.resumes = counter("dynamo_router_stream_resumes", "Broken streams by what became of them", "reason")
         self.prefill_legs = counter(
             "dynamo_router_prefill_legs", "Prompts for decode engines by who computed", "reason"

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from . import handoff
 from .http1 import Request, ResponseReader
 from .http_heads import ResponseHead
+from .last_resort import Endable, guarded
 from .router import Placement
 from .services import Services
 from .text_chain import Prompt
@@ -23,16 +23,21 @@ from .wire import request_bytes, whole_response_bytes
 _MAX_ANSWER_BYTES = 16 << 20
 _ROOM_BITS = 62
 _MAY_PASS = frozenset((408, 429))  # refusals for the moment: another engine may take the request
-Done = Callable[[dict[str, Any] | None], None]
+
+
+class Whole(Endable, Protocol):
+    """The request of which a leg is a part."""
+
+    def leg_over(self, ticket: dict[str, Any] | None) -> None: ...
 
 
 def begin_leg(
-    services: Services, request: Request, prompt: Prompt, placement: Placement, done: Done
+    services: Services, request: Request, prompt: Prompt, placement: Placement, whole: Whole
 ) -> PrefillLeg | None:
-    """Have the prompt of a request computed for the engine of `placement` if that pays; `done` hears the end of it."""
+    """Have the prompt of a request computed for the engine of `placement` if that pays; `whole` hears the end of it."""
     engine = placement.engine
     if engine.needs_room(request.head.path):
-        return _begin_in_room(services, request, prompt, placement, done)
+        return _begin_in_room(services, request, prompt, placement, whole)
     if engine.models is None or engine.models.kind != "vllm" or request.head.method != b"POST":
         return None
     now = asyncio.get_running_loop().time()
@@ -48,13 +53,13 @@ def begin_leg(
         return None
     if chosen.hints:
         half = handoff.with_params(half, chosen.hints)
-    leg = PrefillLeg(services, request, half, chosen, done)
+    leg = PrefillLeg(services, request, half, chosen, whole)
     leg.start()
     return leg
 
 
 def _begin_in_room(
-    services: Services, request: Request, prompt: Prompt, placement: Placement, done: Done
+    services: Services, request: Request, prompt: Prompt, placement: Placement, whole: Whole
 ) -> PrefillLeg | None:
     now = asyncio.get_running_loop().time()
     chosen = services.router.place_prefill(prompt, placement, now, in_room=True)
@@ -63,7 +68,7 @@ def _begin_in_room(
         return None
     engine, path = chosen.engine, request.head.path
     room, half = handoff.in_a_room(path, request.body, engine.address.host, engine.bootstrap_port, _draw_room)
-    leg = PrefillLeg(services, request, half, chosen, done)
+    leg = PrefillLeg(services, request, half, chosen, whole)
     leg.room = room
     leg.start()
     return leg
@@ -75,19 +80,19 @@ def _draw_room() -> int:
 
 
 class PrefillLeg:
-    """One prompt at one prefill engine. Exactly one call of `done` ends it, unless it is cancelled before."""
+    """One prompt at one prefill engine. Exactly one call of `leg_over` ends it, unless it is cancelled before."""
 
     __slots__ = (
-        "_answer", "_answered", "_began", "_dial", "_done", "_half", "_head", "_loop", "_request", "_reused",
-        "_services", "_timer", "_up", "over", "placement", "refusal", "room",
+        "_answer", "_answered", "_began", "_dial", "_half", "_head", "_loop", "_request", "_reused",
+        "_services", "_timer", "_up", "_whole", "over", "placement", "refusal", "room",
     )  # fmt: skip
 
-    def __init__(self, services: Services, request: Request, half: bytes, placement: Placement, done: Done) -> None:
+    def __init__(self, services: Services, request: Request, half: bytes, placement: Placement, whole: Whole) -> None:
         self._services = services
         self._request = request
         self._half = half
         self.placement = placement
-        self._done = done
+        self._whole = whole
         self._loop = asyncio.get_running_loop()
         self._began = self._loop.time()
         self._up: UpstreamConnection | None = None
@@ -113,13 +118,13 @@ class PrefillLeg:
 
     def start(self) -> None:
         if not self.room:  # there it answers when decode took its KV: the other half's deadline counts for both
-            self._timer = self._loop.call_later(self._services.prefill_seconds, self._late)
+            self._timer = self._loop.call_later(self._services.prefill_seconds, guarded, self, self._late)
         connection = self.placement.engine.pool.take()
         self._reused = connection is not None
         if connection is not None:
             self._send(connection)
         else:
-            self._dial = self.placement.engine.pool.dial(self._dialled)
+            self._dial = self.placement.engine.pool.dial(self)
 
     def cancel(self, fault: str = "") -> None:
         """Nobody wants it any more: the prefill engine must stop. `fault`: what it is to blame for, if it is."""
@@ -129,7 +134,7 @@ class PrefillLeg:
             if fault:
                 self._services.router.failed(self.placement.engine, fault)
 
-    def _dialled(self, connection: UpstreamConnection | None, reason: str) -> None:
+    def on_dialled(self, connection: UpstreamConnection | None, reason: str) -> None:
         self._dial = None
         if self.over:
             if connection is not None:
@@ -183,9 +188,12 @@ class PrefillLeg:
             # It closed an idle connection just as we used it: not its fault.
             self._services.metrics.retries.labels("stale_connection").inc()
             self._up, self._reused = None, False
-            self._dial = self.placement.engine.pool.dial(self._dialled)
+            self._dial = self.placement.engine.pool.dial(self)
         else:
             self._fail(reason)
+
+    def on_fault(self) -> None:
+        self._whole.on_fault()
 
     # --- endings
 
@@ -194,12 +202,12 @@ class PrefillLeg:
         self._leave()
         if not reason.startswith("status_4"):
             self._services.router.failed(self.placement.engine, reason)
-        self._done(None)  # who asks again at once finds this engine marked
+        self._whole.leg_over(None)  # who asks again at once finds this engine marked
 
     def _end(self, reason: str, ticket: dict[str, Any] | None) -> None:
         self._services.metrics.prefill_legs.labels(reason).inc()
         self._leave()
-        self._done(ticket)
+        self._whole.leg_over(ticket)
 
     def _leave(self) -> None:
         self.over = True

@@ -1,6 +1,6 @@
-"""Several proxies before one fleet: each tells the others its own in-flight load and the prompts it sent, over UDP or
-Unix datagrams: two milliseconds after a placement, and every few while anything else changes. Losing one loses its
-connections and nothing else.
+"""Several proxies before one fleet: each tells the others its own load, the prompts it sent and what it granted to
+keys with limits, over UDP or Unix datagrams: two milliseconds after a placement, and every few while anything else
+changes. Losing one loses its connections and nothing else.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .knowledge import Knowledge
 from .ledger import Counts, Ledger
 from .metrics import Metrics
 from .replica_wire import Chain, News, Order, parcels, sign, verify
+from .spending import Spending
 
 _TELL_SECONDS = 0.015
 # After a placement: what another proxy decides within this time does not know of it. In a replay through four proxies
@@ -43,6 +44,7 @@ class ReplicaSync:
         self._ledger = ledger
         self._knowledge = knowledge
         self._metrics = metrics
+        self.spending: Spending | None = None  # None: no key has a limit
         self._loop = asyncio.get_running_loop()
         self._name = secrets.token_hex(8)
         self._life = time.time_ns()
@@ -123,13 +125,14 @@ class ReplicaSync:
         loads.update({url: Counts() for url in self._said if url not in loads})
         changed = [(url, counts) for url, counts in loads.items() if repeat or self._said.get(url) != counts]
         waiting, self._chains = self._chains, []
-        if not changed and not waiting:
+        spent = self.spending.news(now) if self.spending is not None else []
+        if not changed and not waiting and not spent:
             return
         names = {engine.slot: engine.address.url for engine in self._registry}
         chains = [Chain(names[slot], nodes) for slot, nodes in waiting if slot in names]
-        for some_loads, some_chains in parcels(changed, chains):
+        for parcel in parcels(changed, chains, spent):
             self._number += 1
-            news = News(self._name, self._life, self._number, time.time(), some_loads, some_chains)
+            news = News(self._name, self._life, self._number, time.time(), *parcel)
             self._send(sign(news, self._config.key))
         self._said = {url: counts for url, counts in loads.items() if any(counts) or url in names.values()}
         if repeat:
@@ -166,6 +169,8 @@ class ReplicaSync:
         if news.sender not in self._heard:
             log.info("replica %s is heard", news.sender)
             self._said_at = 0.0  # it may be new: tell it everything
+            if self.spending is not None:
+                self.spending.tell_all()
         self._heard[news.sender] = now
         slots = {engine.address.url: engine.slot for engine in self._registry}
         for url, counts in news.loads:
@@ -174,14 +179,19 @@ class ReplicaSync:
         for url, nodes in news.chains:
             if url in slots:
                 self._knowledge.approx.insert(slots[url], nodes, now)
+        if news.spent and self.spending is not None:
+            self.spending.told(news.sender, news.spent, now)
         self._metrics.replica_news.labels("applied").inc()
 
     def _lost(self, name: str) -> None:
         log.info("replica %s is no longer heard", name)
         self._heard.pop(name, None)
         self._ledger.forget_proxy(name)
+        if self.spending is not None:
+            self.spending.forget(name)
 
     def check(self) -> None:
+        assert self.spending is None or set(self.spending.proxies) <= set(self._heard), "spending of a proxy not heard"
         assert set(self._ledger.proxies) <= set(self._heard), "loads of a proxy that is not heard"
         assert self._socket is None or self._knowledge.on_sent == self._sent, "nobody hears what was sent"
         assert len(self._chains) <= _MAX_WAITING_CHAINS, f"{len(self._chains)} chains wait to be told"

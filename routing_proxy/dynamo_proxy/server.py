@@ -96,6 +96,7 @@ class ProxyServer:
         self.replicas: ReplicaSync | None = None
         if config.replicas is not None:
             self.replicas = ReplicaSync(config.replicas, self.registry, self.ledger, self.knowledge, self.metrics)
+            self.replicas.spending = self.guard.spending if self.guard is not None else None
         self.discovery = Discovery(config.discovery, self)
         self.port = 0
         self.admin_port = 0

@@ -6,18 +6,19 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable
 from typing import Protocol, cast
 
 from .config import EngineAddress, Limits, Timeouts
 from .errors import ProtocolError
 from .http1 import EndOfMessage, ResponseReader
 from .http_heads import ResponseHead
+from .last_resort import Endable, guarded
 
 
-class ResponseSink(Protocol):
-    """Who receives one response. Exactly one of on_end and on_lost is the last call."""
+class ResponseSink(Endable, Protocol):
+    """Who receives one response. Exactly one of on_end, on_lost and on_fault is the last call."""
 
+    def on_dialled(self, connection: UpstreamConnection | None, reason: str) -> None: ...
     def on_head(self, head: ResponseHead) -> None: ...
     def on_body(self, data: bytes) -> None: ...
     def on_end(self) -> None: ...
@@ -71,7 +72,10 @@ class UpstreamConnection(asyncio.Protocol):
         sink, reader = self.sink, self.reader
         if sink is None or reader is None:
             self.abandon()  # bytes nobody asked for
-            return
+        else:
+            guarded(sink, self._read, sink, reader, data)
+
+    def _read(self, sink: ResponseSink, reader: ResponseReader, data: bytes) -> None:
         body = reader.whole(data)
         if body is not None:
             sink.on_body(body)
@@ -91,10 +95,11 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._pool.closed(self)
-        if self.sink is None or self.reader is None:
-            return
-        events = self.reader.eof() if error is None else []
-        if events:
+        if self.sink is not None and self.reader is not None:
+            guarded(self.sink, self._closed, self.reader, error)
+
+    def _closed(self, reader: ResponseReader, error: Exception | None) -> None:
+        if error is None and reader.eof():
             self._end(EndOfMessage(False))
         else:
             self._lost("connection_lost")
@@ -153,14 +158,14 @@ class UpstreamPool:
         connection.idle_since = self.loop.time()
         self._idle.append(connection)
 
-    def dial(self, done: Callable[[UpstreamConnection | None, str], None]) -> asyncio.Task[None]:
-        """Open a connection; `done` gets it, or None and the reason. Cancel the task to give up."""
-        task = self.loop.create_task(self._dial(done))
+    def dial(self, sink: ResponseSink) -> asyncio.Task[None]:
+        """Open a connection; `sink` gets it, or None and the reason. Cancel the task to give up."""
+        task = self.loop.create_task(self._dial(sink))
         self._dials.add(task)
         task.add_done_callback(self._dials.discard)
         return task
 
-    async def _dial(self, done: Callable[[UpstreamConnection | None, str], None]) -> None:
+    async def _dial(self, sink: ResponseSink) -> None:
         connection = UpstreamConnection(self)
         reason = ""
         try:
@@ -177,7 +182,7 @@ class UpstreamPool:
             reason = "tls_failed"
         except OSError:
             reason = "connect_failed"
-        done(None if reason else connection, reason)
+        guarded(sink, sink.on_dialled, None if reason else connection, reason)
 
     def opened(self, connection: UpstreamConnection) -> None:
         self._open.add(connection)

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, Protocol
 
+from .last_resort import Endable, guarded
 from .text_chain import Prompt
 
 
-class Held(Protocol):
+class Held(Endable, Protocol):
     """A request that can wait."""
 
     over: bool
@@ -76,7 +77,8 @@ class WaitingRoom:
         self.wake()
 
     def _refuse(self, request: Held) -> None:
-        request.turn_away(429, "queue_full", "all engines are busy and too many requests wait already")
+        message = "all engines are busy and too many requests wait already"
+        guarded(request, request.turn_away, 429, "queue_full", message)
 
     def wake(self) -> None:
         """An engine may have room: look soon, not from inside whoever says so."""
@@ -111,7 +113,8 @@ class WaitingRoom:
         self._sweep()
         latest = self._loop.time() - self._seconds
         for waiting in [waiting for waiting in self._queue if waiting.since <= latest]:
-            waiting.request.turn_away(503, "queue_timeout", f"no engine had room within {self._seconds:g} s")
+            message = f"no engine had room within {self._seconds:g} s"
+            guarded(waiting.request, waiting.request.turn_away, 503, "queue_timeout", message)
         self._sweep()
         self.wake()
         if self._queue:

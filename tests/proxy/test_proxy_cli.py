@@ -44,7 +44,7 @@ def test_mistakes_get_one_clear_line_and_exit_code_2() -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         for arguments, told in (
-            ([], "no engine given"),
+            (["--admin-port", "0"], "no engine given"),
             (["--engine", "127.0.0.1:8000"], "http://HOST:PORT"),
             ([*ENGINE, "--router-mode", "psychic"], "round-robin"),
             ([*ENGINE, "--max-body-bytes", "0"], "--max-body-bytes"),

@@ -15,7 +15,7 @@ from dynamo_proxy.config import ProxyConfig, Replicas, parse_replicas
 from dynamo_proxy.errors import ConfigError, ListenError
 from dynamo_proxy.ledger import Counts, Ledger
 from dynamo_proxy.policy import OverlapRule
-from dynamo_proxy.replica_wire import Chain, News, Order, parcels, sign, verify
+from dynamo_proxy.replica_wire import Chain, News, Order, Spent, parcels, sign, verify
 from dynamo_proxy.server import routing_state
 from dynamo_proxy.supervisor import Supervisor
 from hypothesis import given
@@ -207,18 +207,28 @@ def test_workers_of_several_proxies_hear_each_other(tmp_path: Path) -> None:
 chains = st.lists(st.builds(Chain, st.sampled_from("ab"), st.lists(st.integers(0, 2**64 - 1), max_size=300).map(tuple)))
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), counts), max_size=60), chains)
-def test_parcels_carry_everything_in_small_datagrams(loads: list[tuple[str, Counts]], prompts: list[Chain]) -> None:
+grants = st.lists(
+    st.builds(Spent, st.integers(0, 2**64 - 1), st.just("requests"), *(st.floats(-1e12, 1e12) for _ in range(2))),
+    max_size=60,
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), counts), max_size=60), chains, grants)
+def test_parcels_carry_everything_in_small_datagrams(
+    loads: list[tuple[str, Counts]], prompts: list[Chain], spent: list[Spent]
+) -> None:
     told_loads: list[tuple[str, Counts]] = []
     told_chains: list[Chain] = []
-    for number, (some_loads, some_chains) in enumerate(parcels(loads, prompts)):
-        news = News("me", 7, number, 100.0, some_loads, some_chains)
+    told_spent: list[Spent] = []
+    for number, parcel in enumerate(parcels(loads, prompts, spent)):
+        news = News("me", 7, number, 100.0, *parcel)
         datagram = sign(news, KEY)
         assert len(datagram) < 1400
         assert verify(datagram, KEY, 110.0) == news
-        told_loads += some_loads
-        told_chains += some_chains
-    assert told_loads == loads
+        told_loads += news.loads
+        told_chains += news.chains
+        told_spent += news.spent
+    assert (told_loads, told_spent) == (loads, spent)
     assert told_chains == [Chain(engine, nodes[:120]) for engine, nodes in prompts]
 
 

@@ -8,6 +8,7 @@ import ipaddress
 import os
 import ssl
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from aiohttp import web
@@ -128,10 +129,9 @@ def test_an_engine_that_is_not_trusted_gets_no_request(tmp_path: Path) -> None:
             await wait_until(lambda: proxy.monitor.watches[0].looked.is_set())
             assert proxy.registry.at(0).health is Health.STARTING
             proxy.registry.at(0).health = Health.READY  # what the data path says of it
-            reasons: list[str] = []
-            proxy.registry.at(0).pool.dial(lambda connection, reason: reasons.append(reason))
-            await wait_until(lambda: bool(reasons))
-            assert reasons == ["tls_failed"]
+            sink = Mock()
+            await proxy.registry.at(0).pool.dial(sink)
+            sink.on_dialled.assert_called_once_with(None, "tls_failed")
             assert engine.requests == []
 
     run(body())

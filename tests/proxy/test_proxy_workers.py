@@ -133,6 +133,25 @@ async def wait_until_listed(admin_port: int, url: str) -> None:
     raise AssertionError(f"no worker calls {url} ready")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_it_starts_with_no_engine_at_all_and_serves_when_one_is_added(count: int) -> None:
+    """As a planner does that keeps nothing running."""
+
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with workers(count=count) as (process, port, admin_port, lines):
+            answer = await ask(port, post("/v1/chat/completions", chat()))
+            assert (answer.status, "retry-after" in answer.headers) == (503, True)
+            assert (await admin(admin_port, "POST", "/engines", {"url": engine.url})).status == 200
+            await settled(port)
+            process.send_signal(signal.SIGTERM)
+            assert await ended(process) == 0
+        assert "\n".join(lines).count("no engine given") == 1
+        await engine.stop()
+
+    run(body())
+
+
 def test_workers_end_with_their_supervisor() -> None:
     async def body() -> None:
         engine = await FakeEngine().start()

@@ -1,0 +1,49 @@
+"""What is told of one request: numbers, receipt, its line in the log, and what its caller is charged."""
+
+from __future__ import annotations
+
+from .access_log import Ended
+from .guard import Meter
+from .intake import Asked
+from .receipts import Receipt, receipt_of
+from .router import Placement
+from .services import Services
+
+
+class Account:
+    """The account of one request, closed once."""
+
+    __slots__ = ("_asked", "_endpoint", "_meter", "_receipt", "_services", "arrived")
+
+    def __init__(self, asked: Asked, endpoint: str, services: Services, meter: Meter | None, now: float) -> None:
+        self._asked = asked
+        self._endpoint = endpoint
+        self._services = services
+        self._meter = meter
+        self._receipt: Receipt | None = None
+        self.arrived = now
+
+    def explain(self, placement: Placement, tries: int, now: float, seconds: float, prefilled_by: str) -> bytes:
+        """Make the receipt, if anybody wants one; as a header line if the client does."""
+        wanted = self._asked.request.head.wants_route
+        if not wanted and self._services.log is None:
+            return b""
+        spent = (seconds, now - self.arrived)
+        self._receipt = receipt_of(placement, self._services.router.state, tries, spent, prefilled_by)
+        return self._receipt.header() if wanted else b""
+
+    def began(self, engine: str, now: float, seconds: float, is_token: bool) -> None:
+        """The first byte came, so long after the engine was asked; `is_token`: it begins a stream."""
+        self._services.metrics.began(now - self.arrived, self._asked.prompt.slo if is_token else None)
+        if is_token:
+            self._services.metrics.prefilled(engine, seconds)
+
+    def close(self, status: int, reason: str, now: float) -> None:
+        """The request is over."""
+        if self._meter is not None:
+            self._meter.over(now)
+        seconds = now - self.arrived
+        self._services.metrics.finished(self._endpoint, status, reason, seconds)
+        if self._services.log is not None:
+            ended, headers = Ended(status, reason, seconds), self._asked.request.head.passing
+            self._services.log.add(self._endpoint, self._asked.prompt.model, ended, self._receipt, headers)
