@@ -199,7 +199,7 @@ class Storm:
         if fault.startswith("late "):
             return Plan(kind, delay=lambda: chance.uniform(0.1, 2.5))
         if fault.startswith("lease ended at "):
-            return Plan(kind, lambda: self.middle.say(End(lease)))
+            return Plan(kind, lambda: self.middle.say(End(os.urandom(8), lease)))
         side, seconds = fault.partition(" ")[0], chance.uniform(*STANDS_SECONDS)
         return Plan(kind, lambda: engines.stop_for(side, seconds))
 

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from dynamo_connectors.errors import ConfigError, StoreError
+from dynamo_connectors.head_map import Piece
 from dynamo_connectors.transport.agent import (
     Agent,
     Devices,
@@ -39,12 +40,13 @@ class _Known(NamedTuple):
 
 
 class DataPlane:
-    """One agent at a time. READs go into `regions`, in pieces of `row_bytes`."""
+    """One agent at a time. READs go into `regions`: whole rows of `row_bytes`, or `parts` of a peer's such rows."""
 
-    def __init__(self, name: str, regions: list[Region], row_bytes: int) -> None:
+    def __init__(self, name: str, regions: list[Region], row_bytes: int, parts: Sequence[Piece] = ()) -> None:
         self._name = name
         self._regions = regions
         self._row_bytes = row_bytes
+        self._parts = np.asarray(parts or [Piece(0, 0, row_bytes)], dtype=np.int64)
         self._runs = count(1)
         self._agent: Agent | None = None
         self._peers: dict[str, _Known] = {}
@@ -150,14 +152,17 @@ class DataPlane:
 
         Neighbours on both sides are one piece.
         """
-        if not all(any(region.holds(address, self._row_bytes) for region in self._regions) for address in local):
+        of_theirs, of_ours, lengths = self._parts.T
+        reach = int((of_ours + lengths).max())
+        if not all(any(region.holds(address, reach) for region in self._regions) for address in local):
             return None
-        here = np.asarray(local, dtype=np.int64)
-        there = welcome.base + np.asarray(slots, dtype=np.int64) * self._row_bytes
+        here = np.add.outer(np.asarray(local, dtype=np.int64), of_ours).ravel()
+        there = np.add.outer(welcome.base + np.asarray(slots, dtype=np.int64) * self._row_bytes, of_theirs).ravel()
+        lengths = np.tile(lengths, len(local))
         starts = np.ones(len(here), bool)
-        starts[1:] = (np.diff(here) != self._row_bytes) | (np.diff(there) != self._row_bytes)
-        lengths = np.diff(np.append(np.flatnonzero(starts), len(here))) * self._row_bytes
-        return here[starts].tolist(), there[starts].tolist(), lengths.tolist()
+        starts[1:] = (np.diff(here) != lengths[:-1]) | (np.diff(there) != lengths[:-1])
+        joined = np.add.reduceat(lengths, np.flatnonzero(starts))
+        return here[starts].tolist(), there[starts].tolist(), joined.tolist()
 
     def _devices(self, theirs: WindowPlace) -> Devices:
         ours = next((region.device for region in self._regions if region.device is not None), None)

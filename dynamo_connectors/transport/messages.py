@@ -16,7 +16,7 @@ from dynamo_connectors.errors import DynamoConnectorsError
 Body = TypeVar("Body")
 
 MAGIC = b"DYNP"
-VERSION = 4
+VERSION = 5
 #: Above it a frame is not even read: a question about `MOST_BLOCKS` blocks takes less.
 MOST_FRAME_BYTES = 2 << 20
 MOST_BLOCKS = 16_384
@@ -97,9 +97,14 @@ class Ping(_Message, frozen=True):
 
 
 class End(_Message, frozen=True):
-    """Reader: I want no more of this lease, and none of my READs of it is under way."""
+    """Reader: I want no more of this lease, and none of my READs of it is under way.
 
+    It was given to `readers` of us, and ends when all have said so.
+    """
+
+    reader: Name
     lease: Lease
+    readers: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] = 1
 
 
 class WindowPlace(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -86,7 +86,8 @@ class _Lease:
     slots: Mapping[BlockKey, int] | None = None
     #: READ -> when its reader has given it up.
     grants: dict[tuple[bytes, int], float] = field(default_factory=dict)
-    #: A reader wants no more of it: it ends with the last READ that was granted.
+    #: Readers who want no more of it. When they are all that it was for, it ends with the last READ that was granted.
+    left: set[bytes] = field(default_factory=set)
     is_done: bool = False
 
 
@@ -200,8 +201,9 @@ class Owner:
             return Pong(message.reader)
         if isinstance(message, Renew):
             self._renew(message.lease, now)
-        elif message.lease in self._leases:
-            self._leases[message.lease].is_done = True
+        elif (lease := self._leases.get(message.lease)) is not None:
+            lease.left.add(message.reader)
+            lease.is_done = lease.is_done or len(lease.left) >= message.readers
             self._end_if_done(message.lease)
         return None
 
@@ -220,7 +222,8 @@ class Owner:
             self.counts["nixl_refused_peers", "other_model"] += 1
             detail = (
                 "the two engines do not compute the same KV: model, revision, weights, dtype, attention backend, block "
-                "size, tensor parallelism and engine version must be equal; start both with the same arguments"
+                "size, KV layout and engine version must be equal, and tensor parallelism where heads are not divided "
+                "evenly; start both with the same arguments"
             )
             return Refuse(hello.nonce, "other_model", detail)
         if hello.row_bytes != offer.row_bytes:

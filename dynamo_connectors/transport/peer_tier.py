@@ -21,6 +21,7 @@ import numpy as np
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import StoreError
+from dynamo_connectors.head_map import Piece
 from dynamo_connectors.tiers.base import Batch, Buffer, Place
 from dynamo_connectors.transport.agent import Region
 from dynamo_connectors.transport.data_plane import DataPlane
@@ -53,7 +54,7 @@ _LATE_POLL_SECONDS = 0.03
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """`rank` is this worker's: it reads from the same worker of the owner."""
+    """`rank` is that of the owner's worker that is read."""
 
     rank: int
     namespace: bytes
@@ -64,10 +65,20 @@ class PeerSettings:
     quarantine_bytes: int = 16 << 20
     #: The same of rows that peers' windows are read into.
     window_quarantine_bytes: int = 0
+    #: Of this engine.
+    workers: int = 1
+    #: What is read of each row of the peers, `row_bytes` long, for a row here; nothing for all of it.
+    parts: Sequence[Piece] = ()
+    #: Ranks of this engine that read each of those.
+    readers: int = 1
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(piece.num_bytes for piece in self.parts) or self.row_bytes
 
 
 @dataclass(eq=False)
-class _Call:
+class Call:
     """A read as its caller sees it."""
 
     keys: list[BlockKey]
@@ -93,9 +104,9 @@ class PeerTier:
         self._regions = list(regions)
         self._codec = Codec(settings.secret)
         name = os.urandom(8)
-        first, quarantine = int.from_bytes(os.urandom(8), "big") >> 3, settings.quarantine_bytes
-        usual = Common(name, settings.namespace, settings.row_bytes, quarantine, first)
-        common = self._common(usual._replace(window_quarantine_bytes=settings.window_quarantine_bytes))
+        first, windows = int.from_bytes(os.urandom(8), "big") >> 3, settings.window_quarantine_bytes
+        own = settings.namespace, settings.row_bytes, settings.quarantine_bytes
+        common = self._common(Common(name, *own, first, window_quarantine_bytes=windows, readers=settings.readers))
         self._reader = Reader(common)
         self._plane = self._make_plane(f"dynamo-reader-{name.hex()}")
         try:
@@ -106,9 +117,9 @@ class PeerTier:
         self._numbers = count(first)
         #: What the engine's threads ask of ours.
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         #: Under `_lock`: calls that have neither ended nor been given up.
-        self._awaited: set[_Call] = set()
+        self._awaited: set[Call] = set()
         self._lock = threading.Lock()
         self._closed = False
         #: Under `_lock`: nobody takes tasks any more.
@@ -189,16 +200,16 @@ class PeerTier:
         with self._lock:
             assert not any(call.given_up.done() for call in self._awaited), "a call is awaited that was given up"
 
-    def _begin(self, encoded: bytes, keys: list[BlockKey], addresses: list[int], in_window: bool = False) -> _Call:
+    def _begin(self, encoded: bytes, keys: list[BlockKey], addresses: list[int], in_window: bool = False) -> Call:
         """Starts a read, or ends it at once."""
-        call = _Call(keys, addresses, in_window)
+        call = Call(keys, addresses, in_window)
         if self._watchdog.is_alarmed and not self._closed:
             call.end("unavailable", "NIXL keeps the thread that reads from peers")
         elif not self._submit(partial(self._start, encoded, call), call):
             call.end("closed", "the peer tier is closed")
         return call
 
-    def _give_up(self, call: _Call, reason: str) -> None:
+    def _give_up(self, call: Call, reason: str) -> None:
         """Nobody waits for it any more; its buffers are in use all the same."""
         with self._lock:
             if call in self._awaited:
@@ -215,7 +226,7 @@ class PeerTier:
         for call in calls:
             self._give_up(call, "unavailable")
 
-    def _submit(self, task: Callable[[], None], call: _Call | None = None) -> bool:
+    def _submit(self, task: Callable[[], None], call: Call | None = None) -> bool:
         """False when it will never be done."""
         with self._lock:
             if self._ended:
@@ -227,7 +238,7 @@ class PeerTier:
         return True
 
     def _make_plane(self, name: str) -> DataPlane:
-        return DataPlane(name, self._regions, self._settings.row_bytes)
+        return DataPlane(name, self._regions, self._settings.row_bytes, self._settings.parts)
 
     def _common(self, usual: Common) -> Common:
         return usual
@@ -287,7 +298,7 @@ class PeerTier:
             if not self._closed:
                 self._obey()
 
-    def _start(self, encoded: bytes, call: _Call) -> None:
+    def _start(self, encoded: bytes, call: Call) -> None:
         number = next(self._numbers)
         self._calls[number] = call
         if self._closed:
@@ -346,7 +357,7 @@ class PeerTier:
         self._leave(call)
         good = sum(reason is None for reason in reasons)
         with self._lock:
-            self._counts["nixl_read_bytes", ""] += good * self._settings.row_bytes
+            self._counts["nixl_read_bytes", ""] += good * self._settings.read_bytes
             self._counts["nixl_read_blocks", ""] += good
             self._counts["nixl_window_blocks", ""] += good * call.in_window
             self._counts["nixl_reads", ""] += 1
@@ -354,7 +365,7 @@ class PeerTier:
             [None if reason is None else StoreError(reason, "a peer's block did not arrive") for reason in reasons]
         )
 
-    def _leave(self, call: _Call) -> None:
+    def _leave(self, call: Call) -> None:
         with self._lock:
             self._awaited.discard(call)
 

@@ -63,7 +63,7 @@ class Reader:
         self._common = common
         self._peers: dict[Peer, KnownPeer] = {}
         self._reads: dict[int, Read] = {}
-        self._watches = Watches()
+        self._watches = Watches(common.name, common.readers)
         self._out: list[Instruction] = []
         self._nonce = common.first
         self._restarting = False

@@ -85,6 +85,8 @@ class Common(NamedTuple):
     is_patient: bool = False
     #: As `quarantine_bytes`, of the rows that peers' windows are read into.
     window_quarantine_bytes: int = 0
+    #: How many ranks of this engine read each of its peers' ranks: each has an end of its own to tell.
+    readers: int = 1
 
 
 class Wanted(NamedTuple):

@@ -12,11 +12,15 @@ from dynamo_connectors.transport.messages import Lease
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
-    """`port` is that of the owner's first worker; the others listen on the next ones."""
+    """`port` is that of the owner's first worker; the others listen on the next ones.
+
+    `workers`: how many there are, or 0 for as many as the reader's engine has.
+    """
 
     host: Annotated[str, msgspec.Meta(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     lease: Lease
+    workers: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

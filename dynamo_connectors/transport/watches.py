@@ -22,9 +22,10 @@ class _Watch:
 
 
 class Watches:
-    """What is to be said comes out of `tick`."""
+    """What is to be said comes out of `tick`, in the name of `reader`, one of `readers` of each lease."""
 
-    def __init__(self) -> None:
+    def __init__(self, reader: bytes, readers: int = 1) -> None:
+        self._reader, self._readers = reader, readers
         self._watches: dict[bytes, _Watch] = {}
 
     def watch(self, peer: Peer, lease: bytes, now: float) -> None:
@@ -56,7 +57,7 @@ class Watches:
             else:
                 # Not answered, so said a few times; what is lost all the same expires.
                 watch.due, watch.ends_left = now + LAST_RESEND_SECONDS, watch.ends_left - 1
-                said.append(Send(watch.peer, End(lease)))
+                said.append(Send(watch.peer, End(self._reader, lease, self._readers)))
                 if not watch.ends_left:
                     del self._watches[lease]
         return said

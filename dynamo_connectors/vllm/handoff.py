@@ -73,7 +73,8 @@ def offered(params: object, trust: Trust) -> tuple[Offered | None, str]:
     if not is_token_count(tokens):
         return None, f"remote_num_tokens {tokens!r:.80} is no number of tokens; it is computed here"
     try:
-        ticket = Ticket(params.get("remote_host"), params.get("remote_port"), bytes.fromhex(lease))  # type: ignore[arg-type]
+        place = params.get("remote_host"), params.get("remote_port"), bytes.fromhex(lease), params.get("tp_size")
+        ticket = Ticket(*place)  # type: ignore[arg-type]
         encoded = ticket.encode()
         if Ticket.decode(encoded).lease == STANDING_LEASE:
             raise ValueError("it names no lease")
@@ -119,7 +120,8 @@ class Exports:
         self._waiting[lease] = chain, storing
         self._export_what_is_ready(lease)
         tokens = len(chain) * block_tokens
-        signature = Ticket(self._identity.host, self._identity.port, lease).signature(self._identity.secret, tokens)
+        _, host, port, workers, secret = self._identity
+        signature = Ticket(host, port, lease, workers).signature(secret, tokens)
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,

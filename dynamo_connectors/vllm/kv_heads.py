@@ -5,7 +5,9 @@ Everywhere else a page is opaque bytes. Here its heads must be found, because ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +17,12 @@ from dynamo_kernels.errors import CopyError
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.head_map import HeadPage
 from dynamo_connectors.vllm.compat import names_kv_dimensions
 
 _REMEDY = "start without --kvbm-compression"
+#: A page that has all its heads more often than that is not read by ranks that have others: the pieces are too small.
+_MOST_TIMES = 8
 #: A dimension of a page: its name, and its size.
 _Dimension = tuple[str, int]
 
@@ -79,6 +84,32 @@ def read_heads(layer: str, spec: Any, tensor: torch.Tensor) -> HeadLayout:
             f"{spec.block_size} tokens and {spec.num_kv_heads} heads of {spec.head_size} {what}; {_REMEDY}"
         )
     return found.pop()
+
+
+def read_head_page(spec: Any, tensor: torch.Tensor, offset: int) -> tuple[HeadPage, str] | None:
+    """Where the heads lie in a layer's page, which begins at `offset` of a row, and what else the page is.
+
+    None where that cannot be told, or they do not lie one behind the other: every token has its own heads then.
+    """
+    if _reason_against(spec):
+        return None
+    found = {_in_memory(tensor, names) for names in _known_orders(spec) if _fits(spec, tensor, names)}
+    if len(found) != 1:
+        return None
+    (order,) = found
+    at = [name for name, _ in order].index("heads")
+    times = math.prod(size for _, size in order[:at])
+    if times > _MOST_TIMES:
+        return None
+    head_bytes = math.prod(size for _, size in order[at + 1 :]) * tensor.element_size()
+    what = [item for item in order if item[0] != "heads"], at, replace(spec, num_kv_heads=1)
+    return HeadPage(offset, times, spec.num_kv_heads, head_bytes), repr(what)
+
+
+def _in_memory(tensor: torch.Tensor, names: list[str]) -> tuple[_Dimension, ...]:
+    """From the outermost to the innermost. A dimension of one element lies where its stride says."""
+    named = zip(names, tensor.shape[1:], tensor.stride()[1:], strict=True)
+    return tuple((name, size) for name, size, _ in sorted(named, key=lambda item: (-item[2], -item[1])))
 
 
 def _known_orders(spec: Any) -> list[list[str]]:

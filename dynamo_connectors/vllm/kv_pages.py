@@ -14,9 +14,10 @@ from dynamo_kernels.compression import Codec
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 from dynamo_connectors.errors import ConfigError, UnsupportedLayoutError
+from dynamo_connectors.head_map import HeadPage, Heads
 from dynamo_connectors.layout import page_layout
 from dynamo_connectors.vllm.groups import Geometry, Group
-from dynamo_connectors.vllm.kv_heads import check_compressible, planned_compressed_bytes, read_codec
+from dynamo_connectors.vllm.kv_heads import check_compressible, planned_compressed_bytes, read_codec, read_head_page
 from dynamo_connectors.vllm.spans import Span, cover, offset_in_row, part_in
 
 #: Exactly these: their subclasses keep, drop or share blocks by rules of their own.
@@ -34,6 +35,8 @@ class Pages:
     codec: Codec | None = None
     #: Which part holds a layer's page.
     part_of_layer: Mapping[str, int] = field(default_factory=dict)
+    #: Where the heads lie in a row, if a row is nothing but heads.
+    heads: Heads | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -115,9 +118,11 @@ def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, comp
         codec = _read_codec(compression, [layer_of[span] for span in rows], kv_caches, kv_cache_config)
     device = next(iter(kv_caches.values())).device
     parts = tuple(_part(list(storages.values())[span.storage], span, num_blocks, device) for span in rows)
+    heads = _read_heads(where, kv_caches, kv_cache_config) if codec is None else None
     told = (where, groups) if codec is None else (where, groups, codec)
     fingerprint = hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
-    pages = Pages(BlockView(parts), fingerprint, codec, {layer: part_in(rows, span) for layer, span, _ in named})
+    part_of_layer = {layer: part_in(rows, span) for layer, span, _ in named}
+    pages = Pages(BlockView(parts), fingerprint, codec, part_of_layer, heads)
     planned = planned_row_bytes(kv_cache_config, compression)
     if pages.row_bytes > planned:
         raise UnsupportedLayoutError(
@@ -125,6 +130,24 @@ def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, comp
             f"dynamo cannot tier this layout, {_REMEDY}"
         )
     return pages
+
+
+def _read_heads(
+    where: Sequence[tuple[str, int, int, object]], kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any
+) -> Heads | None:
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        return None
+    (group,) = kv_cache_config.kv_cache_groups
+    specs, tensors = _layer_specs(group), dict(_layers(kv_caches, kv_cache_config))
+    found: list[HeadPage] = []
+    what: list[tuple[str, str]] = []
+    for layer, offset, num_bytes, _ in where:
+        read = read_head_page(specs[layer], tensors[layer], offset)
+        if read is None or read[0].num_bytes != num_bytes:
+            return None
+        found.append(read[0])
+        what.append((layer, read[1]))
+    return Heads(tuple(found), repr(what))
 
 
 def _read_codec(

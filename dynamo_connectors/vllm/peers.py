@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,11 +14,13 @@ from dynamo_connectors.blocks import Namespace
 from dynamo_connectors.config import KvbmConfig
 from dynamo_connectors.errors import ConfigError
 from dynamo_connectors.hbm_rows import LEFT_FREE_BYTES, HbmRows
+from dynamo_connectors.head_map import Heads
 from dynamo_connectors.host_limits import read_secret
 from dynamo_connectors.jobs import JobReport
 from dynamo_connectors.peer_config import DEFAULT_PEER_HBM_GB, PeerConfig
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.agent import GpuMemoryError, Region
+from dynamo_connectors.transport.divided_peers import DividedPeerTier
 from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
 from dynamo_connectors.transport.server import PeerServer, ServerSettings, host_rows
 from dynamo_connectors.transport.tickets import Ticket
@@ -33,18 +36,30 @@ log = engine_logger(__name__)
 _QUARANTINE_SHARE = 0.5
 
 
+class Shared(NamedTuple):
+    """What a worker has for its peers. `device`: where the engine's pages lie; `heads`: in its rows, if known."""
+
+    space: Namespace
+    dram: DramStore
+    device: torch.device
+    heads: Heads | None = None
+
+
 class WorkerPeers:
     """Called by the worker half only. The transports have threads of their own."""
 
-    def __init__(self, peer: PeerConfig, rank: int, space: Namespace, dram: DramStore, device: torch.device) -> None:
-        """`device`: where the engine's pages lie."""
+    def __init__(self, peer: PeerConfig, rank: int, shared: Shared) -> None:
+        space, dram, device, self._heads = shared
         self._peer = peer
         #: Rows in HBM that its peers' are read into.
         self.rows: HbmRows | None = None
         self._counts: Counter[tuple[str, str]] = Counter()
         self._rank = rank
-        # Equal ranks read each other; which one it is, the port says.
-        self._namespace = replace(space, tp_rank=0).digest + b"%d" % space.tp_rank
+        if self._heads is not None:
+            space = replace(space, layout_fingerprint=self._heads.fingerprint(space.tp_size))
+        #: One a rank, so that a reader says whom it expects at a port.
+        self._space = space
+        self._namespace = space.digest
         self._secret = read_secret(peer)
         self._tier: PeerTier | None = None
         self._server: PeerServer | None = None
@@ -68,15 +83,35 @@ class WorkerPeers:
             deadline_seconds=self._peer.deadline_seconds,
             quarantine_bytes=int(region.num_bytes * _QUARANTINE_SHARE),
             window_quarantine_bytes=0 if rows is None else int(rows.region.num_bytes * _QUARANTINE_SHARE),
+            workers=self._space.tp_size,
         )
+        divide = partial(self._divided, settings)
         try:
-            self._tier = PeerTier(settings, [region] if rows is None else [region, rows.region])
+            self._tier = DividedPeerTier(settings, [region] if rows is None else [region, rows.region], divide)
         except GpuMemoryError as error:
             self._no_window(error)
             if rows is not None:
                 rows.close()
-            self._tier = PeerTier(settings, [region])
+            self._tier = DividedPeerTier(settings, [region], divide)
         return self._tier
+
+    def _divided(self, settings: PeerSettings, workers: int) -> list[PeerSettings]:
+        """How the ranks of an engine with so many are read; none where this engine's heads are not to be had there."""
+        if self._heads is None:
+            return []
+        return [
+            replace(
+                settings,
+                rank=part.rank,
+                namespace=replace(self._space, tp_rank=part.rank, tp_size=workers).digest,
+                row_bytes=part.row_bytes,
+                # As many rows late as with any other peer.
+                quarantine_bytes=settings.quarantine_bytes * part.row_bytes // settings.row_bytes,
+                parts=part.pieces,
+                readers=part.readers,
+            )
+            for part in self._heads.parts(self._space.tp_rank, self._space.tp_size, workers)
+        ]
 
     def _serve(self, settings: ServerSettings, dram: DramStore, rows: HbmRows | None) -> PeerServer:
         window = None if rows is None else Window(dram, rows)
@@ -177,17 +212,25 @@ def trust_of(config: KvbmConfig) -> Trust | None:
     return Trust(read_secret(config.peer), config.peer.is_local) if config.peer.reads else None
 
 
-def worker_peers(
-    config: KvbmConfig, vllm_config: Any, space: Namespace, dram: DramStore, device: torch.device
-) -> WorkerPeers | None:
+def worker_peers(config: KvbmConfig, vllm_config: Any, shared: Shared) -> WorkerPeers | None:
     if not config.peer.role:
         return None
     parallel = vllm_config.parallel_config
+    if not _is_divided(vllm_config, shared):
+        shared = shared._replace(heads=None)
     peer = replace(config.peer, port=_first_port(config, parallel))
-    if peer.hbm_bytes is None and (why := _why_no_hbm(peer, vllm_config, device)):
+    if peer.hbm_bytes is None and (why := _why_no_hbm(peer, vllm_config, shared.device)):
         log.info("dynamo: no HBM for blocks of peers, which pass through host memory: %s", why)
         peer = replace(peer, hbm_bytes=0)
-    return WorkerPeers(peer, parallel.rank, space, dram, device)
+    return WorkerPeers(peer, parallel.rank, shared)
+
+
+def _is_divided(vllm_config: Any, shared: Shared) -> bool:
+    """Whether every rank has KV heads of its own, of the weights that other numbers of ranks have."""
+    if shared.heads is None or str(vllm_config.load_config.load_format) == "dummy":  # random, and others for each rank
+        return False
+    total = int(vllm_config.model_config.get_total_num_kv_heads())
+    return all(page.heads * shared.space.tp_size == total for page in shared.heads.pages)
 
 
 def _takes_memory_away(vllm_config: Any) -> bool:

@@ -43,7 +43,7 @@ from dynamo_connectors.vllm.kv_pages import Pages, planned_row_bytes, read_geome
 from dynamo_connectors.vllm.lasting import LastingTiers
 from dynamo_connectors.vllm.launch_flags import refuse_parallelism
 from dynamo_connectors.vllm.live import Limits
-from dynamo_connectors.vllm.peers import check_role, identity_of, trust_of, worker_peers
+from dynamo_connectors.vllm.peers import Shared, check_role, identity_of, trust_of, worker_peers
 from dynamo_connectors.vllm.scheduler import SchedulerHalf
 from dynamo_connectors.vllm.worker import WorkerHalf
 from dynamo_connectors.weights import can_be_met_again, weights_identity
@@ -142,7 +142,7 @@ def build_worker_half(
             settings = ObjectSettings(config.object_url, config.object_endpoint_url, config.object_deadline_seconds)
             chunk = chunk_blocks_for(row_bytes)
             objects = ObjectStore(settings, pages.row_bytes, chunk, space)
-        peers = worker_peers(config, vllm_config, space, dram, pages.view.device)
+        peers = worker_peers(config, vllm_config, Shared(space, dram, pages.view.device, pages.heads))
     except BaseException:
         for store in (disk, dram):
             if store is not None:

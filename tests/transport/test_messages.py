@@ -14,7 +14,7 @@ REQUESTS = [
     m.Ask(b"r", 2, b"e", b"l" * 16, (b"k" * 32, b"j"), 1.5),
     m.Check(b"r", 2, b"e", b"l" * 16, (0, 5), (1, 9)),
     m.Renew(b"l" * 16),
-    m.End(b"l" * 16),
+    m.End(b"reader", b"l" * 16, 2),
 ]
 REPLIES = [
     m.Welcome(1, b"n", b"e", b"meta", 4096, 10, 65536),

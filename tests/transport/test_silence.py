@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import Ask, End, Grant, Ping, Pong
+from dynamo_connectors.transport.messages import Ask, Check, End, Grant, Ping, Pong
 from dynamo_connectors.transport.reader_state import Forget, GiveUp, Instruction
 from tests.transport.world import PEER, ROW_BYTES, World
 
@@ -177,7 +177,7 @@ def test_an_owner_keeps_what_another_reader_is_reading(how: str) -> None:
     world = met()
     number = world.read(LEASE, [B], 4.0)
     talk(world)
-    assert world.owner.receive(End(LEASE), world.now) is None
+    assert world.owner.receive(End(b"second", LEASE), world.now) is None
     world.collect()
     assert LEASE in world.pinned
     late = world.owner.receive(Ask(b"third", 9, world.epoch, LEASE, (A,), 5.0), world.now)
@@ -193,3 +193,19 @@ def test_an_owner_keeps_what_another_reader_is_reading(how: str) -> None:
             world.pass_time(0.9)
     assert LEASE not in world.pinned
     assert world.owner.counts["nixl_leases_ended", "done"] == 1
+
+
+def test_a_lease_for_two_readers_ends_when_both_have_said_so() -> None:
+    """Ranks of an engine with more of them: what one says three times counts once."""
+    world = met()
+    for _ in range(3):
+        world.owner.receive(End(b"first", LEASE, 2), world.now)
+    world.collect()
+    assert LEASE in world.pinned
+    granted = world.owner.receive(Ask(b"second", 9, world.epoch, LEASE, (A,), 5.0), world.now)
+    assert isinstance(granted, Grant)
+    assert granted.status == "granted"
+    world.owner.receive(Check(b"second", 9, world.epoch, LEASE, granted.slots, granted.generations), world.now)
+    world.owner.receive(End(b"second", LEASE, 2), world.now)
+    world.collect()
+    assert LEASE not in world.pinned

@@ -54,7 +54,7 @@ class Engine(SimulatedEngine):
 
     def __init__(self, model: str, mode: Mode, *flags: str) -> None:
         size = ["--kv-connector", "dynamo", "--kvbm-load-gate", "off", "--kvbm-host-dram-gb", "0.002"]
-        super().__init__(engine_config(model, *size, *flags), mode, HBM_BLOCKS)
+        super().__init__(self.config(model, *size, *flags), mode, HBM_BLOCKS)
         self.tickets: dict[str, dict[str, Any]] = {}
         self.counts: Counter[str] = Counter()
         self.hashes: dict[str, list[BlockKey]] = {}
@@ -69,6 +69,9 @@ class Engine(SimulatedEngine):
             return outputs
 
         self.scheduler.update_from_output = updated
+
+    def config(self, model: str, *flags: str) -> Any:
+        return engine_config(model, *flags)
 
     def ask(self, name: str, tokens: Sequence[int], answer: int, params: dict[str, Any]) -> None:
         sampling = SamplingParams(max_tokens=answer, ignore_eos=True, extra_args={"kv_transfer_params": params})
@@ -89,13 +92,17 @@ class Engine(SimulatedEngine):
 class Fleet:
     """A prefill and a decode engine, and somebody between them."""
 
-    def __init__(self, model: str, mode: Mode, deadline_ms: int, hbm_gb: float = HBM_GB) -> None:
+    engine_class: type[Engine] = Engine
+
+    def __init__(
+        self, model: str, mode: Mode, deadline_ms: int, hbm_gb: float = HBM_GB, decode_mode: Mode | None = None
+    ) -> None:
         self.port = free_port()
         self.has_window = bool(hbm_gb)
         port = ["--kvbm-peer-port", str(self.port), "--kvbm-peer-hbm-gb", str(hbm_gb)]
-        self.prefill = Engine(model, mode, "--kvbm-role", "prefill", *port)
+        self.prefill = self.engine_class(model, mode, "--kvbm-role", "prefill", *port)
         deadline = ["--kvbm-peer-deadline-ms", str(deadline_ms), "--kvbm-peer-hbm-gb", str(hbm_gb)]
-        self.decode = Engine(model, mode, "--kvbm-role", "decode", *deadline)
+        self.decode = self.engine_class(model, decode_mode or mode, "--kvbm-role", "decode", *deadline)
         self.between_port = free_port()
         self.between = Between(self.between_port, self.port, SECRET)
 

@@ -12,5 +12,6 @@ SECRET = b"this host alone"
 
 
 def signed(params: dict[str, Any]) -> dict[str, Any]:
-    ticket = Ticket(params["remote_host"], params["remote_port"], bytes.fromhex(params["dynamo_lease"]))
+    lease, workers = bytes.fromhex(params["dynamo_lease"]), params["tp_size"]
+    ticket = Ticket(params["remote_host"], params["remote_port"], lease, workers)
     return {**params, SIGNATURE: ticket.signature(SECRET, params["remote_num_tokens"]).hex()}

@@ -119,6 +119,8 @@ class SimulatedWorker:
         self.kv = self.allocate((kv_cache_config.num_blocks, 1, BLOCK, 16))
         layers = {layer: SimpleNamespace(kv_cache=tensor) for layer, tensor in self.kv.items()}
         vllm_config.compilation_config.static_forward_context = layers
+        #: What the KV of this rank's heads has beside the number of its token and layer.
+        self.of_heads = torch.zeros(1)
         #: Called with each block and layer that is about to be written.
         self.before_write: Callable[[int, str], None] = lambda block, layer: None
         self.connector = KVConnectorFactory.create_connector(vllm_config, KVConnectorRole.WORKER, kv_cache_config)
@@ -198,7 +200,8 @@ class SimulatedWorker:
                 for position in range(start, start + scheduled):
                     block = table[position // BLOCK]
                     self.before_write(block, layer)
-                    self.kv[layer][block, :, position % BLOCK] = truth.numbers[position] + LAYERS.index(layer)
+                    number = truth.numbers[position] + LAYERS.index(layer)
+                    self.kv[layer][block, :, position % BLOCK] = number + self.of_heads
             asked(layer)
 
     def assert_kv(
@@ -206,8 +209,9 @@ class SimulatedWorker:
     ) -> None:
         wanted = torch.tensor(numbers)
         for layer in layers:
-            rows = self.kv[layer][list(table)].permute(0, 2, 1, 3).flatten(0, 1)[: len(numbers)].flatten(1)
-            wrong = (rows != wanted[:, None] + LAYERS.index(layer)).any(dim=1).nonzero().flatten().tolist()
+            rows = self.kv[layer][list(table)].permute(0, 2, 1, 3).flatten(0, 1)[: len(numbers)]
+            right = wanted[:, None, None] + LAYERS.index(layer) + self.of_heads
+            wrong = (rows != right).flatten(1).any(dim=1).nonzero().flatten().tolist()
             assert not wrong, f"{what}: wrong KV in {layer} at positions {wrong[:5]}"
 
     def before_offloads(self, check: Callable[[Any], None]) -> None:

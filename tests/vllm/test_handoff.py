@@ -58,7 +58,7 @@ def test_the_answer_speaks_the_engines_own_protocol() -> None:
     offer, problem = offered(params, TRUST)
     assert problem == ""
     assert offer is not None
-    assert Ticket.decode(offer.ticket) == Ticket("10.0.0.7", 5700, bytes.fromhex(params["dynamo_lease"]))
+    assert Ticket.decode(offer.ticket) == Ticket("10.0.0.7", 5700, bytes.fromhex(params["dynamo_lease"]), 1)
 
 
 def test_blocks_are_exported_when_they_have_arrived_and_pinned_until_the_lease_ends() -> None:
@@ -164,7 +164,8 @@ def test_without_a_secret_a_client_cannot_send_this_engine_to_another_host() -> 
 
 def signed(params: dict[str, Any]) -> dict[str, Any]:
     """As the engine that `params` name would have signed them."""
-    ticket = Ticket(params["remote_host"], params["remote_port"], bytes.fromhex(params["dynamo_lease"]))
+    lease, workers = bytes.fromhex(params["dynamo_lease"]), params["tp_size"]
+    ticket = Ticket(params["remote_host"], params["remote_port"], lease, workers)
     return {**params, SIGNATURE: ticket.signature(b"secret", params["remote_num_tokens"]).hex()}
 
 
@@ -177,6 +178,7 @@ def signed(params: dict[str, Any]) -> dict[str, Any]:
         {"remote_host": "10.0.0.8"},
         {"remote_port": 5701},
         {"remote_num_tokens": 2 * BLOCK},
+        {"tp_size": 2},
         {"dynamo_lease": "ab" * 16},
     ],
 )
@@ -253,6 +255,8 @@ def test_a_reset_lets_go_of_what_queued_requests_were_offered() -> None:
         {"remote_port": "5700"},
         {"remote_num_tokens": -1},
         {"remote_num_tokens": True},
+        {"tp_size": -1},
+        {"tp_size": None},
         {"remote_num_tokens": 1 << 40},
     ],
 )

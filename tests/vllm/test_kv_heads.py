@@ -170,3 +170,28 @@ def test_groups_that_no_kernel_could_take_are_refused() -> None:
     page = torch.empty((1, HEADS, 1024, 256), dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"too large to compress; .* start without --kvbm-compression"):
         read_codec("int8", [("l", large, page)])
+
+
+@pytest.mark.parametrize("layout", COMPACT)
+def test_other_ranks_read_heads_that_lie_one_behind_the_other(layout: KVCacheLayout) -> None:
+    planned, views = caches(layout)
+    pages = read_pages(views, planned)
+    in_memory = sorted(range(1, 4), key=lambda at: -views[LAYERS[0]].stride(at))
+    if in_memory[0] != 1:  # [blocks, heads, tokens, both]
+        assert pages.heads is None, "every token has its own heads there"
+        return
+    assert pages.heads is not None
+    row = torch.cat([part[2] for part in pages.view.parts])
+    for page, layer in zip(pages.heads.pages, LAYERS, strict=True):
+        assert (page.times, page.heads) == (1, HEADS)
+        for head in range(HEADS):
+            start = page.offset + head * page.head_bytes
+            found = row[start : start + page.head_bytes].view(torch.bfloat16)
+            assert torch.equal(found.sort().values, views[layer][2, head].flatten().sort().values)
+
+
+def test_nobody_takes_a_row_apart_that_holds_more_than_plain_heads() -> None:
+    layout = next(layout for layout in COMPACT if read_pages(*reversed(caches(layout))).heads is not None)
+    assert read_pages(*reversed(caches(layout)), "fp8").heads is None
+    quantised = replace(SPEC, dtype=torch.float8_e4m3fn)
+    assert kv_heads.read_head_page(quantised, torch.empty(2, HEADS, TOKENS, 2 * WIDTH), 0) is None

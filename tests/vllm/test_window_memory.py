@@ -18,7 +18,7 @@ from dynamo_connectors.peer_config import PeerConfig
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import data_plane, server
 from dynamo_connectors.transport.agent import GpuMemoryError, Region
-from dynamo_connectors.vllm.peers import WorkerPeers, _why_no_hbm, check_role
+from dynamo_connectors.vllm.peers import Shared, WorkerPeers, _why_no_hbm, check_role
 from tools.server_process import free_port
 
 ROW_BYTES, CPU = 4096, torch.device("cpu")
@@ -39,7 +39,7 @@ class HostAgent:
 
 def worker(dram: DramStore, hbm_bytes: int | None, device: torch.device = CPU) -> WorkerPeers:
     peer = PeerConfig(role="both", port=free_port(), hbm_bytes=hbm_bytes)
-    return WorkerPeers(peer, 0, SPACE, dram, device)
+    return WorkerPeers(peer, 0, Shared(SPACE, dram, device))
 
 
 def test_where_nixl_takes_no_gpu_memory_kv_goes_through_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
