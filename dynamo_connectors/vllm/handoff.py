@@ -26,7 +26,9 @@ from dynamo_connectors.vllm.job_ledger import JobLedger, Running
 LEASE = "dynamo_lease"
 #: `Ticket.signature`, in hexadecimal.
 SIGNATURE = "dynamo_signature"
-UNSIGNED = "its ticket is not signed with this fleet's --kvbm-peer-secret-file; it is computed here"
+UNSIGNED = (
+    "its ticket is not signed with this fleet's --kvbm-peer-secret-file, or by another version; it is computed here"
+)
 #: More would not be a prompt.
 _MOST_TOKENS = 1 << 24
 #: Leases may keep so much of host memory; of what is beyond it the peer gets less, and computes the rest.

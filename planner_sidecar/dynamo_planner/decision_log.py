@@ -131,7 +131,8 @@ def replay(lines: Iterable[str]) -> ReplayReport:
             pool, logged = entry.get("pool", ""), entry["decision"]
             inputs = _inputs(logged, carried.get(pool))
         except (ValueError, KeyError, TypeError, LogError) as error:
-            raise LogError(f"line {number} cannot be read back: {error}") from error
+            text = f"line {number} cannot be read back: {error}"
+            raise LogError(f"{text}; delete it if a planner was killed while it wrote, and replay the rest") from error
         count += 1
         if logged["chain"] == "check" and pool in carried and carried[pool] != inputs.memory:
             differences.append(f"line {number}: the memory that led here came out differently")

@@ -67,6 +67,7 @@ class LocalProcessActuator:
             self._has_adopted = True
             self._adopt()
         self.notice()
+        await self._register_again()
         startups, self._startups = tuple(self._startups), []
         return Supplement(startups, ordered=sum(not replica.ended for replica in self._replicas.values()))
 
@@ -218,6 +219,21 @@ class LocalProcessActuator:
             renew = "" if life.command == self._plan.command else "; its command is another: POST /restart renews it"
             text = f"process {child.pid} of an earlier planner{renew}"
             self._happenings.append(Happening(replica.url, "adopted", "", text))
+
+    async def _register_again(self) -> None:
+        """A proxy that was started anew knows none of the replicas."""
+        proxy = self._around.proxy
+        if proxy is None:
+            return
+        try:
+            listed = {engine.url for engine in (await proxy.engines()).engines}
+            ready = [url for url, replica in self._replicas.items() if replica.life.state is State.READY]
+            for url in ready:
+                if url not in listed and url not in self._tasks and 200 <= await proxy.register(url) < 300:
+                    text = "the proxy did not list it any more"
+                    self._happenings.append(Happening(url, "registered", "again", text))
+        except ObservationError:
+            return  # the next look may find it
 
     def _take_in(self, replica: Replica) -> Replica:
         self._replicas[replica.url] = replica

@@ -132,6 +132,8 @@ async def _field(request: web.Request, name: str) -> str:
     value = body.get(name) if isinstance(body, dict) else None
     if not isinstance(value, str):
         raise ConfigError(wanted)
+    if len(body) > 1:
+        raise ConfigError(f'{wanted} and nothing else; a role is part of a "url": "http://HOST:PORT,role=prefill"')
     return value
 
 

@@ -89,6 +89,18 @@ def test_a_replica_is_registered_with_the_role_of_its_pool(tmp_path: Path) -> No
     asyncio.run(story())
 
 
+def test_a_proxy_that_was_started_anew_hears_of_the_replicas_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with behind_a_proxy(tmp_path) as (stand, proxy):
+            known = dict(proxy.states)
+            proxy.states.clear()
+            await stand.planner.tick()
+            assert proxy.states == known
+            await stand.until("the proxy did not list it any more")
+
+    asyncio.run(story())
+
+
 def test_a_request_held_open_over_a_scale_down_finishes(tmp_path: Path) -> None:
     async def story() -> None:
         async with behind_a_proxy(tmp_path) as (stand, proxy):

@@ -83,6 +83,7 @@ def test_a_busy_engine_drains_its_streams_and_cannot_be_removed() -> None:
     [
         ("POST", "/engines", b"{", 400),
         ("POST", "/engines", {"uri": "x"}, 400),
+        ("POST", "/engines", {"url": "http://127.0.0.1:9", "role": "decode"}, 400),
         ("POST", "/engines", {"url": "ftp://x"}, 400),
         ("POST", "/engines/drain", {"url": "http://127.0.0.1:9"}, 404),
         ("POST", "/engines/resume", {"url": "http://127.0.0.1:9"}, 404),
