@@ -8,19 +8,10 @@ from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import Check, Grant, Hello, Refuse, Verdict, Welcome
 from dynamo_connectors.transport.reader import Reader
 from dynamo_connectors.transport.reader_state import Finish
-from tests.transport.world import NAMESPACE, PEER, ROW_BYTES, World
+from tests.transport.world import NAMESPACE, PEER, ROW_BYTES, World, talk
 
 A, B, C = BlockKey(b"a"), BlockKey(b"b"), BlockKey(b"c")
 LEASE, OTHER = b"l" * 16, b"o" * 16
-
-
-def talk(world: World) -> None:
-    """Delivers what has been said so far, and the answers, until nobody has anything to say."""
-    while world.to_owner or world.to_reader:
-        while world.to_owner:
-            world.deliver_to_owner(0)
-        while world.to_reader:
-            world.deliver_to_reader(0)
 
 
 def reading(keys: list[BlockKey], seconds: float = 8.0) -> tuple[World, int]:

@@ -7,7 +7,7 @@ import pytest
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import Ask, Check, End, Grant, Ping, Pong
 from dynamo_connectors.transport.reader_state import Forget, GiveUp, Instruction
-from tests.transport.world import PEER, ROW_BYTES, World
+from tests.transport.world import PEER, ROW_BYTES, World, talk
 
 A, B = BlockKey(b"a"), BlockKey(b"b")
 LEASE, OTHER = b"l" * 16, b"o" * 16
@@ -27,14 +27,6 @@ class Listening(World):
 
     def given_up(self) -> list[int]:
         return [step.read for step in self.done if isinstance(step, GiveUp)]
-
-
-def talk(world: World) -> None:
-    while world.to_owner or world.to_reader:
-        while world.to_owner:
-            world.deliver_to_owner(0)
-        while world.to_reader:
-            world.deliver_to_reader(0)
 
 
 def met() -> Listening:

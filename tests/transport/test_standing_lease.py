@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import STANDING_LEASE
-from tests.transport.test_protocol import A, B, C, land, talk
-from tests.transport.world import NAMESPACE, World
+from tests.transport.test_protocol import A, B, C, land
+from tests.transport.world import NAMESPACE, World, talk
 
 
 def fetching(keys: list[BlockKey]) -> tuple[World, int]:

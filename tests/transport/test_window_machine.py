@@ -13,21 +13,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import STANDING_LEASE, Ask, Check, Grant
 from dynamo_connectors.transport.window_desk import Source, WindowDesk
-from tests.transport.world import ROWS, WINDOW_ROWS, World
+from tests.transport.world import ROWS, WINDOW_ROWS, World, talk
 
 KEYS = [BlockKey(b"key%d" % number) for number in range(ROWS)]
 LEASE = b"l" * 16
 A, B, C = KEYS[:3]
 keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4, unique=True)
 pick = st.integers(0, 1000)
-
-
-def talk(world: World) -> None:
-    while world.to_owner or world.to_reader:
-        while world.to_owner:
-            world.deliver_to_owner(0)
-        while world.to_reader:
-            world.deliver_to_reader(0)
 
 
 def exported() -> World:

@@ -258,3 +258,12 @@ class World:
             self.started_anew += 1
             self.reader.restarted(self.now)
             self.obey()
+
+
+def talk(world: World) -> None:
+    """Delivers what has been said so far, and the answers, until nobody has anything to say."""
+    while world.to_owner or world.to_reader:
+        while world.to_owner:
+            world.deliver_to_owner(0)
+        while world.to_reader:
+            world.deliver_to_reader(0)
