@@ -39,6 +39,8 @@ LAYERS, HEADS, TOKENS, WIDTH = 32, 8, 16, 128
 BLOCKS = 64
 ROUNDS = 15
 RANKS = (1, 2)
+#: How often a page has all its heads.
+TIMES = {1: "keys and values of a head side by side (vLLM 0.32)", 2: "all keys before all values (vLLM 0.24)"}
 LEASE = b"l" * 16
 
 
@@ -136,10 +138,8 @@ def main(arguments: list[str]) -> int:
         os.environ["UCX_TLS"] = arguments[0]
     print(f"UCX_TLS={os.environ.get('UCX_TLS', '(UCX chooses)')}, {ROUNDS} rounds, medians")
     context: Any = multiprocessing.get_context("spawn")
-    for times in (1, 2):
-        print(
-            ("keys and values of a head side by side (vLLM 0.32)", "all keys before all values (vLLM 0.24)")[times - 1]
-        )
+    for times, what in TIMES.items():
+        print(what)
         ports = {ranks: free_port(ranks) for ranks in RANKS}
         here, there = context.Pipe()
         owner = context.Process(target=own, args=(there, ports, times))
