@@ -108,9 +108,14 @@ class Engine:
             return "degraded"
         return "exact" if self.event_feeds and self.events_complete else "approximate"
 
-    def tells_ids(self, path: str) -> bool:
-        """True if streams of this route can carry token ids."""
-        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
+    def may_tape(self, path: str) -> bool:
+        """True if streams of this route can go on at another engine."""
+        return self.models is not None and path in dialects.ON_TAPE.get(self.models.kind, ())
+
+    @property
+    def kind(self) -> str:
+        """What it says it is; empty: it does not say."""
+        return self.models.kind if self.models is not None else ""
 
     def needs_room(self, path: str) -> bool:
         """True if an SGLang decode engine serves this route, and only together with a prefill engine."""
