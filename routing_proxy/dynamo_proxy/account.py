@@ -23,13 +23,15 @@ class Account:
         self._receipt: Receipt | None = None
         self.arrived = now
 
-    def explain(self, placement: Placement, tries: int, now: float, seconds: float, prefilled_by: str) -> bytes:
+    def explain(
+        self, placement: Placement, tries: int, now: float, seconds: float, prefilled: tuple[str, str]
+    ) -> bytes:
         """Make the receipt, if anybody wants one; as a header line if the client does."""
         wanted = self._asked.request.head.wants_route
         if not wanted and self._services.log is None:
             return b""
         spent = (seconds, now - self.arrived)
-        self._receipt = receipt_of(placement, self._services.router.state, tries, spent, prefilled_by)
+        self._receipt = receipt_of(placement, self._services.router.state, tries, spent, prefilled)
         return self._receipt.header() if wanted else b""
 
     def began(self, placement: Placement, status: int, now: float, seconds: float, is_token: bool) -> None:

@@ -230,9 +230,17 @@ class EngineRegistry:
 
     def prefill_fleet(self, model: str, but_slot: int, in_room: bool) -> Fleet:
         """The engines that may compute a prompt for another one, the doubtful left out, unless it cannot do without."""
-        fit = [e for e in self._fit(model, 1 << but_slot) if e.role in _PREFILLS and (e.bootstrap_port or not in_room)]
+        fit = self._prefills(model, but_slot, in_room)
         sure = [e for e in fit if not e.breaker.blocks]
         return self._as_fleet(model, sure or fit if in_room else sure)
+
+    def has_prefill_for(self, model: str, but_slot: int, in_room: bool) -> bool:
+        """True if there is such an engine, doubtful or not."""
+        return bool(self._prefills(model, but_slot, in_room))
+
+    def _prefills(self, model: str, but_slot: int, in_room: bool) -> list[Engine]:
+        fit = self._fit(model, 1 << but_slot)
+        return [e for e in fit if e.role in _PREFILLS and (e.bootstrap_port or not in_room)]
 
     def _fit(self, model: str, tried: int) -> list[Engine]:
         engines = self._engines.values()

@@ -18,7 +18,7 @@ from .http_heads import ResponseHead
 from .intake import Asked
 from .last_resort import CODE, MESSAGE, guarded
 from .outgoing import Outgoing
-from .prefill_leg import PrefillLeg, begin_leg
+from .prefill_leg import NOT_PREFILLED, PrefillLeg, begin_leg
 from .router import Placement
 from .services import ClientSide, Services
 from .stream_tape import Frames, PlainFrames
@@ -33,7 +33,7 @@ class Exchange:
 
     __slots__ = (
         "_account", "_attempt_started", "_client", "_dial", "_endpoint", "_events", "_failure", "_first_token",
-        "_frames", "_head", "_heard", "_last", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled_by",
+        "_frames", "_head", "_heard", "_last", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled",
         "_prompt", "_relaying", "_request", "_reused", "_services", "_stale", "_timer", "_tried", "_up", "over",
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ class Exchange:
         self._attempt_started = self._heard = self._first_token = 0.0
         self._placement: Placement | None = None
         self._leg: PrefillLeg | None = None  # another engine computes the prompt meanwhile
-        self._prefilled_by, self._events = "", 0  # events of a stream since its first
+        self._prefilled, self._events = NOT_PREFILLED, 0  # events of a stream since its first
         self._up: UpstreamConnection | None = None
         self._dial: asyncio.Task[Any] | None = None
         self._head: ResponseHead | None = None
@@ -80,7 +80,7 @@ class Exchange:
         self._placement = placement
         self._tried |= 1 << placement.engine.slot
         self._attempt_started = now
-        self._stale, self._prefilled_by = 0, ""
+        self._stale, self._prefilled = 0, NOT_PREFILLED
         if self._out.lacks_rest:
             self._dial = self._out.seek_rest(placement.engine, self._services.tokens, self)
         else:
@@ -98,7 +98,7 @@ class Exchange:
 
     def _begin(self, placement: Placement) -> None:
         if placement.engine.hands_over and (whole := self._out.divisible(placement.engine)) is not None:
-            self._leg = begin_leg(self._services, whole, self._prompt, placement, self)
+            self._leg, self._prefilled = begin_leg(self._services, whole, self._prompt, placement, self)
         self._out.room = self._leg.room if self._leg is not None else {}
         if not self._out.room and placement.engine.needs_room(self._endpoint):
             self._next_engine("no_prefill_engine", is_fault=False)
@@ -110,7 +110,7 @@ class Exchange:
         leg, self._leg, placement = self._leg, None, self._placement
         assert leg is not None
         assert placement is not None
-        self._prefilled_by = leg.engine_name if ticket is not None else ""
+        self._prefilled = (leg.engine_name if ticket is not None else "", leg.reason)
         if leg.room:
             if leg.refusal is not None and not self._relaying:
                 told = self._explain(leg.placement, self._loop.time())
@@ -280,7 +280,7 @@ class Exchange:
 
     def _explain(self, placement: Placement, now: float) -> bytes:
         tries, seconds = self._tried.bit_count(), now - self._attempt_started
-        return self._account.explain(placement, tries, now, seconds, self._prefilled_by)
+        return self._account.explain(placement, tries, now, seconds, self._prefilled)
 
     def _in_another_room(self, reason: str) -> None:
         """Either half failed, or both: the decode engine of this one may be asked again."""
