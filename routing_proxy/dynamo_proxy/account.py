@@ -34,16 +34,19 @@ class Account:
 
     def began(self, engine: str, now: float, seconds: float, is_token: bool) -> None:
         """The first byte came, so long after the engine was asked; `is_token`: it begins a stream."""
-        self._services.metrics.began(now - self.arrived, self._asked.prompt.slo if is_token else None)
+        metrics, waited = self._services.metrics, now - self.arrived
+        metrics.tallies.ttft.observe(waited)
         if is_token:
-            self._services.metrics.prefilled(engine, seconds)
+            metrics.prefilled(engine, seconds)
+            if (slo := self._asked.prompt.slo) is not None:
+                metrics.first_token(waited, slo)
 
     def close(self, status: int, reason: str, now: float) -> None:
         """The request is over."""
         if self._meter is not None:
             self._meter.over(now)
         seconds = now - self.arrived
-        self._services.metrics.finished(self._endpoint, status, reason, seconds)
+        self._services.metrics.tallies.finished(self._endpoint, status, reason, seconds)
         if self._services.log is not None:
             ended, headers = Ended(status, reason, seconds), self._asked.request.head.passing
             self._services.log.add(self._endpoint, self._asked.prompt.model, ended, self._receipt, headers)

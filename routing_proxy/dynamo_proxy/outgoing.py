@@ -4,7 +4,7 @@ disaggregated one, or the rest of a broken stream.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from . import handoff, stream_tape
 from .engines import Engine
@@ -15,7 +15,7 @@ from .router import Placement
 from .stream_tape import StreamTape
 from .wire import request_bytes
 
-_OF_THE_MOMENT = frozenset((502, 503))
+_OF_THE_MOMENT: Final = frozenset((502, 503))
 _RESUMES = 3  # per request
 _ROOMS = 3  # that one request to SGLang's prefill and decode engines gets beyond its first
 
@@ -91,7 +91,7 @@ class Outgoing:
         if not engine.needs_room(stream_tape.COMPLETIONS):
             return None
         head = self.request.head._replace(path=stream_tape.COMPLETIONS, target=stream_tape.COMPLETIONS.encode())
-        return self.request._replace(head=head, body=self._continuation)
+        return Request(head, self._continuation)
 
     def may_meet_again(self) -> bool:
         """True if the halves of a request to SGLang, of which one failed, may have another room."""

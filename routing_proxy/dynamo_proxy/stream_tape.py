@@ -10,21 +10,22 @@ was held back (half of a character) are not relayed yet: they are computed again
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import orjson
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 #: Prompt ids that one stream may keep, as text. A longer prompt costs its stream the tape, not the answer.
-MAX_PROMPT_ID_BYTES = 1 << 20
-_MAX_EVENT_BYTES = 4 << 20
-_IDS = re.compile(rb'"token_ids":\s?\[([0-9, ]*)\]')
-_PROMPT_IDS = re.compile(rb'"prompt_token_ids":\s?\[([0-9, ]*)\]')
-_NO_IDS, _NO_PROMPT_IDS = b'"token_ids":null', b'"prompt_token_ids":null'
-_OPEN = b'"finish_reason":null'
-_DONE = b"data: [DONE]"
-_LAST_CHUNK = b"0\r\n\r\n"
+MAX_PROMPT_ID_BYTES: Final = 1 << 20
+_MAX_EVENT_BYTES: Final = 4 << 20
+_IDS: Final = re.compile(rb'"token_ids":\s?\[([0-9, ]*)\]')
+_PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\s?\[([0-9, ]*)\]')
+_NO_IDS: Final = b'"token_ids":null'
+_NO_PROMPT_IDS: Final = b'"prompt_token_ids":null'
+_OPEN: Final = b'"finish_reason":null'
+_DONE: Final = b"data: [DONE]"
+_LAST_CHUNK: Final = b"0\r\n\r\n"
 # What a chat says about sampling and about whom it is from: the continuation is a completion with the same.
 _CARRIED = frozenset(
     ("allowed_token_ids", "bad_words", "cache_salt", "frequency_penalty", "ignore_eos", "include_stop_str_in_output",
@@ -114,9 +115,16 @@ def asking_for_ids(body: bytes) -> bytes:
     return b'{"return_token_ids":true,' + body[body.index(b"{") + 1 :]
 
 
+# What chunks of these sizes begin with.
+_HEADS: Final = [b"%x\r\n" % size for size in range(2048)]
+
+
 def framed(payload: bytes) -> bytes:
     """One chunk, or nothing: an empty chunk would end the answer."""
-    return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+    size = len(payload)
+    if size < len(_HEADS):
+        return b"%b%b\r\n" % (_HEADS[size], payload) if size else b""
+    return b"%x\r\n%b\r\n" % (size, payload)
 
 
 class StreamTape:
