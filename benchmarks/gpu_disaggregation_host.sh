@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs on a host of two GPUs, inside the folder DIR that gpu_engine_bundle.sh made, in two calls, because the archives are large:
 #   DIR/src/benchmarks/gpu_disaggregation_host.sh probe NIXL_ARCHIVE OUT                    what copies, NIXL and our transport do between the GPUs, every byte compared
+#   the same ipc NIXL_ARCHIVE OUT              whether a reader keeps the HBM of an owner that was killed
 #   the same bench ENGINE_ARCHIVE OUT [option ...]     the engines; done after CALL_SECONDS (480)
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd); what=$1; archive=$(realpath "$2"); out=$(mkdir -p "$3" && realpath "$3"); shift 3
@@ -15,9 +16,15 @@ if ! cmp -s "$here/commit" "$site/commit"; then
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$site/ours" "$here"/*.whl; cp -r "$here/src" "$here/commit" "$site"
 fi
 cd "$site/src"
-if [ "$what" = probe ]; then
+if [ "$what" != bench ]; then
   if [ ! -e "$site/nixl" ]; then mkdir -p "$site/nixl.new"; tar -C "$site/nixl.new" -xJf "$archive"; mv "$site/nixl.new" "$site/nixl"; fi
   say "NIXL unpacked"
+fi
+if [ "$what" = ipc ]; then
+  timeout ${CALL_SECONDS:-300} python3 -m benchmarks.served.window_kept "$out/window_kept.json" || say "the check ended with $?"
+  exit 0
+fi
+if [ "$what" = probe ]; then
   { nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader; nvidia-smi topo -m; nvidia-smi nvlink -s; uname -r; nproc; free -g
     df -h / /dev/shm; cat "$site/commit"; } >"$out/machine.txt" 2>&1 || true
   cat "$out/machine.txt"

@@ -138,9 +138,11 @@ class Engines:
 
     def _start_again(self, side: str, why: str) -> None:
         started = time.monotonic()
-        self.server(side).start().wait_ready(600.0)
-        # A CPU worker of vLLM may die of SIGILL when its first forward is a single token; a pulled prompt is that.
-        (self.pair.prefill if side == "prefill" else self.pair.decode).complete(prompt(0))
-        self.notes.append(f"{side} killed at {why}, back after {time.monotonic() - started:.0f} s")
-        self.ready[side].set()
-        self._busy.release()
+        try:
+            self.server(side).start().wait_ready(600.0)
+            # A CPU worker of vLLM may die of SIGILL when its first forward is a single token; a pulled prompt is that.
+            (self.pair.prefill if side == "prefill" else self.pair.decode).complete(prompt(0))
+            self.notes.append(f"{side} killed at {why}, back after {time.monotonic() - started:.0f} s")
+        finally:  # clients that wait for it hear of a failed start
+            self.ready[side].set()
+            self._busy.release()

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from tests.vllm.pair import Pair
 from tools.tiny_model import make_model
 from tools.vllm_server import MODEL_NAME
 
-CLIENTS = 10
+CLIENTS = 16
 #: Twice what both engines hold: a prompt that comes again is nowhere.
 PROMPTS = 200
 CHUNKS = 2
@@ -114,7 +114,10 @@ class Storm:
         killer = threading.Thread(target=self._kill_now_and_then, args=(seconds,))
         killer.start()
         with ThreadPoolExecutor(CLIENTS) as pool:
-            for client in [pool.submit(self._keep_asking) for _ in range(CLIENTS)]:
+            clients = [pool.submit(self._keep_asking) for _ in range(CLIENTS)]
+            while wait(clients, timeout=60).not_done:
+                print(f"{self._ends - time.monotonic():.0f} s to go: {ends_of(self.ended)}", flush=True)
+            for client in clients:
                 client.result()
         killer.join()
         self.engines.settle()
@@ -235,6 +238,10 @@ def is_clean(pair: Pair) -> bool:
     return not any(client.metric(name) for client, names in gauges.items() for name in names)
 
 
+def ends_of(ended: Sequence[Ended]) -> dict[str, int]:
+    return dict(Counter(each.how for each in ended))
+
+
 def label_of(labels: dict[str, str]) -> str:
     return labels.get("tier") or labels.get("reason") or ""
 
@@ -247,9 +254,9 @@ def report(storm: Storm, pair: Pair) -> bool:
     for note in storm.engines.notes:
         print(note)
     faulted = sum(count for (fault, _), count in table.items() if not fault.startswith("none"))
-    ends = Counter(how for _, how in table.elements())
-    tokens = ends["right"] * ANSWER_TOKENS
-    print(f"{sum(ends.values())} requests, {faulted} with a fault of their own: {dict(ends)}; {tokens} tokens compared")
+    ends = ends_of(storm.ended)
+    tokens = ends.get("right", 0) * ANSWER_TOKENS
+    print(f"{len(storm.ended)} requests, {faulted} with a fault of their own: {ends}; {tokens} tokens compared")
     for name in TOLD:
         told = {label_of(each.labels): int(each.value) for each in pair.decode.series(name) if each.value}
         print(f"{name} of the decode engine since its start: {told}")
@@ -271,8 +278,10 @@ def main(arguments: Sequence[str]) -> int:
         storm = Storm(pair, engines, seed)
         stack.callback(storm.middle.close)
         storm.learn()
-        storm.rage(60 * minutes)
-        good = report(storm, pair)
+        try:
+            storm.rage(60 * minutes)
+        finally:
+            good = report(storm, pair)
         wait_until(lambda: is_clean(pair), "nothing is leased, pinned or quarantined", 90.0)
         print("at the end no lease, no pin, no quarantine, no request is left")
         for log in folder.glob("*.log"):

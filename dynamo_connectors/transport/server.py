@@ -11,6 +11,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from errno import EADDRINUSE
 from functools import partial
 from socket import SOCK_STREAM, getaddrinfo
 from typing import Any, NamedTuple
@@ -177,9 +178,11 @@ class PeerServer:
             #: Where readers find it; the system chooses a port when that of the settings is 0.
             self.port = int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
         except (zmq.ZMQError, OSError) as error:
+            # Stock vLLM's engine core outlives an API server that is killed.
+            held = "a left-over process of a killed engine may hold it: end that (ss -ltnp names it), or "
             raise ConfigError(
                 f"peers cannot be served at {settings.host}:{settings.port} ({error}); "
-                "choose another --kvbm-peer-port or --kvbm-peer-host"
+                f"{held if error.errno == EADDRINUSE else ''}choose another --kvbm-peer-port or --kvbm-peer-host"
             ) from None
         return socket
 

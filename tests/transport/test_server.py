@@ -18,13 +18,13 @@ def test_a_port_that_is_taken_is_told_in_one_line(host: str) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         dram = DramStore(1, 4096)
-        with pytest.raises(ConfigError, match=f"{host}:{port}.*--kvbm-peer-port"):
+        with pytest.raises(ConfigError, match=f"{host}:{port}.*left-over process.*--kvbm-peer-port"):
             PeerServer(ServerSettings(host, port, b"n", b"s"), dram)
         dram.close()
 
 
 def test_a_host_that_is_not_this_one_is_told_in_one_line() -> None:
     dram = DramStore(1, 4096)
-    with pytest.raises(ConfigError, match="--kvbm-peer-host"):
+    with pytest.raises(ConfigError, match=r"; choose another .*--kvbm-peer-host"):
         PeerServer(ServerSettings("192.0.2.1", 5700, b"n", b"s"), dram)
     dram.close()
