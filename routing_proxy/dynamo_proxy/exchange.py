@@ -43,7 +43,7 @@ class Exchange(ResponseSink):
     ) -> None:
         self._client, self._services, self._endpoint = client, services, endpoint
         self._request, self._prompt = asked.request, asked.prompt
-        self._loop = asyncio.get_running_loop()
+        self._loop = client.loop
         self._account = Account(asked, endpoint, services, meter, self._loop.time())
         self._tried, self._failure = 0, ""
         self._relaying = self.over = False
