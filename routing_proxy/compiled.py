@@ -24,8 +24,8 @@ MODULES = (
     "account", "approx_index", "block_hash", "breaker", "client_connection", "compact_map", "engines", "errors",
     "exchange", "flow_control", "front_end", "guard", "handoff", "hints", "http1", "http_heads", "intake", "knowledge",
     "kv_index", "last_resort", "learning", "ledger", "limits", "outgoing", "policy", "prefill_leg", "prefix_walk",
-    "router", "sessions", "speeds", "stream_tape", "tallies", "text_chain", "token_memo", "upstream", "waiting_room",
-    "wire",
+    "router", "sessions", "sglang_tapes", "speeds", "stream_tape", "tallies", "text_chain", "token_memo", "upstream",
+    "waiting_room", "wire",
 )  # fmt: skip
 # Exact: another compiler is another program.
 REQUIREMENTS = ["mypy[mypyc]==2.4.1", "setuptools==80.9.0"]

@@ -28,15 +28,15 @@ class ServerError(RuntimeError):
     """A server did not come up, or died; the text holds the end of its log."""
 
 
-def free_port() -> int:
+def free_port(count: int = 1) -> int:
     """A port nobody listens on, below those that the system gives to outgoing connections: nobody takes it by chance.
 
-    SGLang listens 10,000 above its port as well, which must be a port, too.
+    SGLang listens 10,000 above its port as well, which must be a port, too. Of `count` neighbours, the first.
     """
     chance = random.SystemRandom()
     while True:
         port = chance.randrange(10_000, 22_000)
-        if all(_is_free(each) for each in (port, port + _SGLANG_GRPC_OFFSET)):
+        if all(_is_free(port + above + at) for at in range(count) for above in (0, _SGLANG_GRPC_OFFSET)):
             return port
 
 

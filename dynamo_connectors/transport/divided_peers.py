@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,6 +21,8 @@ from dynamo_connectors.transport.tickets import Ticket
 
 log = logging.getLogger(__name__)
 
+#: A reader that has read nothing yet ends sooner.
+_LEAVE_SECONDS = 10.0
 #: Number of the peer's workers -> how each is read that holds a part of this worker's rows; none where nothing fits.
 Divide = Callable[[int], Sequence[PeerSettings]]
 
@@ -121,7 +124,7 @@ class DividedPeerTier(PeerTier):
             log.warning("dynamo: engines with %d workers cannot be read here: %s", workers, error)
             self._count("nixl_refused_peers", "no_agent")
             for reader in readers:
-                reader.close(0.0)
+                reader.close(time.monotonic() + _LEAVE_SECONDS)
             return []
         if not readers:
             log.warning(

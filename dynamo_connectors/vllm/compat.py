@@ -184,6 +184,11 @@ def names_kv_dimensions() -> bool:
     return find_spec("vllm.v1.kv_cache_layout") is not None
 
 
+def layout_to_divide() -> str:
+    """What the engine calls the layout in which each head of a page lies in one piece: in MultiConnector one word."""
+    return "LBHNC" if names_kv_dimensions() else "HND"
+
+
 class HbmHolds:
     """Keeps HBM blocks from being re-used while a background copy reads them, by one more reference each."""
 

@@ -24,12 +24,14 @@ from dynamo_connectors.vllm.compat import (
     engine_logger,
     is_answered,
     kind_of_step,
+    layout_to_divide,
     loads_within_step,
     log_where_the_engine_logs,
     tokens_in_flight,
 )
 from dynamo_connectors.vllm.messages import StepPlan, WorkerReports
 from dynamo_connectors.vllm.metrics import KvbmPromMetrics, KvbmStats
+from dynamo_connectors.vllm.peers import divides_heads
 from dynamo_connectors.vllm.scheduler import SchedulerHalf
 from dynamo_connectors.vllm.worker import WorkerHalf
 
@@ -66,6 +68,15 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """A cache: a block that is not kept costs a recompute, never an answer."""
         return False
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
+        """Asked for where the environment names none, as by vLLM's NixlConnector; vLLM takes another one if it must."""
+        try:
+            config = parse_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        except DynamoConnectorsError:
+            return None  # the constructor says why
+        return layout_to_divide() if divides_heads(config, vllm_config) else None
 
     # Scheduler half
 

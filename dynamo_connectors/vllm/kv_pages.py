@@ -118,7 +118,9 @@ def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, comp
         codec = _read_codec(compression, [layer_of[span] for span in rows], kv_caches, kv_cache_config)
     device = next(iter(kv_caches.values())).device
     parts = tuple(_part(list(storages.values())[span.storage], span, num_blocks, device) for span in rows)
-    heads = _read_heads(where, kv_caches, kv_cache_config) if codec is None else None
+    heads = (
+        _read_heads(where, kv_caches, kv_cache_config, sum(span.num_bytes for span in rows)) if codec is None else None
+    )
     told = (where, groups) if codec is None else (where, groups, codec)
     fingerprint = hashlib.blake2b(repr(told).encode(), digest_size=8).hexdigest()
     part_of_layer = {layer: part_in(rows, span) for layer, span, _ in named}
@@ -133,7 +135,10 @@ def read_pages(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any, comp
 
 
 def _read_heads(
-    where: Sequence[tuple[str, int, int, object]], kv_caches: Mapping[str, torch.Tensor], kv_cache_config: Any
+    where: Sequence[tuple[str, int, int, object]],
+    kv_caches: Mapping[str, torch.Tensor],
+    kv_cache_config: Any,
+    row_bytes: int,
 ) -> Heads | None:
     if len(kv_cache_config.kv_cache_groups) != 1:
         return None
@@ -147,7 +152,8 @@ def _read_heads(
             return None
         found.append(read[0])
         what.append((layer, read[1]))
-    return Heads(tuple(found), repr(what))
+    # Layers may share a page, but no part of one.
+    return Heads(tuple(found), repr(what)) if sum(page.num_bytes for page in set(found)) == row_bytes else None
 
 
 def _read_codec(

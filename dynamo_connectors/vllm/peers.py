@@ -216,8 +216,10 @@ def worker_peers(config: KvbmConfig, vllm_config: Any, shared: Shared) -> Worker
     if not config.peer.role:
         return None
     parallel = vllm_config.parallel_config
-    if not _is_divided(vllm_config, shared):
+    if why := _why_undivided(config, vllm_config, shared):
         shared = shared._replace(heads=None)
+        if parallel.rank == 0:
+            log.info("dynamo: KV goes to and comes from engines of this --tensor-parallel-size only: %s", why)
     peer = replace(config.peer, port=_first_port(config, parallel))
     if peer.hbm_bytes is None and (why := _why_no_hbm(peer, vllm_config, shared.device)):
         log.info("dynamo: no HBM for blocks of peers, which pass through host memory: %s", why)
@@ -225,12 +227,27 @@ def worker_peers(config: KvbmConfig, vllm_config: Any, shared: Shared) -> Worker
     return WorkerPeers(peer, parallel.rank, shared)
 
 
-def _is_divided(vllm_config: Any, shared: Shared) -> bool:
-    """Whether every rank has KV heads of its own, of the weights that other numbers of ranks have."""
-    if shared.heads is None or str(vllm_config.load_config.load_format) == "dummy":  # random, and others for each rank
-        return False
+def divides_heads(config: KvbmConfig, vllm_config: Any) -> bool:
+    """Whether engines with other numbers of ranks may read this one's KV, or it theirs, if its pages lie right."""
+    is_mla = getattr(vllm_config.model_config, "use_mla", False)
+    return bool(config.peer.role) and config.compression is None and not is_mla
+
+
+def _why_undivided(config: KvbmConfig, vllm_config: Any, shared: Shared) -> str:
+    """Why this engine's heads cannot be divided anew among other numbers of ranks; empty when they can."""
+    if not divides_heads(config, vllm_config):
+        return "KV that is compressed, or of MLA, is not divided by heads"
+    if shared.heads is None:
+        return (
+            "it is not plain attention in 16 or 32 bits whose heads lie one behind the other in each page "
+            "(VLLM_KV_CACHE_LAYOUT=HND, and an attention backend that has it)"
+        )
+    if str(vllm_config.load_config.load_format) == "dummy":
+        return "with --load-format dummy every rank makes up weights of its own"
     total = int(vllm_config.model_config.get_total_num_kv_heads())
-    return all(page.heads * shared.space.tp_size == total for page in shared.heads.pages)
+    if any(page.heads * shared.space.tp_size != total for page in shared.heads.pages):
+        return f"not every one of its {shared.space.tp_size} ranks has its own, even share of {total} KV heads"
+    return ""
 
 
 def _takes_memory_away(vllm_config: Any) -> bool:

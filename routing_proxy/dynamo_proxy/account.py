@@ -23,23 +23,34 @@ class Account:
         self._receipt: Receipt | None = None
         self.arrived = now
 
-    def explain(self, placement: Placement, tries: int, now: float, seconds: float, prefilled_by: str) -> bytes:
+    def explain(
+        self, placement: Placement, tries: int, now: float, seconds: float, prefilled: tuple[str, str]
+    ) -> bytes:
         """Make the receipt, if anybody wants one; as a header line if the client does."""
         wanted = self._asked.request.head.wants_route
         if not wanted and self._services.log is None:
             return b""
         spent = (seconds, now - self.arrived)
-        self._receipt = receipt_of(placement, self._services.router.state, tries, spent, prefilled_by)
+        self._receipt = receipt_of(placement, self._services.router.state, tries, spent, prefilled)
         return self._receipt.header() if wanted else b""
 
-    def began(self, engine: str, now: float, seconds: float, is_token: bool) -> None:
+    def began(self, placement: Placement, status: int, now: float, seconds: float, is_token: bool) -> None:
         """The first byte came, so long after the engine was asked; `is_token`: it begins a stream."""
-        metrics, waited = self._services.metrics, now - self.arrived
+        services, engine, prompt = self._services, placement.engine, self._asked.prompt
+        learns = is_token and not engine.hands_over  # a prompt that came from elsewhere teaches nothing
+        services.router.first_byte(placement, seconds if learns else 0.0)
+        if status >= 500:
+            services.router.failed(engine, f"status_{status}")
+        elif engine.breaker.score:
+            engine.breaker.passed()  # unless it was so late that it is left alone again
+        metrics, waited = services.metrics, now - self.arrived
         metrics.tallies.ttft.observe(waited)
         if is_token:
-            metrics.prefilled(engine, seconds)
-            if (slo := self._asked.prompt.slo) is not None:
-                metrics.first_token(waited, slo)
+            metrics.prefilled(engine.name, seconds)
+            if prompt.slo is not None:
+                metrics.first_token(waited, prompt.slo)
+        if status == 200:
+            services.tokens.offer(prompt, engine)
 
     def close(self, status: int, reason: str, now: float) -> None:
         """The request is over."""

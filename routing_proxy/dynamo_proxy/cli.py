@@ -35,6 +35,10 @@ from .tls import ServerTls, client_context
 
 _DAY = 86_400.0
 log = logging.getLogger("dynamo_proxy")
+_OWN_TOKENS = (
+    "Uncached tokens that a decode engine computes itself: handing over so few costs them more than it saves other "
+    "streams (measured on two H200s)"
+)
 _QUEUED = "Tokens that may wait at a prefill engine that is asked; -1: while it is sooner than the decode engine"
 
 
@@ -89,7 +93,7 @@ FLAGS = (
     _Flag("queue_size", 1024, "Requests that may wait; more get 429", 0, 1_000_000),
     _Flag("slo_class", None, "NAME,ttft=SECONDS[,priority=N]: a class that requests name in service_tier; repeatable"),
     _Flag("queue_timeout", 30.0, "Seconds a request may wait, then it gets 503", 0.01, 3600),
-    _Flag("disagg_prefill_min_tokens", 512, "Uncached tokens that a decode engine computes itself", 0, 10_000_000),
+    _Flag("disagg_prefill_min_tokens", 4096, _OWN_TOKENS, 0, 10_000_000),
     _Flag("disagg_prefill_max_queued_tokens", -1, _QUEUED, -1, 1_000_000_000),
     _Flag("disagg_prefill_timeout", 60.0, "vLLM: seconds a prefill engine may take; then decode computes", 0.01, 3600),
     _Flag("replica_sync_listen", "", "IP:PORT where other proxies before this fleet tell their load (UDP)"),

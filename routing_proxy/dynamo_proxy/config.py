@@ -103,7 +103,9 @@ class Routing:
     queue_size: int = 1024  # requests that may wait for one with room
     queue_seconds: float = 30.0
     slo_classes: tuple[SloClass, ...] = ()
-    prefill_min_tokens: int = 512  # a decode engine computes as many tokens of a prompt itself
+    # A decode engine computes as many itself: prices do not know what a hand-off costs. On two H200s (2026-11-28)
+    # 4,104 tokens apart cut the longest gap of other streams from 78 to 34 ms; 1,032 by 8 ms, for 57 ms of their TTFT.
+    prefill_min_tokens: int = 4096
     prefill_max_queued_tokens: int = -1  # of a prefill engine that is asked; -1: as long as it is sooner
     prefill_seconds: float = 60.0  # how long a prefill engine may take
 

@@ -13,8 +13,11 @@ from .hints import PEER
 
 VLLM_SOURCES_PATH = "/kv_event_sources"  # 0.32 and newer
 SGLANG_INFO_PATH = "/server_info"
-# Streams that carry token ids when asked (SGLang refuses it for chats).
-TELL_IDS = {"vllm": ("/v1/chat/completions", "/v1/completions"), "sglang": ("/v1/completions",)}
+# Streams that can go on elsewhere: they carry token ids, or tell enough to find them.
+ON_TAPE = {
+    "vllm": ("/v1/chat/completions", "/v1/completions"),
+    "sglang": ("/v1/chat/completions", "/v1/completions", "/generate"),
+}
 _CACHE_CONFIG = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
 _CONNECTOR = re.compile(r"^# TYPE dynamo_kvbm_", re.MULTILINE)
 _PEER_NAME = re.compile(r"[!-~]{1,300}")

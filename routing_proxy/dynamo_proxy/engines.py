@@ -108,9 +108,14 @@ class Engine:
             return "degraded"
         return "exact" if self.event_feeds and self.events_complete else "approximate"
 
-    def tells_ids(self, path: str) -> bool:
-        """True if streams of this route can carry token ids."""
-        return self.models is not None and path in dialects.TELL_IDS.get(self.models.kind, ())
+    def may_tape(self, path: str) -> bool:
+        """True if streams of this route can go on at another engine."""
+        return self.models is not None and path in dialects.ON_TAPE.get(self.models.kind, ())
+
+    @property
+    def kind(self) -> str:
+        """What it says it is; empty: it does not say."""
+        return self.models.kind if self.models is not None else ""
 
     def needs_room(self, path: str) -> bool:
         """True if an SGLang decode engine serves this route, and only together with a prefill engine."""
@@ -225,9 +230,17 @@ class EngineRegistry:
 
     def prefill_fleet(self, model: str, but_slot: int, in_room: bool) -> Fleet:
         """The engines that may compute a prompt for another one, the doubtful left out, unless it cannot do without."""
-        fit = [e for e in self._fit(model, 1 << but_slot) if e.role in _PREFILLS and (e.bootstrap_port or not in_room)]
+        fit = self._prefills(model, but_slot, in_room)
         sure = [e for e in fit if not e.breaker.blocks]
         return self._as_fleet(model, sure or fit if in_room else sure)
+
+    def has_prefill_for(self, model: str, but_slot: int, in_room: bool) -> bool:
+        """True if there is such an engine, doubtful or not."""
+        return bool(self._prefills(model, but_slot, in_room))
+
+    def _prefills(self, model: str, but_slot: int, in_room: bool) -> list[Engine]:
+        fit = self._fit(model, 1 << but_slot)
+        return [e for e in fit if e.role in _PREFILLS and (e.bootstrap_port or not in_room)]
 
     def _fit(self, model: str, tried: int) -> list[Engine]:
         engines = self._engines.values()

@@ -1,9 +1,9 @@
 """One request on its way: placed, sent, retried while nothing was relayed, then relayed byte by byte.
 
-States: waiting (no body byte relayed: every failure moves on to the next engine) -> relaying (the answer has
-begun) -> over. The response head is held back until the first body byte, because engines send "200 OK" before
-they prefill; so an engine that dies during prefill still costs the client nothing. A failure while relaying ends
-the answer, unless the stream is on tape: then relaying -> resuming (as waiting, for the rest) -> relaying.
+States: waiting (no body byte relayed: every failure moves on to the next engine) -> relaying (the answer has begun) ->
+over. The response head is held back until the first body byte: engines send "200 OK" before they prefill, and one that
+dies meanwhile costs the client nothing. A failure while relaying ends the answer, unless the stream is on tape: then
+relaying -> resuming (as waiting, for the rest; where it takes that, an engine is asked for its ids) -> relaying.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .http_heads import ResponseHead
 from .intake import Asked
 from .last_resort import CODE, MESSAGE, guarded
 from .outgoing import Outgoing
-from .prefill_leg import PrefillLeg, begin_leg
+from .prefill_leg import NOT_PREFILLED, PrefillLeg, begin_leg
 from .router import Placement
 from .services import Services
 from .stream_tape import Frames, PlainFrames
@@ -34,7 +34,7 @@ class Exchange(ResponseSink):
 
     __slots__ = (
         "_account", "_attempt_started", "_client", "_dial", "_endpoint", "_events", "_failure", "_first_token",
-        "_frames", "_head", "_heard", "_last", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled_by",
+        "_frames", "_head", "_heard", "_last", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled",
         "_prompt", "_relaying", "_request", "_reused", "_services", "_stale", "_tried", "_up", "over",
     )  # fmt: skip
 
@@ -47,16 +47,14 @@ class Exchange(ResponseSink):
         self._account = Account(asked, endpoint, services, meter, self._loop.time())
         self._tried, self._failure = 0, ""
         self._relaying = self.over = False
-        self._meter = meter
-        self._out = Outgoing(asked, endpoint)
+        self._meter, self._out = meter, Outgoing(asked, endpoint)
         # per attempt
         self._attempt_started = self._heard = self._first_token = 0.0
-        self._events = 0  # of a stream since its first
         self._placement: Placement | None = None
         self._leg: PrefillLeg | None = None  # another engine computes the prompt meanwhile
-        self._prefilled_by = ""
+        self._prefilled, self._events = NOT_PREFILLED, 0  # events of a stream since its first
         self._up: UpstreamConnection | None = None
-        self._dial: asyncio.Task[None] | None = None
+        self._dial: asyncio.Task[Any] | None = None
         self._head: ResponseHead | None = None
         self._frames: Frames | None = None  # None: the engine's bytes pass as they are
         self._reused, self._stale, self._last = False, 0, b""
@@ -82,9 +80,25 @@ class Exchange(ResponseSink):
         self._placement = placement
         self._tried |= 1 << placement.engine.slot
         self._attempt_started = now
-        self._stale, self._prefilled_by = 0, ""
+        self._stale, self._prefilled = 0, NOT_PREFILLED
+        if self._out.lacks_rest:
+            self._dial = self._out.seek_rest(placement.engine, self._services.tokens, self)
+        else:
+            self._begin(placement, now)
+
+    def on_rest(self, reason: str) -> None:
+        """An engine told what the request for the rest of a stream hangs on, or why not."""
+        self._dial, placement = None, self._placement
+        assert placement is not None
+        if reason:
+            self._tried = -1 if reason == "not_exact" else self._tried  # nor could others be sure of it
+            self._next_engine(reason, is_fault=reason == "engine_failed")
+        else:
+            self._begin(placement, self._loop.time())
+
+    def _begin(self, placement: Placement, now: float) -> None:
         if placement.engine.hands_over and (whole := self._out.divisible(placement.engine)) is not None:
-            self._leg = begin_leg(self._services, whole, self._prompt, placement, self)
+            self._leg, self._prefilled = begin_leg(self._services, whole, self._prompt, placement, self)
         self._out.room = self._leg.room if self._leg is not None else {}
         if not self._out.room and placement.engine.needs_room(self._endpoint):
             self._next_engine("no_prefill_engine", is_fault=False)
@@ -96,7 +110,7 @@ class Exchange(ResponseSink):
         leg, self._leg, placement = self._leg, None, self._placement
         assert leg is not None
         assert placement is not None
-        self._prefilled_by = leg.engine_name if ticket is not None else ""
+        self._prefilled = (leg.engine_name if ticket is not None else "", leg.reason)
         if leg.room:
             if leg.refusal is not None and not self._relaying:
                 told = self._explain(leg.placement, self._loop.time())
@@ -229,8 +243,7 @@ class Exchange(ResponseSink):
             # The engine closed an idle connection just as we used it: not its fault, and not a try.
             self._services.metrics.retries.labels("stale_connection").inc()
             self._client.flow.detach()
-            self._up = None
-            self._stale += 1
+            self._up, self._stale = None, self._stale + 1
             assert self._placement is not None
             self._connect(self._placement, self._loop.time())
         else:
@@ -261,21 +274,13 @@ class Exchange(ResponseSink):
         # Only a stream's first bytes are its first token; any other body comes when all its tokens are there.
         is_token = head.status == 200 and head.is_events
         self._events, self._first_token = 0, now if is_token else 0.0
-        learns = is_token and not placement.engine.hands_over  # a prompt that came from elsewhere teaches nothing
-        self._services.router.first_byte(placement, now - self._attempt_started if learns else 0.0)
-        if head.status >= 500:
-            self._services.router.failed(placement.engine, f"status_{head.status}")
-        elif placement.engine.breaker.score:
-            placement.engine.breaker.passed()  # unless it was so late that it is left alone again
-        self._account.began(placement.engine.name, now, now - self._attempt_started, is_token)
-        if head.status == 200:
-            self._services.tokens.offer(self._prompt, placement.engine)
+        self._account.began(placement, head.status, now, now - self._attempt_started, is_token)
         told = self._explain(placement, now)
         self._client.write(response_bytes(head, self._request.head, placement, told) + first)
 
     def _explain(self, placement: Placement, now: float) -> bytes:
         tries, seconds = self._tried.bit_count(), now - self._attempt_started
-        return self._account.explain(placement, tries, now, seconds, self._prefilled_by)
+        return self._account.explain(placement, tries, now, seconds, self._prefilled)
 
     def _in_another_room(self, reason: str) -> None:
         """Either half failed, or both: the decode engine of this one may be asked again."""
@@ -298,7 +303,7 @@ class Exchange(ResponseSink):
     def _give_up(self) -> None:
         """No engine is left to try."""
         if self._out.resuming:
-            self._services.metrics.resumes.labels("no_engine").inc()
+            self._services.metrics.resumes.labels(self._failure if self._tried == -1 else "no_engine").inc()
             self._end_broken(200, self._failure)
             return
         standing = self._services.router.standing(self._prompt.model)
@@ -325,11 +330,9 @@ class Exchange(ResponseSink):
         outcome, said = self._out.plan_rest(self._services.router.max_model_tokens(self._prompt.model))
         if outcome != "go_on":
             self._services.metrics.resumes.labels(outcome).inc()
-        if outcome == "concluded":
-            self._conclude(200, "ok", said)
-            return True
-        if outcome != "go_on":
-            return False
+            if outcome == "concluded":
+                self._conclude(200, "ok", said)
+            return outcome == "concluded"
         self._failure = reason
         if not self._services.router.another(self._prompt, self._tried):
             self._tried = lost  # those that failed this request before may be well again
@@ -367,12 +370,11 @@ class Exchange(ResponseSink):
 
     def _leave_engine(self) -> None:
         """The one place where an exchange lets go of its engines."""
-        leg, self._leg = self._leg, None
-        if leg is not None:
-            leg.cancel()
-        dial, self._dial = self._dial, None
-        if dial is not None:
-            dial.cancel()
+        if self._leg is not None:
+            self._leg.cancel()
+        if self._dial is not None:
+            self._dial.cancel()
+        self._leg = self._dial = None
         self._client.flow.detach()
         up, self._up = self._up, None
         if up is not None:

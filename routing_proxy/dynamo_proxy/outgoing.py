@@ -4,20 +4,35 @@ disaggregated one, or the rest of a broken stream.
 
 from __future__ import annotations
 
-from typing import Any, Final
+import asyncio
+from typing import Any, Final, Protocol
 
-from . import handoff, stream_tape
+import orjson
+
+from . import handoff, sglang_tapes, stream_tape
 from .engines import Engine
 from .http1 import Request, ResponseReader
 from .intake import Asked
+from .last_resort import Endable, guarded
 from .openapi import JSON_ROUTES
 from .router import Placement
 from .stream_tape import StreamTape
+from .tokens import TokenLearner
 from .wire import request_bytes
 
 _OF_THE_MOMENT: Final = frozenset((502, 503))
 _RESUMES = 3  # per request
 _ROOMS = 3  # that one request to SGLang's prefill and decode engines gets beyond its first
+
+
+class Whole(Endable, Protocol):
+    """The request whose rest is sought."""
+
+    def on_rest(self, reason: str) -> None: ...
+
+
+def _hear(whole: Whole, task: asyncio.Task[str]) -> None:
+    whole.on_rest(task.result())
 
 
 class Outgoing:
@@ -57,7 +72,7 @@ class Outgoing:
         given, self.ticket = self.ticket, None
         if self.resuming and self.tape is not None:
             self.tape.rewind()
-            body, target, decode = self._continuation, stream_tape.COMPLETIONS.encode(), True
+            body, target, decode = self._continuation, self.tape.route.encode(), True
             if self.room:
                 body = handoff.with_fields(body, self.room)
         else:
@@ -67,9 +82,9 @@ class Outgoing:
                 body = handoff.with_fields(body, self.room)
             elif params and self._endpoint in handoff.PARAMS_ROUTES:
                 body = handoff.with_params(body, params)
-            if self._tapeable and engine.tells_ids(self._endpoint):
-                self.tape, decode = StreamTape(self._endpoint == stream_tape.CHAT), True
-                body = stream_tape.asking_for_ids(body)
+            if self._tapeable and engine.may_tape(self._endpoint):
+                self.tape, decode = sglang_tapes.tape_for(self._endpoint, engine.kind), True
+                body = self.tape.asking(body)
         reader = ResponseReader(head.method, max_head_bytes, decode)
         return request_bytes(head, target, body, engine.host_lines), reader
 
@@ -86,12 +101,12 @@ class Outgoing:
         """The request whose prompt another engine may compute; None: none may. The rest of a stream is divided only if
         its engine cannot do without.
         """
-        if not self.resuming:
+        if not self.resuming or self.tape is None:
             return self.request
-        if not engine.needs_room(stream_tape.COMPLETIONS):
+        route = self.tape.route
+        if not engine.needs_room(route):
             return None
-        head = self.request.head._replace(path=stream_tape.COMPLETIONS, target=stream_tape.COMPLETIONS.encode())
-        return Request(head, self._continuation)
+        return Request(self.request.head._replace(path=route, target=route.encode()), self._continuation)
 
     def may_meet_again(self) -> bool:
         """True if the halves of a request to SGLang, of which one failed, may have another room."""
@@ -109,6 +124,34 @@ class Outgoing:
             self._continuation, self.resuming = said, True
             self._resumes += 1
         return outcome, said
+
+    @property
+    def lacks_rest(self) -> bool:
+        """True if an engine must be asked before the rest of a stream can be."""
+        return self.resuming and not self._continuation
+
+    def seek_rest(self, engine: Engine, tokens: TokenLearner, whole: Whole) -> asyncio.Task[str]:
+        """Have an engine asked; `whole` hears how it went unless the task is cancelled."""
+        task = asyncio.get_running_loop().create_task(self._find_rest(engine, tokens))
+        task.add_done_callback(lambda task: None if task.cancelled() else guarded(whole, _hear, whole, task))
+        return task
+
+    async def _find_rest(self, engine: Engine, tokens: TokenLearner) -> str:
+        """Why it is not known what the request for the rest hangs on; empty: it is."""
+        assert self.tape is not None
+        if engine.kind != self.tape.only_kind:
+            return "other_kind"
+        steps = self.tape.rest(orjson.loads(self.request.body))
+        answer: Any = None
+        try:
+            while True:
+                path, question = steps.send(answer)
+                reason, answer = await tokens.ask(engine, path, question)
+                if reason:
+                    return reason
+        except StopIteration as found:
+            self._continuation = found.value
+        return "" if self._continuation else "not_exact"
 
     def check(self) -> None:
         assert not self.resuming or self.tape is not None, "resuming without a tape"

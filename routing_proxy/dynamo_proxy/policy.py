@@ -80,7 +80,7 @@ class PrefillRule:
     prefill engine (-1: as long as the prompt is computed sooner there).
     """
 
-    min_tokens: int = 512
+    min_tokens: int = 4096  # see config.Routing
     max_queued_tokens: int = -1
 
 

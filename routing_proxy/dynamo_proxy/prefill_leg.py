@@ -21,6 +21,9 @@ from .text_chain import Prompt
 from .upstream import ResponseSink, UpstreamConnection
 from .wire import request_bytes, whole_response_bytes
 
+#: Which engine computed a prompt for another one, and how that ended, or why none did.
+Prefilled = tuple[str, str]
+NOT_PREFILLED: Prefilled = ("", "")
 _MAX_ANSWER_BYTES = 16 << 20
 _ROOM_BITS = 62
 _MAY_PASS = frozenset((408, 429))  # refusals for the moment: another engine may take the request
@@ -34,45 +37,47 @@ class Whole(Endable, Protocol):
 
 def begin_leg(
     services: Services, request: Request, prompt: Prompt, placement: Placement, whole: Whole
-) -> PrefillLeg | None:
-    """Have the prompt of a request computed for the engine of `placement` if that pays; `whole` hears the end of it."""
+) -> tuple[PrefillLeg | None, Prefilled]:
+    """Have the prompt of a request computed for the engine of `placement` if that pays, or say why not; `whole` hears
+    the end of it.
+    """
     engine = placement.engine
     if engine.needs_room(request.head.path):
         return _begin_in_room(services, request, prompt, placement, whole)
-    if engine.models is None or engine.models.kind != "vllm" or request.head.method != b"POST":
-        return None
+    if engine.kind != "vllm" or request.head.method != b"POST":
+        return None, ("", "not_divisible")
     now = asyncio.get_running_loop().time()
     chosen = services.router.place_prefill(prompt, placement, now)
     if isinstance(chosen, str):
         services.metrics.prefill_legs.labels(chosen).inc()
-        return None
+        return None, ("", chosen)
     half = handoff.prefill_body(request.head.path, request.body)
     if half is None:
         services.router.release(chosen)
         services.router.prefill_came_back(placement)
         services.metrics.prefill_legs.labels("not_divisible").inc()
-        return None
+        return None, ("", "not_divisible")
     if chosen.hints:
         half = handoff.with_params(half, chosen.hints)
     leg = PrefillLeg(services, request, half, chosen, whole)
     leg.start()
-    return leg
+    return leg, NOT_PREFILLED
 
 
 def _begin_in_room(
     services: Services, request: Request, prompt: Prompt, placement: Placement, whole: Whole
-) -> PrefillLeg | None:
+) -> tuple[PrefillLeg | None, Prefilled]:
     now = asyncio.get_running_loop().time()
     chosen = services.router.place_prefill(prompt, placement, now, in_room=True)
     if isinstance(chosen, str):
         services.metrics.prefill_legs.labels(chosen).inc()
-        return None
+        return None, ("", chosen)
     engine, path = chosen.engine, request.head.path
     room, half = handoff.in_a_room(path, request.body, engine.address.host, engine.bootstrap_port, _draw_room)
     leg = PrefillLeg(services, request, half, chosen, whole)
     leg.room = room
     leg.start()
-    return leg
+    return leg, NOT_PREFILLED
 
 
 def _draw_room() -> int:
@@ -85,7 +90,7 @@ class PrefillLeg(ResponseSink):
 
     __slots__ = (
         "_answer", "_answered", "_began", "_dial", "_half", "_head", "_loop", "_request", "_reused",
-        "_services", "_timer", "_up", "_whole", "over", "placement", "refusal", "room",
+        "_services", "_timer", "_up", "_whole", "over", "placement", "reason", "refusal", "room",
     )  # fmt: skip
 
     def __init__(self, services: Services, request: Request, half: bytes, placement: Placement, whole: Whole) -> None:
@@ -104,6 +109,7 @@ class PrefillLeg(ResponseSink):
         self._answer: list[bytes] = []
         self._answered = 0
         self.over = False
+        self.reason = ""  # how it ended
         self.room: dict[str, Any] = {}  # what the other half is told, which runs beside this one; empty: it waits
         self.refusal: ResponseHead | None = None  # in a room: of the answer to a bad request
 
@@ -205,16 +211,20 @@ class PrefillLeg(ResponseSink):
     # --- endings
 
     def _fail(self, reason: str) -> None:
-        self._services.metrics.prefill_legs.labels(reason).inc()
+        self._count(reason)
         self._leave()
         if not reason.startswith("status_4"):
             self._services.router.failed(self.placement.engine, reason)
         self._whole.leg_over(None)  # who asks again at once finds this engine marked
 
     def _end(self, reason: str, ticket: dict[str, Any] | None) -> None:
-        self._services.metrics.prefill_legs.labels(reason).inc()
+        self._count(reason)
         self._leave()
         self._whole.leg_over(ticket)
+
+    def _count(self, reason: str) -> None:
+        self.reason = reason
+        self._services.metrics.prefill_legs.labels(reason).inc()
 
     def _leave(self) -> None:
         self.over = True

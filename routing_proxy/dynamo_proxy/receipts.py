@@ -30,15 +30,18 @@ class Receipt:
     actual_ttft_ms: float  # of the engine that answered
     total_ttft_ms: float  # with the attempts before it, and what another engine computed for it
     prefill_engine: str  # that computed the prompt; empty: the same
+    prefill_reason: str  # what came of asking another one, or why none was asked; empty: this engine takes no prompts
 
     def header(self) -> bytes:
         return b"x-dynamo-route: %b\r\n" % orjson.dumps(self)
 
 
 def receipt_of(
-    placement: Placement, state: RoutingState, attempts: int, spent: tuple[float, float], prefill_engine: str
+    placement: Placement, state: RoutingState, attempts: int, spent: tuple[float, float], prefilled: tuple[str, str]
 ) -> Receipt:
-    """The receipt for a first byte; `spent` seconds since the last attempt began, and since the request came."""
+    """The receipt for a first byte; `spent` seconds since the last attempt began, and since the request came;
+    `prefilled`: who computed the prompt for its engine, and why, or why nobody did.
+    """
     model, (seconds, total_seconds) = state.learner.model, spent
     decision, prompt = placement.decision, placement.prompt_tokens
     new = decision.new_tokens
@@ -57,5 +60,6 @@ def receipt_of(
         predicted_ttft_ms=round(predicted * 1e3, 3),
         actual_ttft_ms=round(seconds * 1e3, 3),
         total_ttft_ms=round(total_seconds * 1e3, 3),
-        prefill_engine=prefill_engine,
+        prefill_engine=prefilled[0],
+        prefill_reason=prefilled[1],
     )

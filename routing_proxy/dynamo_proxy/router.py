@@ -158,7 +158,7 @@ class Router:
         fleet = self._registry.prefill_fleet(prompt.model, slot, in_room)
         loads = fleet.loads
         if not loads:
-            return "no_engine"
+            return "tripped" if self._registry.has_prefill_for(prompt.model, slot, in_room) else "no_engine"
         if rule.max_queued_tokens >= 0 and not in_room:
             loads = tuple(load for load in loads if load.pending_tokens <= rule.max_queued_tokens)
             if not loads:
@@ -175,7 +175,7 @@ class Router:
             here = replace(here, in_flight=here.in_flight - 1, pending_tokens=placement.queued_tokens)
             new = decision.new_tokens, chosen.new_tokens
             if not policy.is_sooner_elsewhere(here, new[0], there, new[1], tokens, state.learner.model):
-                return "queue_full"
+                return "later"
         state.last_prefill_slot = chosen.slot
         queued = there.pending_tokens
         lease = self._ledger.charge(chosen.slot, chosen.new_tokens, tokens)

@@ -10,12 +10,16 @@ was held back (half of a character) are not relayed yet: they are computed again
 from __future__ import annotations
 
 import re
-from typing import Any, Final, Protocol
+from collections.abc import Generator
+from typing import Any, ClassVar, Final, Protocol
 
 import orjson
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+GENERATE = "/generate"  # SGLang's own
+#: What is still to be asked of an engine about a broken stream, (path, body) by (path, body); the request for its rest.
+Rest = Generator[tuple[str, dict[str, Any]], Any, bytes]
 #: Prompt ids that one stream may keep, as text. A longer prompt costs its stream the tape, not the answer.
 MAX_PROMPT_ID_BYTES: Final = 1 << 20
 _MAX_EVENT_BYTES: Final = 4 << 20
@@ -39,7 +43,20 @@ _HINDERS = frozenset(
     ("audio", "best_of", "documents", "echo", "functions", "guided_choice", "guided_grammar", "guided_json",
      "guided_regex", "logprobs", "mm_processor_kwargs", "modalities", "prompt_embeds", "prompt_logprobs", "stop",
      "structured_outputs", "suffix", "thinking_token_budget", "tools", "top_logprobs", "truncate_prompt_tokens",
-     "use_beam_search", "return_token_ids")
+     "use_beam_search", "return_token_ids",
+     "custom_logit_processor", "ebnf", "regex", "return_cached_tokens_details", "return_hidden_states",
+     "return_input_ids_in_sglext", "return_meta_info", "return_output_ids_in_sglext", "return_prompt_token_ids",
+     "return_routed_experts", "return_spec_tokens_details", "session_params", "stop_regex")
+)  # fmt: skip
+# What a stream of SGLang's own route may say to be one that token ids can continue.
+_NATIVE = frozenset(
+    ("cache_salt", "data_parallel_rank", "extra_key", "input_ids", "log_metrics", "lora_path", "model", "priority",
+     "rid", "routed_dp_rank", "sampling_params", "session_id", "stream", "text")
+)  # fmt: skip
+_NATIVE_SAMPLING = frozenset(
+    ("frequency_penalty", "ignore_eos", "logit_bias", "max_new_tokens", "min_new_tokens", "min_p", "n",
+     "no_stop_trim", "presence_penalty", "repetition_penalty", "sampling_seed", "skip_special_tokens",
+     "spaces_between_special_tokens", "stop_token_ids", "temperature", "top_k", "top_p")
 )  # fmt: skip
 
 
@@ -68,6 +85,8 @@ def is_resumable(path: str, body: dict[str, Any]) -> bool:
     """True for a stream that token ids can continue: one plain text answer, no grammar, tools, stop strings or
     media.
     """
+    if path == GENERATE:
+        return body.get("stream") is True and _is_resumable_natively(body)
     if body.get("stream") is not True or not _HINDERS.isdisjoint(name for name, value in body.items() if value):
         return False
     if body.get("n") not in (None, 1) or not all(type(body.get(name) or 0) is int for name in _LIMITS):
@@ -84,6 +103,21 @@ def is_resumable(path: str, body: dict[str, Any]) -> bool:
     return path == CHAT and _is_text(body.get("messages"))
 
 
+def _is_resumable_natively(body: dict[str, Any]) -> bool:
+    asked, prompt = body.get("sampling_params") or {}, body.get("text")
+    if not isinstance(asked, dict) or asked.get("n") not in (None, 1):
+        return False
+    said = {name for name, value in body.items() if value}, {name for name, value in asked.items() if value}
+    if not (said[0] <= _NATIVE and said[1] <= _NATIVE_SAMPLING):
+        return False
+    if not all(type(asked.get(name) or 0) is int for name in ("max_new_tokens", "min_new_tokens")):
+        return False
+    if prompt is not None:
+        return isinstance(prompt, str) and body.get("input_ids") is None
+    ids = body.get("input_ids")
+    return isinstance(ids, list) and bool(ids) and type(ids[0]) is int
+
+
 def _is_text(messages: Any) -> bool:
     if not isinstance(messages, list):
         return False
@@ -98,21 +132,19 @@ def _is_text(messages: Any) -> bool:
 
 
 def plan_rest(tape: StreamTape, request_body: bytes, max_model_tokens: int) -> tuple[str, bytes]:
-    """What to do with a broken stream: ("concluded", its last chunks), ("go_on", the request for its rest), or
-    ("not_resumable", nothing).
+    """What to do with a broken stream: ("concluded", its last chunks), ("go_on", the request for its rest; empty:
+    `rest` finds it), or ("not_resumable", nothing).
     """
     if not tape.can_resume:
         return "not_resumable", b""
     body = orjson.loads(request_body)
     if tape.finished or tape.done:
-        return "concluded", tape.conclude(body)
+        said = tape.conclude(body)
+        return ("concluded", said) if said else ("not_resumable", b"")
+    if tape.only_kind:
+        return "go_on", b""
     rest = tape.continuation(body, max_model_tokens)
     return ("go_on", rest) if rest else ("not_resumable", b"")
-
-
-def asking_for_ids(body: bytes) -> bytes:
-    """A JSON object's text that asks for token ids as well."""
-    return b'{"return_token_ids":true,' + body[body.index(b"{") + 1 :]
 
 
 # What chunks of these sizes begin with.
@@ -132,6 +164,8 @@ class StreamTape:
 
     __slots__ = ("_base_tokens", "_empty", "_first", "_ids", "_is_chat", "_is_plain", "_prompt_ids", "_rest",
                  "_resumed", "_safe", "_text", "_usage_sent", "done", "failed", "finished")  # fmt: skip
+    route: ClassVar[str] = COMPLETIONS  # that serves the rest
+    only_kind: ClassVar[str] = ""  # of engines that do; empty: all
 
     def __init__(self, is_chat: bool) -> None:
         self._is_chat = is_chat
@@ -158,6 +192,10 @@ class StreamTape:
     @property
     def can_resume(self) -> bool:
         return self.finished or self.done or bool(self._prompt_ids and self._is_plain)
+
+    def asking(self, body: bytes) -> bytes:
+        """The request as an engine gets it: it asks for token ids as well."""
+        return b'{"return_token_ids":true,' + body[body.index(b"{") + 1 :]
 
     def feed(self, payload: bytes) -> bytes:
         """Chunks for the client: the whole events among what came."""
@@ -220,7 +258,7 @@ class StreamTape:
 
     def _close(self, event: bytes) -> None:
         """The event that says why the answer ends: an engine that shuts down says "abort"."""
-        choices = _parsed(event).get("choices")
+        choices = parsed(event).get("choices")
         if isinstance(choices, list) and choices and isinstance(choices[0], dict):
             reason = choices[0].get("finish_reason")
             if reason == "abort":
@@ -233,7 +271,7 @@ class StreamTape:
         if event.startswith(_DONE):
             self.done = True
             return event
-        said = _parsed(event)
+        said = parsed(event)
         error = said.get("error")
         if isinstance(error, dict) and _is_engines_fault(error):
             self.failed = "engine_error"
@@ -251,7 +289,7 @@ class StreamTape:
         options = body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage") and not self._usage_sent:
             usage = self._usage(sum(_count(ids) for ids in self._ids))
-            events = _event_bytes({**self._name(), "choices": [], "usage": usage})
+            events = event_bytes({**self._name(), "choices": [], "usage": usage})
         self.done = True
         return framed(events + _DONE + b"\n\n") + _LAST_CHUNK
 
@@ -275,6 +313,10 @@ class StreamTape:
             asked["min_tokens"] = max(0, body["min_tokens"] - self._base_tokens)
         return orjson.dumps(asked)
 
+    def rest(self, body: dict[str, Any]) -> Rest:
+        """Finds the request for the rest of this stream, if an engine must be asked for it; see Rest."""
+        raise NotImplementedError
+
     def rewind(self) -> None:
         """The next engine is asked, after one that relayed nothing."""
         self._rest, self.failed = b"", ""
@@ -284,7 +326,7 @@ class StreamTape:
         if event.startswith(_DONE):
             self.done = True
             return event
-        said = _parsed(event)
+        said = parsed(event)
         error = said.get("error")
         if isinstance(error, dict):
             self.failed = "engine_error"
@@ -298,7 +340,7 @@ class StreamTape:
         if isinstance(said.get("usage"), dict):
             said["usage"] = self._usage(self._base_tokens + int(said["usage"].get("completion_tokens") or 0))
             self._usage_sent = True
-        return _event_bytes({**said, **self._name()})
+        return event_bytes({**said, **self._name()})
 
     def _taken(self, choice: dict[str, Any]) -> dict[str, Any] | None:
         reason, text = choice.get("finish_reason"), choice.get("text") or ""
@@ -319,7 +361,7 @@ class StreamTape:
 
     def _name(self) -> dict[str, Any]:
         """What all events of the stream have in common."""
-        first = _parsed(self._first)
+        first = parsed(self._first)
         return {name: first[name] for name in ("id", "object", "created", "model") if name in first}
 
     def _usage(self, completion_tokens: int) -> dict[str, int]:
@@ -336,11 +378,11 @@ def _count(ids: bytes) -> int:
     return ids.count(b",") + 1 if ids.strip() else 0
 
 
-def _event_bytes(said: dict[str, Any]) -> bytes:
+def event_bytes(said: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(said) + b"\n\n"
 
 
-def _parsed(event: bytes) -> dict[str, Any]:
+def parsed(event: bytes) -> dict[str, Any]:
     try:
         said = orjson.loads(event.removeprefix(b"data:"))
     except orjson.JSONDecodeError:

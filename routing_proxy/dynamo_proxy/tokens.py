@@ -1,5 +1,5 @@
 """Learns the token ids behind routed prompts by asking their engine to tokenise them, off the hot path and
-bounded.
+bounded; asks engines' tokenisers for whoever else must know.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ class TokenLearner:
         self._knowledge = knowledge
         self._metrics = metrics
         self._queue: asyncio.Queue[tuple[Prompt, Engine]] = asyncio.Queue(_QUEUE_PROMPTS)
+        self._session: aiohttp.ClientSession | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._refused: set[tuple[int, str]] = set()
 
     def start(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._work(session)) for _ in range(_WORKERS)]
+        self._tasks = [loop.create_task(self._work()) for _ in range(_WORKERS)]
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -63,40 +65,45 @@ class TokenLearner:
         """An engine is new or restarted: it may tokenise what it refused before."""
         self._refused = {refused for refused in self._refused if refused[0] != slot}
 
-    async def _work(self, session: aiohttp.ClientSession) -> None:
+    async def _work(self) -> None:
         while True:
             prompt, engine = await self._queue.get()
             if not self._knowledge.memo.knows(prompt.chain[-1]):
-                reason = await self._ask(session, prompt, engine)
+                reason = await self._ask(prompt, engine)
                 self._metrics.tokenizations.labels(reason).inc()
 
-    async def _ask(self, session: aiohttp.ClientSession, prompt: Prompt, engine: Engine) -> str:
+    async def _ask(self, prompt: Prompt, engine: Engine) -> str:
         question: dict[str, Any] = {"model": prompt.model} if prompt.model else {}
         question.update(prompt.question or {})
-        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS)
-        headers = {"content-type": "application/json"}
-        try:
-            async with session.post(
-                f"{engine.address.url}/tokenize",
-                data=orjson.dumps(question),
-                headers=headers,
-                timeout=timeout,
-            ) as answer:
-                if answer.status != 200:
-                    if answer.status in (404, 405, 501):
-                        self._refused.add((engine.slot, _kind(prompt)))
-                    return f"status_{answer.status}"
-                ids = read_token_ids(orjson.loads(await answer.read()))
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
-            return "engine_failed"
-        except orjson.JSONDecodeError:
-            return "bad_answer"
-        except TypeError:  # nested deeper than orjson writes
-            return "too_deep"
+        reason, answer = await self.ask(engine, "/tokenize", question)
+        if reason in ("status_404", "status_405", "status_501"):
+            self._refused.add((engine.slot, _kind(prompt)))
+        if reason:
+            return reason
+        ids = read_token_ids(answer)
         if not ids:
             return "bad_answer"
         self._knowledge.memo.learn(prompt.chain, len(prompt.text), ids, prompt.root)
         return "learnt"
+
+    async def ask(self, engine: Engine, path: str, question: dict[str, Any]) -> tuple[str, Any]:
+        """Ask an engine's tokeniser: why there is no answer (empty: there is), and the answer."""
+        assert self._session is not None
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS)
+        headers = {"content-type": "application/json"}
+        try:
+            async with self._session.post(
+                engine.address.url + path, data=orjson.dumps(question), headers=headers, timeout=timeout
+            ) as answer:
+                if answer.status != 200:
+                    return f"status_{answer.status}", None
+                return "", orjson.loads(await answer.read())
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+            return "engine_failed", None
+        except orjson.JSONDecodeError:
+            return "bad_answer", None
+        except TypeError:  # nested deeper than orjson writes
+            return "too_deep", None
 
     def check(self) -> None:
         assert self._queue.qsize() <= _QUEUE_PROMPTS, "the tokenise queue is over its bound"

@@ -87,6 +87,12 @@ def legs(proxy: ProxyServer, reason: str) -> bool:
     return f'router_prefill_legs_total{{reason="{reason}"}} 1.0'.encode() in proxy.front_end.metrics()
 
 
+def told(answer: Answer) -> tuple[str, str]:
+    """Who computed the prompt, and why, as the receipt says."""
+    receipt = orjson.loads(answer.headers["x-dynamo-route"])
+    return receipt["prefill_engine"], receipt["prefill_reason"]
+
+
 def right(answer: Answer, text: str, tokens: int) -> bool:
     return text_of(answer) == expected_text(chat_ids([{"content": text}]), tokens)
 
@@ -108,7 +114,11 @@ def test_a_long_prompt_is_computed_by_the_prefill_engine_first() -> None:
             heads = [engine.requests[0][1].items() for engine in (prefill, decode)]
             assert all(("x-request-id", "abc") in {(name.lower(), value) for name, value in head} for head in heads)
             receipt = orjson.loads(answer.headers["x-dynamo-route"])
-            assert (receipt["engine"], receipt["prefill_engine"], receipt["attempts"]) == ("engine-1", "engine-0", 1)
+            assert (receipt["engine"], receipt["attempts"], told(answer)) == (
+                "engine-1",
+                1,
+                ("engine-0", "handed_over"),
+            )
             assert legs(proxy, "handed_over")
 
     run(body())
@@ -129,7 +139,8 @@ def test_what_is_short_or_cannot_be_halved_goes_to_the_decode_engine_alone(
 ) -> None:
     async def body() -> None:
         async with one_and_one() as (proxy, prefill, decode):
-            assert (await ask(proxy.port, post(path, asked))).status == 200
+            answer = await ask(proxy.port, post(path, asked, "x-dynamo-route: 1"))
+            assert (answer.status, told(answer)) == (200, ("", reason))
             assert (prefill.prompts, decode.prompts) == ([], [asked])
             assert legs(proxy, reason)
 
@@ -270,16 +281,31 @@ def test_a_prefill_engine_with_a_long_queue_is_not_asked() -> None:
             async with Client.to(proxy.port) as client:
                 client.send(post(CHAT, chat("first " + LONG, stream=True, max_tokens=2)))
                 await wait_until(lambda: prefill.active == 1, "it computes")
-                answer = await ask(proxy.port, post(CHAT, chat("second " + LONG, stream=True, max_tokens=2)))
+                second = post(CHAT, chat("second " + LONG, stream=True, max_tokens=2), "x-dynamo-route: 1")
+                answer = await ask(proxy.port, second)
                 assert right(answer, "second " + LONG, 2)
-                assert legs(proxy, reason)
+                assert (legs(proxy, reason), told(answer)) == (True, ("", reason))
                 prefill.how_prefill = "ticket"
                 prefill.release.set()
                 assert right(await client.answer(), "first " + LONG, 2)
                 assert decode.params == [None, TICKET]
 
     run(body(10, "queue_full"))
-    run(body(-1, "queue_full"))  # the decode engine would be done sooner
+    run(body(-1, "later"))  # the decode engine would be done sooner
+
+
+def test_the_receipt_says_when_no_prefill_engine_is_there_or_trusted() -> None:
+    async def body() -> None:
+        async with one_and_one() as (proxy, prefill, _):
+            engine = proxy.registry.find(prefill.address)
+            first, second = [post(CHAT, chat(f"{n}" + LONG, max_tokens=2), "x-dynamo-route: 1") for n in range(2)]
+            while not engine.breaker.blocks:
+                engine.breaker.failed(asyncio.get_running_loop().time())
+            assert told(await ask(proxy.port, first)) == ("", "tripped")
+            engine.draining = True
+            assert told(await ask(proxy.port, second)) == ("", "no_engine")
+
+    run(body())
 
 
 def test_the_learnt_prices_say_who_computes() -> None:

@@ -16,8 +16,8 @@ from dynamo_proxy.config import EngineAddress, EngineOptions, Routing
 from dynamo_proxy.server import ProxyServer
 
 from tests.proxy.proxy_fakes import QUICK, Client, ask, chat, post, proxy_before, run, wait_until
-from tests.proxy.test_proxy_resume import CHAT, COMPLETIONS, text_of
-from tests.proxy.token_engine import TokenEngine, expected_text
+from tests.proxy.test_proxy_resume import CHAT, COMPLETIONS, events_of, text_of
+from tests.proxy.token_engine import SglangEngine, expected_text
 
 GENERATE = "/generate"
 ROOM = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
@@ -25,13 +25,13 @@ TEXT = "both halves of this"
 RIGHT = expected_text([ord(letter) for letter in TEXT], 5)
 
 
-class Half(TokenEngine):
+class Half(SglangEngine):
     """One half. A decode engine answers when a prefill engine of the fleet has been asked for its room."""
 
     rooms: dict[int, asyncio.Event]
 
     def __init__(self, role: str, rooms: dict[int, asyncio.Event]) -> None:
-        super().__init__("sglang")
+        super().__init__()
         self.role, self.rooms = role, rooms
         self.how_half = "well"
         self.bad_halves = 1 << 30  # so many halves of a prefill engine go as `how_half` says
@@ -45,6 +45,8 @@ class Half(TokenEngine):
         return EngineAddress("127.0.0.1", self.port, EngineOptions(role=self.role))
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/detokenize":
+            return await super()._answer(request)
         asked = orjson.loads(await request.read())
         room, how = asked.get("bootstrap_room"), self.how_half if self.bad_halves > 0 else "well"
         self.bad_halves -= 1
@@ -109,6 +111,8 @@ async def halves(
 
 
 def asked(path: str, **fields: Any) -> bytes:
+    if path == GENERATE:
+        return post(path, {"text": TEXT, "sampling_params": {"max_new_tokens": 5}, **fields})
     common = {"model": "tiny", "max_tokens": 5, **fields}
     return post(path, chat(TEXT, **common) if path == CHAT else {"prompt": TEXT, **common})
 
@@ -280,38 +284,33 @@ def test_without_a_prefill_engine_decode_gets_nothing_and_is_not_to_blame() -> N
 
 @pytest.mark.parametrize("lost_halves", [0, 1])
 @pytest.mark.parametrize("how", ["cut", "half", "end"])
-def test_a_stream_that_breaks_goes_on_at_another_decode_engine_in_a_room_of_its_own(how: str, lost_halves: int) -> None:
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, GENERATE])
+def test_a_stream_that_breaks_goes_on_at_another_decode_engine_in_a_room_of_its_own(
+    path: str, how: str, lost_halves: int
+) -> None:
     async def body() -> None:
         async with halves(1, 2, router_mode="round-robin") as (proxy, (prefill,), decodes):
             for engine in decodes:
-                engine.how, engine.break_after = how, 3
+                engine.how, engine.break_after = how, 3 if path != GENERATE else 2  # not within a character
             other = decodes[1]
             other.break_after = None
             other.bad_answers = lost_halves  # the first room for the rest
-            answer = await ask(proxy.port, asked(COMPLETIONS, stream=True))
-            assert text_of(answer) == RIGHT
+            answer = await ask(proxy.port, asked(path, stream=True))
+            if path == GENERATE:
+                assert events_of(answer)[-1]["text"] == RIGHT
+            else:
+                assert text_of(answer) == RIGHT
             assert answer.body.endswith(b"data: [DONE]\n\n")
             assert b'stream_resumes_total{reason="resumed"} 1.0' in proxy.front_end.metrics()
             await wait_until(lambda: proxy.ledger.in_flight == 0, "nothing is left")
-        first, *rest = prefill.prompts
-        assert len(rest) >= 1
-        assert (first["prompt"], rest[-1]["prompt"][: len(TEXT)]) == (TEXT, [ord(letter) for letter in TEXT])
-        (whole,) = other.prompts
-        assert [rest[-1][name] for name in ROOM] == [whole[name] for name in ROOM]
-        assert whole["bootstrap_room"] != first["bootstrap_room"]
-
-    run(body())
-
-
-def test_a_chat_that_breaks_at_a_decode_engine_ends_with_an_error_in_its_stream() -> None:
-    async def body() -> None:
-        async with halves(1, 2, router_mode="round-robin") as (proxy, _, decodes):
-            for engine in decodes:
-                engine.break_after = 3
-            answer = await ask(proxy.port, asked(CHAT, stream=True))
-            assert b'"code":"engine_lost"' in answer.body
-            assert b"[DONE]" not in answer.body
-            assert b'stream_resumes_total{reason="not_on_tape"} 1.0' in proxy.front_end.metrics()
+        halves_sent = [orjson.loads(body) for _, _, body in prefill.requests]
+        wholes = [orjson.loads(body) for sent, _, body in other.requests if sent == path]
+        where = "prompt" if path == COMPLETIONS else "input_ids"
+        assert len(halves_sent) >= 2
+        assert halves_sent[-1][where][: len(TEXT)] == [ord(letter) for letter in TEXT]
+        (whole,) = wholes
+        assert [halves_sent[-1][name] for name in ROOM] == [whole[name] for name in ROOM]
+        assert whole["bootstrap_room"] != halves_sent[0]["bootstrap_room"]
 
     run(body())
 

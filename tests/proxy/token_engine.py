@@ -46,12 +46,15 @@ class TokenEngine(FakeEngine):
         entry = {"id": "tiny", "object": "model", "created": 1, "owned_by": self.owner, "max_model_len": self.context}
         return web.json_response({"object": "list", "data": [entry]})
 
+    def _events_of(self, path: str, asked: dict[str, Any]) -> list[bytes]:
+        return self._events(asked, path.endswith("chat/completions"))
+
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         asked = orjson.loads(self.requests[-1][2])
         self.served += 1
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
-        events = self._events(asked, request.path.endswith("chat/completions"))
+        events = self._events_of(request.path, asked)
         for number, event in enumerate(events):
             if number == self.break_after:
                 await self._break(request, response, event)
@@ -119,3 +122,92 @@ class TokenEngine(FakeEngine):
             usage = {"prompt_tokens": len(prompt), "completion_tokens": limit, "total_tokens": len(prompt) + limit}
             events.append({**common, "choices": [], "usage": usage})
         return [b"data: " + orjson.dumps(event) + b"\n\n" for event in events] + [b"data: [DONE]\n\n"]
+
+
+class SglangEngine(TokenEngine):
+    """Streams as SGLang does: its chats tell no ids, its own route all of them with every event."""
+
+    def __init__(self) -> None:
+        super().__init__("sglang")
+        self.reads_ids = True  # of a chat's prompt
+        self.counts = True  # the tokens of a chat in every event
+        self.other_words = False  # its tokeniser makes other tokens of a text than the model did
+        self.tokenizer = "well"  # or "none", or "hangs"
+        self.tells_news_alone = False  # in the events of its own route
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append((request.path, dict(request.headers), await request.read()))
+        text = body.get("prompt")
+        if self.tokenizer == "hangs":
+            await asyncio.Event().wait()
+        if self.tokenizer == "none":
+            return web.Response(status=404)
+        if text is None:
+            ids = chat_ids(body["messages"])
+        elif text.replace(" ", "").isdigit():
+            ids = [int(word) for word in text.split()]
+            if self.other_words and len(ids) > 1:
+                ids[:2] = [int(f"{ids[0]}"[:-1] or 0), int(f"{ids[0]}"[-1]), ids[1]][-2:]
+        else:
+            ids = [ord(letter) for letter in text]
+        return web.json_response({"tokens": ids, "count": len(ids), "max_model_len": self.context})
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        if request.path != "/detokenize":
+            return await super()._answer(request)
+        lists = (await request.json())["tokens"]
+        return web.json_response({"text": ["".join(f"{token} " for token in ids) for ids in lists]})
+
+    def _events_of(self, path: str, asked: dict[str, Any]) -> list[bytes]:
+        if path == "/generate":
+            return self._native_events(asked)
+        if not path.endswith("chat/completions"):
+            return super()._events_of(path, asked)
+        if self.reads_ids and "input_ids" in asked:
+            asked = {**asked, "messages": [{"content": "".join(map(chr, asked["input_ids"]))}]}
+        options, events = asked.get("stream_options") or {}, []
+        prompt, count = len(chat_ids(asked["messages"])), 0
+        for event in super()._events({**asked, "return_token_ids": True}, True):
+            said = orjson.loads(event[6:]) if event.startswith(b"data: {") else {}
+            said.pop("prompt_token_ids", None)
+            for choice in said.get("choices", ()):
+                count += len(choice.pop("token_ids", None) or ())
+                choice["delta"] |= {"reasoning_content": None}
+                if choice["delta"].get("content") and options.get("continuous_usage_stats") and self.counts:
+                    said["usage"] = usage_of(prompt, count)
+                last, choice["finish_reason"] = choice["finish_reason"], None
+                if choice["delta"].get("content") or choice["delta"].get("role"):
+                    events.append(b"data: " + orjson.dumps(said) + b"\n\n")
+                if last:
+                    end = {"index": 0, "delta": {"reasoning_content": None}, "finish_reason": last}
+                    said.pop("usage", None)
+                    events.append(b"data: " + orjson.dumps({**said, "choices": [end]}) + b"\n\n")
+            if not said.get("choices"):
+                events.append(event)
+        return events
+
+    def _native_events(self, asked: dict[str, Any]) -> list[bytes]:
+        prompt = asked.get("input_ids") or [ord(letter) for letter in asked["text"]]
+        sampling, events, text, ids, held = asked.get("sampling_params") or {}, [], "", [], ""
+        limit = sampling.get("max_new_tokens", 128)
+        for number in range(limit):
+            ids = [*ids, next_token([*prompt, *ids])]
+            held += f"{ids[-1]} "
+            last = number == limit - 1
+            if ids[-1] % _HELD or last:
+                text, held = text + held, ""
+            meta: dict[str, Any] = {"id": f"{self.port}-{self.served}", "prompt_tokens": len(prompt)}
+            meta |= {
+                "completion_tokens": len(ids),
+                "finish_reason": {"type": "length", "length": limit} if last else None,
+            }
+            told = ids[-1:] if self.tells_news_alone else ids
+            events.append({"text": text, "output_ids": told, "meta_info": meta})
+        return [b"data: " + orjson.dumps(event) + b"\n\n" for event in events] + [b"data: [DONE]\n\n"]
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    total = prompt_tokens + completion_tokens
+    return {"prompt_tokens": prompt_tokens, "total_tokens": total, "completion_tokens": completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": 0}}  # fmt: skip

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,13 @@ import torch
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.errors import DynamoConnectorsError, StoreError
 from dynamo_connectors.hbm_rows import HbmRows
+from dynamo_connectors.head_map import Piece
 from dynamo_connectors.tiers.base import Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import messages
 from dynamo_connectors.transport.agent import Region
-from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
+from dynamo_connectors.transport.divided_peers import DividedPeerTier
+from dynamo_connectors.transport.peer_tier import PeerSettings
 from dynamo_connectors.transport.server import PeerServer, ServerSettings, host_rows
 from dynamo_connectors.transport.tickets import Ticket
 from dynamo_connectors.window import Window
@@ -39,9 +43,15 @@ def row_of(key: bytes, row_bytes: int) -> npt.NDArray[np.uint8]:
     return np.resize(digest, row_bytes)
 
 
+def key_on(rank: int, key: str) -> bytes:
+    """What a rank has of a block follows from this."""
+    return f"{key}/{rank}".encode() if rank else key.encode()
+
+
 class OwnerSide:
     def __init__(self, rows: int, row_bytes: int, port: int, options: dict[str, Any]) -> None:
         self.dram = DramStore(rows, row_bytes)
+        self.rank = options.get("rank", 0)
         messages.VERSION = options.get("version", messages.VERSION)
         settings = ServerSettings(
             options.get("host", "127.0.0.1"),
@@ -59,7 +69,8 @@ class OwnerSide:
             self.server._owner._offer = offer._replace(metadata=offer.metadata[: len(offer.metadata) // 2])
 
     def fill(self, slot: int, key: str) -> None:
-        self.dram.write(slot, BlockKey(key.encode()), memoryview(row_of(key.encode(), self.dram.row_bytes)))
+        row = row_of(key_on(self.rank, key), self.dram.row_bytes)
+        self.dram.write(slot, BlockKey(key.encode()), memoryview(row))
 
     def announce(self, lease: str) -> None:
         self.server.announce(bytes.fromhex(lease))
@@ -91,10 +102,14 @@ class OwnerSide:
 
 
 class ReaderSide:
-    """Reads into the rows of its slab, or, with the option `reads_windows`, into rows beside it."""
+    """Reads into the rows of its slab, or, with the option `reads_windows`, into rows beside it.
+
+    With `ranks` each of so many owners at neighbouring ports has its part of each row, one behind the other.
+    """
 
     def __init__(self, rows: int, row_bytes: int, options: dict[str, Any]) -> None:
         self.dram = DramStore(rows, row_bytes)
+        self.ranks = options.get("ranks", 1)
         self.rows, self.reads_windows = self.dram.rows, options.get("reads_windows", False)
         regions = [Region(self.dram.rows.ctypes.data, self.dram.rows.nbytes)]
         if self.reads_windows:
@@ -109,12 +124,25 @@ class ReaderSide:
             options.get("deadline_seconds", 10.0),
             *[options.get("quarantine_bytes", 1 << 30)] * 2,
         )
-        self.tier = PeerTier(settings, regions)
+        self.tier = DividedPeerTier(settings, regions, partial(self.divided, settings))
         self.reads: list[tuple[list[str], list[int], Future[Sequence[StoreError | None]]]] = []
         self.signals: list[Future[str] | None] = []
 
+    @staticmethod
+    def divided(settings: PeerSettings, ranks: int) -> list[PeerSettings]:
+        part = settings.row_bytes // ranks
+        pieces = [Piece(0, rank * part, part) for rank in range(ranks)]
+        return [replace(settings, rank=rank, row_bytes=part, parts=(piece,)) for rank, piece in enumerate(pieces)]
+
+    def ticket(self, port: int, lease: str, host: str = "127.0.0.1") -> Ticket:
+        return Ticket(host, port, bytes.fromhex(lease), self.ranks)
+
+    def right_row(self, key: str) -> npt.NDArray[np.uint8]:
+        part = self.dram.row_bytes // self.ranks
+        return np.concatenate([row_of(key_on(rank, key), part) for rank in range(self.ranks)])
+
     def read(self, port: int, lease: str, keys: list[str], rows: list[int], host: str = "127.0.0.1") -> int:
-        ticket = BlockKey(Ticket(host, port, bytes.fromhex(lease)).encode())
+        ticket = BlockKey(self.ticket(port, lease, host).encode())
         places = [Place(BlockKey(key.encode()), 0, ticket) for key in keys]
         for row in rows:
             self.rows[row] = 0
@@ -136,7 +164,7 @@ class ReaderSide:
             time.sleep(0.005)
         said = []
         for key, row, error in zip(keys, rows, outcome.result(), strict=True):
-            right = np.array_equal(self.rows[row], row_of(key.encode(), self.dram.row_bytes))
+            right = np.array_equal(self.rows[row], self.right_row(key))
             said.append(error.reason if error is not None else "right" if right else "WRONG")
         return said
 
@@ -153,7 +181,7 @@ class ReaderSide:
         return all(bool((self.rows[row] == 7).all()) for row in rows)
 
     def watch(self, port: int, lease: str, wanted: bool) -> None:
-        ticket = Ticket("127.0.0.1", port, bytes.fromhex(lease))
+        ticket = self.ticket(port, lease)
         (self.tier.watch if wanted else self.tier.unwatch)(ticket)
 
     def quarantined(self) -> int:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.errors import StoreError
-from dynamo_connectors.transport.divided_peers import _Together
-from dynamo_connectors.transport.peer_tier import Call
+from dynamo_connectors.errors import ConfigError, StoreError
+from dynamo_connectors.head_map import Piece
+from dynamo_connectors.tiers.base import Place
+from dynamo_connectors.transport import divided_peers
+from dynamo_connectors.transport.agent import Region
+from dynamo_connectors.transport.divided_peers import DividedPeerTier, _Together
+from dynamo_connectors.transport.peer_tier import Call, PeerSettings, PeerTier
+from dynamo_connectors.transport.tickets import Ticket
 
 KEYS = [BlockKey(b"a"), BlockKey(b"b")]
 
@@ -35,3 +47,35 @@ def test_nobody_waits_for_the_rest_of_a_block_that_will_not_come_whole() -> None
     for part in (one, other):
         part.end("timeout", "")
     assert [error.reason for error in call.outcome.result() if error] == ["timeout", "timeout"]
+
+
+class NoAgent(PeerTier):
+    """The second one finds nothing left of what NIXL needs."""
+
+    made: ClassVar[list[PeerTier]] = []
+
+    def __init__(self, *args: Any) -> None:
+        if self.made:
+            raise ConfigError("NIXL has nothing left")
+        super().__init__(*args)
+        self.made.append(self)
+
+
+def test_an_agent_that_cannot_be_made_costs_the_blocks_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever of the other ranks has been met already ends at once (the house looks for its threads and sockets)."""
+    monkeypatch.setattr(divided_peers, "PeerTier", NoAgent)
+    rows = np.zeros((2, 4096), dtype=np.uint8)
+    settings = PeerSettings(0, b"n", 4096, b"s")
+    halves = [replace(settings, rank=at, row_bytes=2048, parts=(Piece(0, at * 2048, 2048),)) for at in range(2)]
+    tier = DividedPeerTier(settings, [Region(rows.ctypes.data, rows.nbytes)], lambda ranks: halves)
+    try:
+        ticket = Ticket("127.0.0.1", 9, b"l" * 16, workers=2)
+        tier.watch(ticket)
+        (batch,) = tier.read([Place(BlockKey(b"k"), 0, BlockKey(ticket.encode()))], [memoryview(rows[0])])
+        assert [error.reason for error in batch.outcome.result() if error] == ["refused"]
+        assert tier.take_counts()["nixl_refused_peers", "no_agent"] == 1
+        tier.check()
+    finally:
+        assert tier.close(time.monotonic() + 30)
+    assert len(NoAgent.made) == 1
+    assert NoAgent.made[0]._closed

@@ -10,6 +10,8 @@ import sys
 from typing import Any
 
 import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlConnector
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import RequestStatus
 
@@ -35,9 +37,9 @@ class Engine(SimulatedEngine):
     worker_class = Worker
 
 
-def beside_config(model: str, other: type) -> Any:
+def beside_config(model: str, other: type, **more: object) -> Any:
     """The other one is asked first, so that it is the one that loads."""
-    settings = {"kvbm_host_dram_gb": 0.001, "kvbm_load_gate": "off"}
+    settings = {"kvbm_host_dram_gb": 0.001, "kvbm_load_gate": "off", **more}
     dynamo = {"kv_connector": "dynamo", "kv_role": "kv_both", "kv_connector_extra_config": settings}
     first = {"kv_connector": other.__name__, "kv_connector_module_path": other.__module__, "kv_role": "kv_both"}
     multi: dict[str, Any] = {"kv_connector": "MultiConnector", "kv_role": "kv_both"}
@@ -109,8 +111,16 @@ def aborted_before_the_step_ends(engine: Engine) -> None:
     expect_kept(engine, "after-aborted", text)
 
 
+def one_layout_with_the_engines_own_connector(model: str) -> None:
+    """Two names for the layout that both want would end the engine."""
+    config = beside_config(model, NixlConnector, kvbm_role="prefill")
+    wanted = MultiConnector.get_required_kvcache_layout(config)
+    assert wanted == NixlConnector.get_required_kvcache_layout(config) is not None, wanted
+
+
 def main(model: str) -> None:
     print(f"vllm {vllm.__version__}", flush=True)
+    one_layout_with_the_engines_own_connector(model)
     for mode in MODES:
         run_on(Engine(beside_config(model, SlowRemote), mode, HBM_BLOCKS), mode, (aborted_while_another_loads,))
     in_step = (

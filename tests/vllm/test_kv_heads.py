@@ -195,3 +195,13 @@ def test_nobody_takes_a_row_apart_that_holds_more_than_plain_heads() -> None:
     assert read_pages(*reversed(caches(layout)), "fp8").heads is None
     quantised = replace(SPEC, dtype=torch.float8_e4m3fn)
     assert kv_heads.read_head_page(quantised, torch.empty(2, HEADS, TOKENS, 2 * WIDTH), 0) is None
+
+
+def test_nobody_takes_a_row_apart_whose_layers_share_some_of_their_bytes() -> None:
+    planned, views = caches(KVCacheLayout.LBHNC)
+    shape, page = views[LAYERS[0]].shape, views[LAYERS[0]][0].numel()
+    memory = torch.zeros(NUM_BLOCKS * 2 * page, dtype=torch.bfloat16)
+    strides = (2 * page, *views[LAYERS[0]].stride()[1:])
+    starts = zip(LAYERS, (0, page // 2, page), strict=True)
+    shared = {layer: memory.as_strided(shape, strides, start) for layer, start in starts}
+    assert read_pages(shared, planned).heads is None

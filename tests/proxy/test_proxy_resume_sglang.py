@@ -1,0 +1,197 @@
+"""Streams of SGLang that break: chats and its own route go on where no token can be lost or doubled."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+import pytest
+from dynamo_proxy.server import ProxyServer
+from dynamo_proxy.stream_tape import is_resumable
+
+from tests.proxy.proxy_fakes import Answer, Client, ask, chat, post, proxy_before, run, wait_until
+from tests.proxy.test_proxy_resume import CHAT, PROMPT, TEXT, events_of, resumes, text_of
+from tests.proxy.token_engine import SglangEngine, TokenEngine, expected_text, next_token
+
+GENERATE = "/generate"
+
+
+@contextlib.asynccontextmanager
+async def broken_and_good(
+    break_after: int, how: str = "cut", **settings: Any
+) -> AsyncIterator[tuple[ProxyServer, SglangEngine, SglangEngine]]:
+    """A proxy whose first request goes to the engine that breaks."""
+    broken, good = SglangEngine(), SglangEngine()
+    for engine in (broken, good):
+        await engine.start()
+    broken.break_after, broken.how = break_after, how
+    async with proxy_before(broken, good, router_mode="round-robin", **settings) as proxy:
+        yield proxy, broken, good
+
+
+def native(count: int = 24, **fields: Any) -> dict[str, Any]:
+    prompt = {"text": TEXT} if "input_ids" not in fields else {}
+    return {**prompt, "sampling_params": {"max_new_tokens": count, "temperature": 0}, "stream": True, **fields}
+
+
+def is_told_of_the_loss(answer: Answer) -> bool:
+    return events_of(answer)[-1].get("error", {}).get("code") == "engine_lost" and b"[DONE]" not in answer.body
+
+
+@pytest.mark.parametrize("how", ["cut", "half", "error", "abort", "end"])
+@pytest.mark.parametrize("break_after", [2, 7, 15])
+@pytest.mark.parametrize("options", [{"include_usage": True}, None])
+def test_a_chat_goes_on_token_for_token(how: str, break_after: int, options: Any) -> None:
+    async def body() -> None:
+        async with broken_and_good(break_after, how) as (proxy, broken, good):
+            asked = chat(TEXT, stream=True, max_tokens=24, stream_options=options)
+            answer = await ask(proxy.port, post(CHAT, asked))
+            assert text_of(answer) == expected_text(PROMPT, 24)
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+            events = events_of(answer)
+            assert {(event["id"], event["created"]) for event in events} == {(f"{broken.port}-1", 1)}
+            if options:
+                assert events.pop()["usage"] == {"prompt_tokens": 15, "completion_tokens": 24, "total_tokens": 39}
+            assert b"usage" not in b"".join(orjson.dumps(event) for event in events)
+            assert [event["choices"][0]["finish_reason"] for event in events][-2:] == [None, "length"]
+            assert answer.body.count(b'"finish_reason":"length"') == answer.body.count(b'"role"') == 1
+            assert [path for path, _, _ in good.requests] == ["/tokenize", "/tokenize", CHAT]
+            assert resumes(proxy, "resumed")
+
+    run(body())
+
+
+def test_a_chat_and_a_native_stream_outlive_several_engines() -> None:
+    async def body() -> None:
+        engines = [SglangEngine() for _ in range(4)]
+        for engine in engines:
+            await engine.start()
+        for engine in engines[:3]:
+            engine.break_after = 6
+        async with proxy_before(*engines, router_mode="round-robin") as proxy:
+            answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=40)))
+            assert text_of(answer) == expected_text(PROMPT, 40)
+            for engine in engines[:3]:
+                engine.break_after = 3
+            answer = await ask(proxy.port, post(GENERATE, native(20)))
+            assert events_of(answer)[-1]["text"] == expected_text(PROMPT, 20)
+
+    run(body())
+
+
+@pytest.mark.parametrize("lack", ["reads_ids", "counts", "other_words"])
+def test_a_chat_whose_tokens_cannot_be_shown_ends_with_an_error(lack: str) -> None:
+    async def body() -> None:
+        async with broken_and_good(7) as (proxy, broken, good):
+            for engine in (broken, good):
+                setattr(engine, lack, lack == "other_words")
+            answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
+            assert is_told_of_the_loss(answer)
+            assert expected_text(PROMPT, 24).startswith(said := text_of(answer))
+            assert said
+            assert not resumes(proxy, "resumed")
+            await wait_until(lambda: proxy.ledger.in_flight == 0)
+
+    run(body())
+
+
+def test_a_chat_does_not_go_on_at_an_engine_of_another_kind() -> None:
+    async def body() -> None:
+        broken, other = SglangEngine(), TokenEngine()
+        for engine in (broken, other):
+            await engine.start()
+        broken.break_after = 5
+        async with proxy_before(broken, other, router_mode="round-robin") as proxy:
+            answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
+            assert is_told_of_the_loss(answer)
+            assert (other.requests, resumes(proxy, "no_engine")) == ([], True)
+
+    run(body())
+
+
+@pytest.mark.parametrize("how", ["cut", "half", "error", "end"])
+@pytest.mark.parametrize("prompt", [{}, {"input_ids": PROMPT}], ids=["text", "ids"])
+def test_a_native_stream_goes_on_token_for_token(how: str, prompt: dict[str, Any]) -> None:
+    async def body() -> None:
+        async with broken_and_good(5, how) as (proxy, broken, good):
+            answer = await ask(proxy.port, post(GENERATE, native(**prompt)))
+            events, ids = events_of(answer), list(PROMPT)
+            for number, event in enumerate(events):
+                ids.append(next_token(ids))
+                assert event["output_ids"] == ids[len(PROMPT) :]
+                meta = {"id": f"{broken.port}-1", "prompt_tokens": len(PROMPT), "completion_tokens": number + 1}
+                reason = {"type": "length", "length": 24} if number == 23 else None
+                assert event["meta_info"] == {**meta, "finish_reason": reason}
+            assert events[-1]["text"] == expected_text(PROMPT, 24)
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+            assert orjson.loads(good.requests[-1][2])["sampling_params"]["max_new_tokens"] == 24 - 5
+            assert resumes(proxy, "resumed")
+
+    run(body())
+
+
+def test_a_native_stream_that_breaks_within_a_character_or_tells_news_alone_ends_with_an_error() -> None:
+    async def body(how: str) -> None:
+        ids = list(PROMPT)
+        while (ids.append(next_token(ids)), ids[-1] % 5)[1]:
+            pass
+        held = len(ids) - len(PROMPT)
+        async with broken_and_good(held if how == "held" else held + 2) as (proxy, broken, good):
+            broken.tells_news_alone = good.tells_news_alone = how == "news"
+            answer = await ask(proxy.port, post(GENERATE, native()))
+            assert is_told_of_the_loss(answer)
+            assert resumes(proxy, "not_exact")
+
+    run(body("held"))
+    run(body("news"))
+
+
+def test_a_native_stream_whose_last_token_came_is_concluded() -> None:
+    async def body() -> None:
+        async with broken_and_good(8) as (proxy, _, good):
+            answer = await ask(proxy.port, post(GENERATE, native(8)))
+            assert answer.body.endswith(b"data: [DONE]\n\n")
+            assert (len(events_of(answer)), good.requests, resumes(proxy, "concluded")) == (8, [], True)
+
+    run(body())
+
+
+def test_an_engine_that_does_not_tokenise_is_passed_over() -> None:
+    async def body() -> None:
+        engines = [SglangEngine() for _ in range(3)]
+        for engine in engines:
+            await engine.start()
+        engines[0].break_after, engines[1].tokenizer = 5, "none"
+        async with proxy_before(*engines, router_mode="round-robin") as proxy:
+            answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
+            assert text_of(answer) == expected_text(PROMPT, 24)
+            assert [engine.served for engine in engines] == [1, 0, 1]
+
+    run(body())
+
+
+def test_a_client_that_leaves_while_an_engine_is_asked_ends_it_all() -> None:
+    async def body() -> None:
+        async with broken_and_good(5) as (proxy, _, good):
+            good.tokenizer = "hangs"
+            async with Client.to(proxy.port) as client:
+                client.send(post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
+                await client.head()
+                await wait_until(lambda: bool(good.requests), "the next engine is asked")
+                assert proxy.ledger.in_flight == 1
+            await wait_until(lambda: proxy.ledger.in_flight == 0, "nothing is left of it")
+
+    run(body())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"return_logprob": True}, {"input_ids": [[1], [2]]}, {"image_data": ["x"]}, {"stream": False},
+     {"sampling_params": {"stop": "x"}}, {"sampling_params": {"n": 2}}, {"sampling_params": [{}]},
+     {"sampling_params": {"json_schema": "{}"}}, {"sampling_params": {"max_new_tokens": "3"}}, {"text": ["a", "b"]}],
+)  # fmt: skip
+def test_what_ids_alone_cannot_continue_is_left_alone(fields: dict[str, Any]) -> None:
+    assert is_resumable(GENERATE, native())
+    assert not is_resumable(GENERATE, {**native(**fields), **fields})
