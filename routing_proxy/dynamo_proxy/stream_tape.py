@@ -235,12 +235,13 @@ class StreamTape:
             if self.failed:
                 return b""
         if match is None:
-            if self._text in event and self._empty not in event:
+            if self._is_plain and self._text in event and self._empty not in event:
                 self._is_plain = False  # an engine that keeps its ids to itself
             return event
         self._ids.append(match[1])
-        if self._text in event:
-            if self._empty not in event:
+        start = event.find(self._text)
+        if start >= 0:
+            if not event.startswith(self._empty, start):
                 self._safe = len(self._ids)
         elif b'"delta":{}' not in event:
             self._is_plain = False  # thoughts or tool calls: not to be had from a completion
