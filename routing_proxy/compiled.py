@@ -24,7 +24,7 @@ MODULES = (
     "account", "approx_index", "block_hash", "breaker", "client_connection", "compact_map", "engines", "errors",
     "exchange", "flow_control", "front_end", "guard", "handoff", "hints", "http1", "http_heads", "intake", "knowledge",
     "kv_index", "last_resort", "learning", "ledger", "limits", "outgoing", "policy", "prefill_leg", "prefix_walk",
-    "router", "sessions", "sglang_tapes", "speeds", "stream_tape", "text_chain", "token_memo", "upstream",
+    "router", "sessions", "sglang_tapes", "speeds", "stream_tape", "tallies", "text_chain", "token_memo", "upstream",
     "waiting_room", "wire",
 )  # fmt: skip
 # Exact: another compiler is another program.

@@ -55,10 +55,13 @@ class Account:
             services.router.failed(engine, f"status_{status}")
         elif engine.breaker.score:
             engine.breaker.passed()  # unless it was so late that it is left alone again
-        services.metrics.began(now - self.arrived, prompt.slo if is_token else None)
         self._is_stream = is_token
+        metrics, waited = services.metrics, now - self.arrived
+        metrics.tallies.ttft.observe(waited)
         if is_token:
-            services.metrics.prefilled(engine.name, seconds)
+            metrics.prefilled(engine.name, seconds)
+            if prompt.slo is not None:
+                metrics.first_token(waited, prompt.slo)
         if status == 200:
             services.tokens.offer(prompt, engine)
 
@@ -69,7 +72,7 @@ class Account:
         if self._asked.prompt.slo is not None and not self._is_stream:
             missed(self._asked, status, self._services.metrics)
         seconds = now - self.arrived
-        self._services.metrics.finished(self._endpoint, status, reason, seconds)
+        self._services.metrics.tallies.finished(self._endpoint, status, reason, seconds)
         if self._services.log is not None:
             ended, headers = Ended(status, reason, seconds), self._asked.request.head.passing
             self._services.log.add(self._endpoint, self._asked.prompt.model, ended, self._receipt, headers)

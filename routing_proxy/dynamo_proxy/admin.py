@@ -63,14 +63,14 @@ class AdminRoutes:
         }
 
     async def _list(self, request: web.Request) -> web.Response:
-        metrics = self._fleet.metrics
+        tallies = self._fleet.metrics.tallies
         return _json(
             200,
             {
                 "engines": [self._row(engine) for engine in self._fleet.registry],
-                "arrivals_total": metrics.arrivals_total,
-                "prompt_tokens_total": metrics.prompt_tokens_total,
-                "matched_tokens_total": metrics.matched_tokens_total,
+                "arrivals_total": tallies.arrivals,
+                "prompt_tokens_total": tallies.prompt_tokens,
+                "matched_tokens_total": tallies.matched_tokens,
                 "router_mode": self._fleet.router.state.mode,
             },
         )

@@ -14,6 +14,8 @@ from .prefix_walk import leading_runs
 from .text_chain import node_units
 
 DEFAULT_CAPACITY_UNITS = 8192  # about 500k tokens at four bytes a token
+# A node that was touched so short a while ago stays where it is in the order, and so does what leads to it.
+_FRESH_SECONDS = 1.0
 
 
 class ApproxIndex:
@@ -35,20 +37,23 @@ class ApproxIndex:
 
     def insert(self, slot: int, chain: Sequence[int], now: float) -> None:
         """Engine `slot` was sent this chain. The deepest node is touched first, so that it is forgotten
-        first.
+        first; what leads to a node was touched whenever the node was.
         """
         order = self._orders.get(slot)
         if order is None:
             order = self._orders[slot] = OrderedDict()
             self._units[slot] = 0
         bit = 1 << slot
-        masks, touch, new = self._masks, order.move_to_end, 0
+        masks, touched, new = self._masks, order.get, 0
         for node in reversed(chain):
-            if node in order:
-                touch(node)
-            else:
+            before = touched(node)
+            if before is None:
                 masks[node] = masks.get(node, 0) | bit
                 new += 4 if node & 1 else 1  # node_units, without its call
+            elif now - before < _FRESH_SECONDS:
+                break
+            else:
+                order.move_to_end(node)
             order[node] = now
         if new:
             self._units[slot] += new

@@ -63,7 +63,7 @@ class ClientConnection(asyncio.Protocol):
         self._front_end = front_end
         self._limits = limits
         self._timeouts = timeouts
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._reader = RequestReader(limits)
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -87,8 +87,8 @@ class ClientConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         no_delay(transport)
         self.flow = FlowControl(self._transport, self._limits.high_water_bytes)
-        self._heard = self._loop.time()
-        self._timer = self._loop.call_later(self._timeouts.client_idle_seconds, self._on_timer)
+        self._heard = self.loop.time()
+        self._timer = self.loop.call_later(self._timeouts.client_idle_seconds, self._on_timer)
         self._front_end.opened(self)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -111,10 +111,10 @@ class ClientConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.flow.resume_writing()
         if not self._busy:
-            self._loop.call_soon(self._pump)
+            self.loop.call_soon(self._pump)
 
     def data_received(self, data: bytes) -> None:
-        self._heard = self._loop.time()
+        self._heard = self.loop.time()
         if not self._busy and not self._discarding and not self._reader.mid_request:
             self._began, self._came_bytes = self._heard, 0
         self._came_bytes += len(data)
@@ -141,7 +141,7 @@ class ClientConnection(asyncio.Protocol):
         """Idle between requests, too slow in sending one, or not reading its answer (re-armed lazily)."""
         self._timer = None
         assert self._transport is not None
-        now = self._loop.time()
+        now = self.loop.time()
         limit = _LINGER_SECONDS if self._discarding else self._timeouts.client_idle_seconds
         before, self._unread = self._unread, (self._transport.get_write_buffer_size(), self.flow.resumes)
         coming = self._discarding or self._reader.mid_request
@@ -153,7 +153,7 @@ class ClientConnection(asyncio.Protocol):
                 return
             left = limit
         if left > 0:
-            self._timer = self._loop.call_later(left, self._on_timer)
+            self._timer = self.loop.call_later(left, self._on_timer)
         elif self._reader.mid_request and not self._discarding:
             self.refuse(408, "request_timeout", "the rest of the request did not come in time", close=True)
         else:
@@ -227,14 +227,14 @@ class ClientConnection(asyncio.Protocol):
         self._busy = False
         if self._transport is None:
             return
-        self._heard = self._began = self._loop.time()
+        self._heard = self._began = self.loop.time()
         self._came_bytes = 0
         if keep_alive and not self._closing_soon:
             if not self._reader.held_bytes:
                 self.flow.hold_client(False)
             elif not self._pumping:
                 # Not from inside the engine's callback: pipelined requests take turns with other clients.
-                self._loop.call_soon(self._pump)
+                self.loop.call_soon(self._pump)
         elif self._reader.mid_request:
             self._linger()
         else:
@@ -266,7 +266,7 @@ class ClientConnection(asyncio.Protocol):
         if transport is None or self._discarding:
             return
         self._discarding = True
-        self._began, self._came_bytes = self._loop.time(), 0
+        self._began, self._came_bytes = self.loop.time(), 0
         self.flow.hold_client(False)
         if transport.can_write_eof():
             transport.write_eof()
@@ -274,7 +274,7 @@ class ClientConnection(asyncio.Protocol):
             transport.close()
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(_LINGER_SECONDS, self._on_timer)
+        self._timer = self.loop.call_later(_LINGER_SECONDS, self._on_timer)
 
     def check(self) -> None:
         self._reader.check()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .account import Account
+from .client_connection import ClientConnection
 from .guard import Meter
 from .http_heads import ResponseHead
 from .intake import Asked
@@ -20,29 +21,29 @@ from .last_resort import CODE, MESSAGE, guarded
 from .outgoing import Outgoing
 from .prefill_leg import NOT_PREFILLED, PrefillLeg, begin_leg
 from .router import Placement
-from .services import ClientSide, Services
+from .services import Services
 from .stream_tape import Frames, PlainFrames
-from .upstream import UpstreamConnection
+from .upstream import ResponseSink, UpstreamConnection
 from .wire import is_framed, may_speak, refusal, response_bytes, stream_error_bytes
 
 _STALE_RETRIES = 3
 
 
-class Exchange:
+class Exchange(ResponseSink):
     """Carries one request to an engine and its answer back. It owns at most one placement at any time."""
 
     __slots__ = (
         "_account", "_attempt_started", "_client", "_dial", "_endpoint", "_events", "_failure", "_first_token",
         "_frames", "_head", "_heard", "_last", "_leg", "_loop", "_meter", "_out", "_placement", "_prefilled",
-        "_prompt", "_relaying", "_request", "_reused", "_services", "_stale", "_timer", "_tried", "_up", "over",
+        "_prompt", "_relaying", "_request", "_reused", "_services", "_stale", "_tried", "_up", "over",
     )  # fmt: skip
 
     def __init__(
-        self, client: ClientSide, asked: Asked, endpoint: str, services: Services, meter: Meter | None = None
+        self, client: ClientConnection, asked: Asked, endpoint: str, services: Services, meter: Meter | None = None
     ) -> None:
         self._client, self._services, self._endpoint = client, services, endpoint
         self._request, self._prompt = asked.request, asked.prompt
-        self._loop = asyncio.get_running_loop()
+        self._loop = client.loop
         self._account = Account(asked, endpoint, services, meter, self._loop.time())
         self._tried, self._failure = 0, ""
         self._relaying = self.over = False
@@ -56,11 +57,10 @@ class Exchange:
         self._dial: asyncio.Task[Any] | None = None
         self._head: ResponseHead | None = None
         self._frames: Frames | None = None  # None: the engine's bytes pass as they are
-        self._timer: asyncio.TimerHandle | None = None
         self._reused, self._stale, self._last = False, 0, b""
 
     def start(self) -> None:
-        self._services.metrics.arrived(len(self._request.body))
+        self._services.metrics.tallies.arrived(len(self._request.body))
         guarded(self, self._attempt)
 
     def abort(self) -> None:
@@ -84,7 +84,7 @@ class Exchange:
         if self._out.lacks_rest:
             self._dial = self._out.seek_rest(placement.engine, self._services.tokens, self)
         else:
-            self._begin(placement)
+            self._begin(placement, now)
 
     def on_rest(self, reason: str) -> None:
         """An engine told what the request for the rest of a stream hangs on, or why not."""
@@ -94,16 +94,16 @@ class Exchange:
             self._tried = -1 if reason == "not_exact" else self._tried  # nor could others be sure of it
             self._next_engine(reason, is_fault=reason == "engine_failed")
         else:
-            self._begin(placement)
+            self._begin(placement, self._loop.time())
 
-    def _begin(self, placement: Placement) -> None:
+    def _begin(self, placement: Placement, now: float) -> None:
         if placement.engine.hands_over and (whole := self._out.divisible(placement.engine)) is not None:
             self._leg, self._prefilled = begin_leg(self._services, whole, self._prompt, placement, self)
         self._out.room = self._leg.room if self._leg is not None else {}
         if not self._out.room and placement.engine.needs_room(self._endpoint):
             self._next_engine("no_prefill_engine", is_fault=False)
         elif self._leg is None or self._out.room:
-            self._connect(placement)
+            self._connect(placement, now)
 
     def leg_over(self, ticket: dict[str, Any] | None) -> None:
         """The prefill engine has computed the prompt, or the decode engine must."""
@@ -123,11 +123,11 @@ class Exchange:
         if ticket is None:
             self._services.router.prefill_came_back(placement)
         self._attempt_started = self._loop.time()
-        self._connect(placement)
+        self._connect(placement, self._attempt_started)
 
-    def _connect(self, placement: Placement) -> None:
-        self._heard = self._loop.time()
-        connection = placement.engine.pool.take() if self._stale < _STALE_RETRIES else None
+    def _connect(self, placement: Placement, now: float) -> None:
+        self._heard = now
+        connection = placement.engine.pool.take(now) if self._stale < _STALE_RETRIES else None
         self._reused = connection is not None
         if connection is not None:
             self._send(placement, connection)
@@ -151,32 +151,30 @@ class Exchange:
             self._head = self._frames = None
         data, reader = self._out.begin(placement, self._services.limits.max_head_bytes)
         connection.begin(self, reader, data)
-        if self._timer is None:
-            soonest = placement.engine.timeouts.soonest_seconds
-            self._timer = self._loop.call_later(soonest, guarded, self, self._on_timer)
         if connection.transport is not None:
             self._client.flow.attach(connection.transport)
 
-    def _on_timer(self) -> None:
-        """One timer per attempt, re-armed lazily: no timer work per token."""
-        self._timer = None
-        assert self._placement is not None
-        limits = self._placement.engine.timeouts
-        started = self._relaying and not self._out.resuming
-        limit = limits.idle_seconds if started else limits.first_byte_seconds
-        # While the client is too slow to take what came, the engine is not at fault.
-        since = self._loop.time() if self._client.flow.writing_paused else self._heard
-        left = since + limit - self._loop.time()
-        if left > 0:
-            self._timer = self._loop.call_later(min(left, limits.idle_seconds), guarded, self, self._on_timer)
-        elif started:
-            self._broken("idle_timeout")
-        else:
-            if self._leg is not None:  # in a room whose other half has not answered: either of them hangs
-                self._leg.cancel("timeout")
-            self._next_engine("first_byte_timeout")
-
     # --- from the engine (ResponseSink)
+
+    def seconds_left(self) -> float:
+        """Until the deadline of what the engine says next."""
+        assert self._placement is not None
+        limits, now = self._placement.engine.timeouts, self._loop.time()
+        # While the client is too slow to take what came, the engine is not at fault.
+        since = now if self._client.flow.writing_paused else self._heard
+        return since + (limits.idle_seconds if self._has_begun() else limits.first_byte_seconds) - now
+
+    def on_late(self) -> None:
+        if self._has_begun():
+            self._broken("idle_timeout")
+            return
+        if self._leg is not None:  # in a room whose other half has not answered: either of them hangs
+            self._leg.cancel("timeout")
+        self._next_engine("first_byte_timeout")
+
+    def _has_begun(self) -> bool:
+        """True while the engine at work has said something that was relayed."""
+        return self._relaying and not self._out.resuming
 
     def on_head(self, head: ResponseHead) -> None:
         if self._out.room and head.status >= 500:
@@ -211,7 +209,7 @@ class Exchange:
         self._last = data
 
     def _relay(self, data: bytes) -> None:
-        if self._relaying and not self._out.resuming:
+        if self._has_begun():
             self._client.write(data)
             if self._first_token:
                 self._events += data.count(b"data: ")
@@ -235,7 +233,9 @@ class Exchange:
             self._services.router.stream_ended(self._placement, self._events, self._heard - self._first_token)
         self._leave_engine()
         keep_alive = is_framed(head, self._request.head) and self._request.head.keep_alive
-        self._close(head.status, "ok" if head.status < 400 else "engine_answer", self._client.finish, keep_alive)
+        self._account.close(head.status, "ok" if head.status < 400 else "engine_answer", self._loop.time())
+        self._client.finish(keep_alive)
+        self.over = True
 
     def on_lost(self, reason: str) -> None:
         is_new = not self._relaying or self._out.resuming
@@ -245,13 +245,13 @@ class Exchange:
             self._client.flow.detach()
             self._up, self._stale = None, self._stale + 1
             assert self._placement is not None
-            self._connect(self._placement)
+            self._connect(self._placement, self._loop.time())
         else:
             self._lost(reason)
 
     def _lost(self, reason: str) -> None:
         """There is no answer, or no more of it."""
-        if self._relaying and not self._out.resuming:
+        if self._has_begun():
             self._broken(reason)
         else:
             self._next_engine(reason)
@@ -370,10 +370,11 @@ class Exchange:
 
     def _leave_engine(self) -> None:
         """The one place where an exchange lets go of its engines."""
-        for waiting in (self._leg, self._timer, self._dial):
-            if waiting is not None:
-                waiting.cancel()
-        self._leg = self._timer = self._dial = None
+        if self._leg is not None:
+            self._leg.cancel()
+        if self._dial is not None:
+            self._dial.cancel()
+        self._leg = self._dial = None
         self._client.flow.detach()
         up, self._up = self._up, None
         if up is not None:
@@ -394,7 +395,6 @@ class Exchange:
 
     def check(self) -> None:
         assert not (self.over and self._placement is not None), "a finished exchange still holds its engine"
-        assert not (self.over and self._timer is not None), "a finished exchange still has a timer"
         assert not self._relaying or self._head is not None, "relaying without a head"
         assert not (self.over and self._leg is not None), "a finished exchange still has its prompt computed"
         self._out.check()

@@ -45,6 +45,7 @@ class FrontEnd:
         self._ledger = ledger
         self._knowledge = knowledge
         self._services = services
+        self._tallies = services.metrics.tallies
         self.intake = Intake(registry)
         self.guard: Guard | None = None  # None: everybody may call
         self.strip_credentials = False
@@ -65,7 +66,7 @@ class FrontEnd:
             self.empty.set()
 
     def rejected(self, error: ProtocolError) -> None:
-        self._services.metrics.finished("none", error.status, error.code, 0.0)
+        self._tallies.finished("none", error.status, error.code, 0.0)
 
     def handle(self, client: ClientConnection, request: Request) -> Running | None:
         """Start answering one request."""
@@ -75,14 +76,14 @@ class FrontEnd:
         try:
             return self._admitted(client, request, path)
         except RequestError as error:
-            self._services.metrics.finished(_endpoint(path), error.status, error.code, 0.0)
+            self._tallies.finished(_endpoint(path), error.status, error.code, 0.0)
             wait = error.retry_after_seconds if isinstance(error, LimitError) else 2
             allow = b"POST" if error.status == 405 else b""
             client.refuse(error.status, error.code, str(error), wait_seconds=wait, allow=allow)
         except Exception:
             log.exception(last_resort.TOLD)
             self._services.metrics.internal_errors.inc()
-            self._services.metrics.finished(_endpoint(path), 500, last_resort.CODE, 0.0)
+            self._tallies.finished(_endpoint(path), 500, last_resort.CODE, 0.0)
             client.refuse(500, last_resort.CODE, last_resort.MESSAGE)
         return None
 
@@ -93,7 +94,7 @@ class FrontEnd:
         elif self.strip_credentials:
             request = without_credentials(request)
         if path == "/metrics" and self.page is not None and method == b"GET":
-            self._services.metrics.finished(path, 200, "ok", 0.0)
+            self._tallies.finished(path, 200, "ok", 0.0)
             return self.page.fetch(client)
         own = path in _OWN_ROUTES or path.startswith(_MODEL_ROUTE)
         if own and not (path.startswith("/v1/models") and self._models_are_the_engines()):
@@ -119,7 +120,7 @@ class FrontEnd:
     def _own(self, client: ClientConnection, path: str, method: bytes) -> None:
         status, content_type = 200, b"application/json"
         if method not in (b"GET", b"HEAD"):
-            self._services.metrics.finished(path, 405, "method_not_allowed", 0.0)
+            self._tallies.finished(path, 405, "method_not_allowed", 0.0)
             client.refuse(405, "method_not_allowed", f"{path} answers GET only", allow=b"GET, HEAD")
             return
         if path == "/health":
@@ -133,7 +134,7 @@ class FrontEnd:
         else:
             body, content_type = self.metrics(), metric_names.CONTENT_TYPE.encode()
         reason = {200: "ok", 404: "model_not_found"}.get(status, "no_engine_ready")
-        self._services.metrics.finished(_endpoint(path), status, reason, 0.0)
+        self._tallies.finished(_endpoint(path), status, reason, 0.0)
         client.reply(status, body, content_type, b"retry-after: 2\r\n" if status == 503 else b"")
 
     def _one_model(self, name: str) -> tuple[int, bytes]:

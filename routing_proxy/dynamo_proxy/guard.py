@@ -126,7 +126,7 @@ def _key(name: bytes, value: bytes) -> bytes:
 def without_credentials(request: Request) -> Request:
     """The request for engines that have a key of their own."""
     head = request.head
-    return request._replace(head=head._replace(passing=_CREDENTIAL.sub(b"", head.passing)))
+    return Request(head._replace(passing=_CREDENTIAL.sub(b"", head.passing)), request.body)
 
 
 def is_control_route(path: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 PREFETCH = "kvbm_prefetch"
 PEER = "kvbm_peer"
@@ -18,11 +18,11 @@ HINT_KINDS = {"peer": PEER, "prefetch": PREFETCH}
 #: Only proxies may say these: they lead an engine to another one, or make it tell its address.
 OF_PROXIES = frozenset((PEER, PEER_TOKENS, TELL_PEER))
 #: A peer that holds less than so many tokens more is not worth a question.
-LEAST_GAIN_TOKENS = 256
+LEAST_GAIN_TOKENS: Final = 256
 _NOBODY = (0, -1)
 
 Hints = Mapping[str, bool | str | int]
-NO_HINTS: Hints = MappingProxyType({})
+NO_HINTS: Final[Hints] = MappingProxyType({})
 
 
 class Reach(NamedTuple):
@@ -35,7 +35,7 @@ class Reach(NamedTuple):
     host: int
 
 
-NO_REACHES: Mapping[int, Reach] = MappingProxyType({})
+NO_REACHES: Final[Mapping[int, Reach]] = MappingProxyType({})
 
 
 def gains(readers: Iterable[int], reaches: Mapping[int, Reach], names: Iterable[int]) -> dict[int, int]:

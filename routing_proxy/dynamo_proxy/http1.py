@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Final, NamedTuple, final
 
 from .config import Limits
 from .errors import ProtocolError
@@ -20,24 +20,34 @@ from .http_heads import (
     parse_response_head,
 )
 
-_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
-_PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
-_EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
-_MAX_CHUNK_LINE_BYTES = 4096
-_MAX_TRAILER_BYTES = 16 * 1024
+_CHUNK_SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,15}")
+_PLAIN_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
+_EMPTY_LINES: Final = re.compile(rb"\A(?:\r\n)+")
+_MAX_CHUNK_LINE_BYTES: Final = 4096
+_MAX_TRAILER_BYTES: Final = 16 * 1024
+# The sizes of chunks that events come in, as they are written.
+_SMALL_SIZES: Final = {b"%x" % size: size for size in range(1, 2048)}
 
 
-class Request(NamedTuple):
+@final
+class Request:
     """A whole request: its head and its decoded body."""
 
-    head: RequestHead
-    body: bytes
+    __slots__ = ("body", "head")
+
+    def __init__(self, head: RequestHead, body: bytes) -> None:
+        self.head = head
+        self.body = body
 
 
 class EndOfMessage(NamedTuple):
     """The response is complete; `reusable` says whether its connection may carry another request."""
 
     reusable: bool
+
+
+_REUSABLE: Final = EndOfMessage(True)
+_SPENT: Final = EndOfMessage(False)
 
 
 class _Chunk(Enum):
@@ -299,11 +309,12 @@ class ResponseReader:
         chunks = self._chunks
         if chunks is None or not chunks.at_boundary:
             return None
+        start = data.find(b"\r\n") + 2
+        size = _SMALL_SIZES.get(data[: start - 2], 0)
+        if size and start + size + 2 == len(data) and data.endswith(b"\r\n"):
+            return data[start:-2] if self._decode else data  # one chunk, as nearly always
         if not self._decode:
             return data if _whole_chunks(data, None) == len(data) else None
-        size = _PLAIN_SIZE.match(data)
-        if size is not None and size.end() + int(size[1], 16) + 2 == len(data) and data.endswith(b"\r\n"):
-            return data[size.end() : -2] or None  # one chunk, and not the last one
         payload = bytearray()
         return bytes(payload) if _whole_chunks(data, payload) == len(data) else None
 
@@ -337,7 +348,7 @@ class ResponseReader:
         if head is None or self.ended or head.chunked or head.content_length is not None:
             return []
         self.ended = True
-        return [EndOfMessage(False)]
+        return [_SPENT]
 
     def _begin_body(self, head: ResponseHead, events: list[ResponseEvent]) -> None:
         self._head = head
@@ -375,7 +386,7 @@ class ResponseReader:
         assert self._head is not None
         self.ended = True
         # Bytes nobody asked for: this response stands, but the connection can no longer be trusted.
-        events.append(EndOfMessage(self._head.keep_alive and not surplus))
+        events.append(_REUSABLE if self._head.keep_alive and not surplus else _SPENT)
 
     def check(self) -> None:
         assert self._left >= 0, "negative body remainder"

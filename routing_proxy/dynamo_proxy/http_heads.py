@@ -8,7 +8,7 @@ single `chunked`.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple, final
 
 from .errors import ProtocolError
 
@@ -26,16 +26,16 @@ _HOP_BY_HOP = frozenset(
      b"upgrade", b"http2-settings")
 )  # fmt: skip
 _OURS = b"x-dynamo-"  # never passed on from either side
-_PASS, _DROP = b"", b"-"
+_PASS: Final = b""
+_DROP: Final = b"-"
 _MAX_NAMES = 4096
 # Heads seen before, by all their bytes but the digits of their one Content-Length: a client's requests differ in
 # nothing else. A head that has no such digits is never looked up here, so no head can be taken for another one.
-_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([0-9]{1,18})(?=\r\n|\Z)")
-_LENGTH_LINE = b"content-length: %d\r\n"
+_LENGTHS: Final = b"\r\nContent-Length: ", b"\r\ncontent-length: "
 _BODILESS = (204, 304)
-_MAX_KNOWN = 1024
-_MAX_KNOWN_BYTES = 2048
-_kinds: dict[bytes, bytes] = {}  # header name as written -> _PASS, _DROP or its name of _READ
+_MAX_KNOWN: Final = 1024
+_MAX_KNOWN_BYTES: Final = 2048
+_kinds: Final[dict[bytes, bytes]] = {}  # header name as written -> _PASS, _DROP or its name of _READ
 
 
 class RequestHead(NamedTuple):
@@ -54,20 +54,32 @@ class RequestHead(NamedTuple):
     wants_route: bool = False  # x-dynamo-route: the client asks why it went where it went
 
 
-class ResponseHead(NamedTuple):
+@final
+class ResponseHead:
     """One response head; `content_length` None and not `chunked` means the body ends with the connection.
 
     `passing` as in a request, with the Content-Length and without Location, which may name the engine.
     """
 
-    status: int
-    reason: bytes
-    passing: bytes
-    location: bytes
-    is_events: bool
-    content_length: int | None
-    chunked: bool
-    keep_alive: bool
+    __slots__ = ("chunked", "content_length", "is_events", "keep_alive", "location", "passing", "reason", "status")
+
+    def __init__(
+        self, status: int, reason: bytes, passing: bytes, content_length: int | None, chunked: bool, keep_alive: bool
+    ) -> None:
+        self.status = status
+        self.reason = reason
+        self.passing = passing
+        self.content_length = content_length
+        self.chunked = chunked
+        self.keep_alive = keep_alive
+        self.location = b""
+        self.is_events = False
+
+    def sized(self, passing: bytes, length: int) -> ResponseHead:
+        """The same for a body of this length; `passing` tells it."""
+        head = ResponseHead(self.status, self.reason, passing, length, False, self.keep_alive)
+        head.location, head.is_events = self.location, self.is_events
+        return head
 
 
 class _Fields:
@@ -151,8 +163,23 @@ def has_bare_newline(data: bytes, start: int) -> bool:
     return _BARE_NEWLINE.search(data, start) is not None
 
 
-_known_requests: dict[bytes, RequestHead] = {}
-_known_responses: dict[bytes, ResponseHead] = {}  # without the line of their length
+_known_requests: Final[dict[bytes, RequestHead]] = {}
+_known_responses: Final[dict[bytes, ResponseHead]] = {}  # without the line of their length
+
+
+def _length_digits(block: bytes) -> tuple[int, int]:
+    """Where the digits of a plain Content-Length line begin and end; equal if there is none."""
+    written, other = _LENGTHS
+    start = block.find(written)
+    if start < 0:
+        start = block.find(other)
+    if start < 0:
+        return 0, 0
+    start += len(written)
+    end = block.find(b"\r\n", start)
+    if end < 0:
+        end = len(block)
+    return (start, end) if end - start <= 18 and block[start:end].isdigit() else (0, 0)
 
 
 def parse_request_head(block: bytes) -> tuple[RequestHead, int]:
@@ -160,13 +187,13 @@ def parse_request_head(block: bytes) -> tuple[RequestHead, int]:
 
     Raises ProtocolError with the status to answer.
     """
-    length = _LENGTH.search(block)
-    if length is None:
+    start, end = _length_digits(block)
+    if start == end:
         return _parse_request_head(block)
-    key = block[: length.start(1)] + block[length.end(1) :]
+    key = block[:start] + block[end:]
     known = _known_requests.get(key)
     if known is not None:
-        return known, int(length[1])
+        return known, int(block[start:end])
     parsed = _parse_request_head(block)
     if _may_be_known(block, key):
         if len(_known_requests) >= _MAX_KNOWN:
@@ -209,23 +236,21 @@ def _parse_request_head(block: bytes) -> tuple[RequestHead, int]:
 
 def parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:
     """Parse an engine's response head; `request_method` decides whether a body follows."""
-    length = _LENGTH.search(block) if request_method != b"HEAD" else None
-    if length is None:
+    start, end = _length_digits(block)
+    if start == end or request_method == b"HEAD":
         return _parse_response_head(block, request_method)
-    key = block[: length.start(1)] + block[length.end(1) :]
+    key = block[:start] + block[end:]
     known = _known_responses.get(key)
     if known is not None:
-        status, reason, passing, location, is_events, _, chunked, keep = known
-        count = int(length[1])
-        passing += _LENGTH_LINE % count
-        return ResponseHead(status, reason, passing, location, is_events, count, chunked, keep)
+        count = int(block[start:end])
+        return known.sized(known.passing + b"content-length: %d\r\n" % count, count)
     head = _parse_response_head(block, request_method)
     plain = head.content_length is not None and head.status >= 200 and head.status not in _BODILESS
     if plain and _may_be_known(block, key):
         if len(_known_responses) >= _MAX_KNOWN:
             _known_responses.clear()
-        line = _LENGTH_LINE % int(length[1])
-        _known_responses[key] = head._replace(passing=head.passing.removesuffix(line))
+        line = b"content-length: %d\r\n" % int(block[start:end])
+        _known_responses[key] = head.sized(head.passing.removesuffix(line), 0)
     return head
 
 
@@ -238,13 +263,13 @@ def _parse_response_head(block: bytes, request_method: bytes) -> ResponseHead:
     status = int(match[2])
     length, chunked = fields.framing()
     if length is not None and status != 204:
-        fields.passing.append(_LENGTH_LINE[:-2] % length)
+        fields.passing.append(b"content-length: %d" % length)
     if request_method == b"HEAD" or status in _BODILESS or status < 200:
         length, chunked = 0, False
     keep = fields.keeps_alive(int(match[1])) and (chunked or length is not None)
-    return ResponseHead(
-        status, match[3] or b"", fields.passing_block(), fields.location, fields.is_events, length, chunked, keep
-    )
+    head = ResponseHead(status, match[3] or b"", fields.passing_block(), length, chunked, keep)
+    head.location, head.is_events = fields.location, fields.is_events
+    return head
 
 
 def _kind(name: bytes) -> bytes:

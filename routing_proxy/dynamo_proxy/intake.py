@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, final
 
 import orjson
 
@@ -25,12 +25,16 @@ _FORM_MODEL = re.compile(rb'name="model"\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,256}
 _SESSION_HEADER = re.compile(rb"^x-session-id:[ \t]*([^\r\n]{1,256})", re.IGNORECASE | re.MULTILINE)
 
 
-class Asked(NamedTuple):
+@final
+class Asked:
     """A request as it goes to an engine, its prompt, and whether its stream can go on tape."""
 
-    request: Request
-    prompt: Prompt = Prompt()
-    tapeable: bool = False
+    __slots__ = ("prompt", "request", "tapeable")
+
+    def __init__(self, request: Request, prompt: Prompt | None = None, tapeable: bool = False) -> None:
+        self.request = request
+        self.prompt = prompt if prompt is not None else Prompt()
+        self.tapeable = tapeable
 
 
 class Intake:
@@ -68,7 +72,7 @@ class Intake:
             body = without_internal(body)
             if model in self.aliases:
                 body["model"] = self.aliases[model]
-            request = request._replace(body=orjson.dumps(body))
+            request = Request(request.head, orjson.dumps(body))
         tapeable = False
         if "stream" in body and self.resume_streams and request.head.minor_version:
             tapeable = is_resumable(path, body)
@@ -77,14 +81,14 @@ class Intake:
         except (TypeError, RecursionError):
             return Asked(request, Prompt(body.get("model") or ""))  # deeper than we render: placed by load alone
         if self.read_sessions:
-            prompt = prompt._replace(session=_session(request, body))
+            prompt.session = _session(request, body)
         if self.slo_classes:  # the operator's word about order, in the place of the client's
             if isinstance(tier := body.get("service_tier"), str) and tier in self.slo_classes:
-                prompt = prompt._replace(slo=self.slo_classes[tier], priority=self.slo_classes[tier].priority)
+                prompt.slo, prompt.priority = self.slo_classes[tier], self.slo_classes[tier].priority
         elif "priority" in body and type(body["priority"]) is int:
-            prompt = prompt._replace(priority=body["priority"])
+            prompt.priority = body["priority"]
         if self.explains_all or request.head.wants_route:
-            prompt = prompt._replace(explained=True)
+            prompt.explained = True
         return Asked(request, prompt, tapeable)
 
     def _other(self, request: Request) -> Asked:
@@ -99,7 +103,7 @@ class Intake:
                 return Asked(request)
             if isinstance(named, str) and named in self.aliases:
                 body = orjson.dumps({**orjson.loads(body), "model": self.aliases[named]})
-                request = request._replace(body=body)
+                request = Request(request.head, body)
                 named = self.aliases[named]
             return Asked(request, Prompt(named) if isinstance(named, str) else Prompt())
         field = _FORM_MODEL.search(body) if b'name="model"' in body else None

@@ -1,6 +1,7 @@
 """What becomes of our own mistakes: an exception that nobody foresaw is told once and ends one request.
 
-Everything that the event loop calls for a request passes `guarded`: its connections, its timers, its start. Without it
+Everything that the event loop calls for a request passes `guarded`, or does as it: its connections, their timers, its
+start. Without it
 the exception would end the callback and nothing else, and the client would wait for ever.
 """
 
@@ -29,7 +30,12 @@ def guarded(request: Endable, step: Callable[..., None], *given: object) -> None
         step(*given)
     except Exception:
         log.exception(TOLD)
-        try:
-            request.on_fault()
-        except Exception:
-            log.exception(TOLD)
+        end_faulty(request)
+
+
+def end_faulty(request: Endable) -> None:
+    """End a request of which a step failed, and was told."""
+    try:
+        request.on_fault()
+    except Exception:
+        log.exception(TOLD)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 from .policy import Load
 
 
-@dataclass(slots=True, eq=False)
+@final
 class Lease:
     """One request's charge on one engine. Only the ledger changes it."""
 
-    slot: int
-    pending_tokens: int
-    active_tokens: int
-    held: bool = True
-    prefill_mark: float = 0.0  # its engine's prefill seconds so far, when its own prefill was over
+    __slots__ = ("active_tokens", "held", "pending_tokens", "prefill_mark", "slot")
+
+    def __init__(self, slot: int, pending_tokens: int, active_tokens: int) -> None:
+        self.slot = slot
+        self.pending_tokens = pending_tokens
+        self.active_tokens = active_tokens
+        self.held = True
+        self.prefill_mark = 0.0  # its engine's prefill seconds so far, when its own prefill was over
 
 
 class Counts(NamedTuple):

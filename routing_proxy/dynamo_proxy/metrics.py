@@ -1,14 +1,11 @@
 """What the proxy counts, in a registry of its own. Every counter that can hide a failure carries a reason.
 
-What every request touches is counted in plain numbers and dressed for Prometheus when it is asked for: a labelled
-counter of the client library costs a request several microseconds.
+What every request touches is counted in plain numbers (tallies.py) and dressed for Prometheus when it is asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
-from bisect import bisect_left
-from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -16,35 +13,10 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 from .slo_classes import SloClass
+from .tallies import SECONDS, Durations, Tallies
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_SECONDS: tuple[float, ...] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-
-_MILLISECONDS = tuple(seconds * 1000 for seconds in _SECONDS)
-
-
-class Durations:
-    """A histogram of seconds, or of another unit with other bounds."""
-
-    def __init__(self, bounds: tuple[float, ...] = _SECONDS) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._sum += seconds
-
-    def buckets(self) -> tuple[list[tuple[str, float]], float]:
-        """As the client library wants them: cumulative counts by bound, and the sum."""
-        total, buckets = 0, []
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += count
-            buckets.append((str(float(bound)) if bound != float("inf") else "+Inf", float(total)))
-        return buckets, self._sum
-
-    def family(self, name: str, text: str) -> Metric:
-        return HistogramMetricFamily(name, text, *self.buckets())
+_MILLISECONDS = tuple(seconds * 1000 for seconds in SECONDS)
 
 
 class Metrics(Collector):
@@ -56,12 +28,8 @@ class Metrics(Collector):
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
-        self.ttft = Durations()
-        self._duration = Durations()
+        self.tallies = Tallies()
         self._prefill: dict[str, Durations] = {}  # by engine, in milliseconds
-        self._requests: Tally[tuple[str, int, str]] = Tally()
-        self._decisions: Tally[tuple[str, str]] = Tally()
-        self._prompt_bytes_total = 0
         self.hit_ratio = Gauge(
             "dynamo_router_kv_cache_hit_ratio",
             "Prompt tokens predicted to be cached on the chosen engine, over all prompt tokens",
@@ -89,61 +57,45 @@ class Metrics(Collector):
         )
         self.ready = Gauge("dynamo_router_engine_ready", "1 if the engine is ready", ["engine"], registry=registry)
         self.blocks = Gauge("dynamo_router_kv_index_blocks", "Blocks known by events", ["engine"], registry=registry)
-        self.arrivals_total = 0
-        self.prompt_tokens_total = 0
-        self.matched_tokens_total = 0
         registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """The plain numbers, for the registry."""
+        tallies = self.tallies
         labels = ("endpoint", "status", "reason")
         requests = CounterMetricFamily(
             "dynamo_frontend_requests", "Requests answered, by how they ended", labels=labels
         )
-        for (endpoint, status, reason), count in self._requests.items():
+        for (endpoint, status, reason), count in tallies.requests.items():
             requests.add_metric((endpoint, str(status), reason), count)
         decisions = CounterMetricFamily(
             "dynamo_router_decisions", "Placements, by what decided", labels=("mode", "reason")
         )
-        for chosen, count in self._decisions.items():
+        for chosen, count in tallies.decisions.items():
             decisions.add_metric(chosen, count)
         yield from (requests, decisions)
         for name, text, total in (
-            ("arrivals", "Requests that wanted an engine", self.arrivals_total),
-            ("prompt_tokens", "Prompt tokens routed (estimated for texts)", self.prompt_tokens_total),
-            ("matched_tokens", "Prompt tokens predicted cached where routed", self.matched_tokens_total),
-            ("prompt_bytes", "Request body bytes routed", self._prompt_bytes_total),
+            ("arrivals", "Requests that wanted an engine", tallies.arrivals),
+            ("prompt_tokens", "Prompt tokens routed (estimated for texts)", tallies.prompt_tokens),
+            ("matched_tokens", "Prompt tokens predicted cached where routed", tallies.matched_tokens),
+            ("prompt_bytes", "Request body bytes routed", tallies.prompt_bytes),
         ):
             yield CounterMetricFamily(f"dynamo_router_{name}", text, total)
         name = "dynamo_frontend_time_to_first_token_seconds"
-        yield self.ttft.family(name, "From a complete request to the first body byte of its answer")
+        text = "From a complete request to the first body byte of its answer"
+        yield HistogramMetricFamily(name, text, *tallies.ttft.buckets())
         name = "dynamo_worker_prefill_latency_ms"
         prefill = HistogramMetricFamily(name, "From a request sent to its first token", labels=("engine",))
         for engine, times in self._prefill.items():
             prefill.add_metric((engine,), *times.buckets())
         yield prefill
         name = "dynamo_frontend_request_duration_seconds"
-        yield self._duration.family(name, "From a complete request to the end of its answer")
+        text = "From a complete request to the end of its answer"
+        yield HistogramMetricFamily(name, text, *tallies.duration.buckets())
 
-    def arrived(self, body_bytes: int) -> None:
-        """A request that wants an engine is complete."""
-        self.arrivals_total += 1
-        self._prompt_bytes_total += body_bytes
-
-    def decided(self, mode: str, reason: str) -> None:
-        """A request was placed, for this reason."""
-        self._decisions[mode, reason] += 1
-
-    def routed(self, prompt_tokens: int, matched_tokens: int) -> None:
-        """A request was placed for the first time (retries do not count its tokens again)."""
-        self.prompt_tokens_total += prompt_tokens
-        self.matched_tokens_total += min(matched_tokens, prompt_tokens)
-
-    def began(self, seconds: float, slo: SloClass | None) -> None:
-        """The first byte of an answer came, so long after its request; `slo`: of a stream, when it was wanted."""
-        self.ttft.observe(seconds)
-        if slo is not None:
-            self.slo.labels(slo.name, "in_time" if seconds <= slo.ttft_seconds else "late").inc()
+    def first_token(self, seconds: float, slo: SloClass) -> None:
+        """The first token of a stream came, so long after its request, and when it was wanted."""
+        self.slo.labels(slo.name, "in_time" if seconds <= slo.ttft_seconds else "late").inc()
 
     def prefilled(self, engine: str, seconds: float) -> None:
         """The first token of a stream came, so long after its request was sent."""
@@ -151,10 +103,6 @@ class Metrics(Collector):
         if times is None:
             times = self._prefill[engine] = Durations(_MILLISECONDS)
         times.observe(seconds * 1e3)
-
-    def finished(self, endpoint: str, status: int, reason: str, seconds: float) -> None:
-        self._requests[endpoint, status, reason] += 1
-        self._duration.observe(seconds)
 
     def forget_engine(self, engine: str) -> None:
         """Drop the series of an engine that left."""
@@ -170,9 +118,9 @@ class Metrics(Collector):
             self.pending.labels(name).set(pending)
             self.ready.labels(name).set(ready)
             self.blocks.labels(name).set(blocks)
-        if self.prompt_tokens_total:
-            self.hit_ratio.set(self.matched_tokens_total / self.prompt_tokens_total)
+        if self.tallies.prompt_tokens:
+            self.hit_ratio.set(self.tallies.matched_tokens / self.tallies.prompt_tokens)
         return generate_latest(self.registry)
 
     def check(self) -> None:
-        assert 0 <= self.matched_tokens_total <= self.prompt_tokens_total, "more tokens matched than routed"
+        self.tallies.check()

@@ -5,7 +5,7 @@ disaggregated one, or the rest of a broken stream.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -20,7 +20,7 @@ from .stream_tape import StreamTape
 from .tokens import TokenLearner
 from .wire import request_bytes
 
-_OF_THE_MOMENT = frozenset((502, 503))
+_OF_THE_MOMENT: Final = frozenset((502, 503))
 _RESUMES = 3  # per request
 _ROOMS = 3  # that one request to SGLang's prefill and decode engines gets beyond its first
 
@@ -106,8 +106,7 @@ class Outgoing:
         route = self.tape.route
         if not engine.needs_room(route):
             return None
-        head = self.request.head._replace(path=route, target=route.encode())
-        return self.request._replace(head=head, body=self._continuation)
+        return Request(self.request.head._replace(path=route, target=route.encode()), self._continuation)
 
     def may_meet_again(self) -> bool:
         """True if the halves of a request to SGLang, of which one failed, may have another room."""

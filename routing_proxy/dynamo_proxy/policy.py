@@ -16,10 +16,10 @@ factor of two never cost more than 2 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
+from typing import final
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,17 +84,21 @@ class PrefillRule:
     max_queued_tokens: int = -1
 
 
-Held = Mapping[int, int]  # slot -> tokens of the prompt that its caches hold; nothing for an engine with none
+Held = dict[int, int]  # slot -> tokens of the prompt that its caches hold; nothing for an engine with none
 
 
-class Decision(NamedTuple):
+@final
+class Decision:
     """The engine chosen, why, and with which numbers."""
 
-    slot: int
-    reason: str
-    matched_tokens: int
-    new_tokens: int
-    cost_seconds: float
+    __slots__ = ("cost_seconds", "matched_tokens", "new_tokens", "reason", "slot")
+
+    def __init__(self, slot: int, reason: str, matched_tokens: int, new_tokens: int, cost_seconds: float) -> None:
+        self.slot = slot
+        self.reason = reason
+        self.matched_tokens = matched_tokens
+        self.new_tokens = new_tokens
+        self.cost_seconds = cost_seconds
 
 
 def costs_seconds(loads: Sequence[Load], held: Held, prompt_tokens: int, model: CostModel) -> list[float]:
@@ -121,9 +125,13 @@ def choose_kv(
 ) -> Decision:
     """The engine of least cost; ties fall at random. With a temperature, a draw that prefers low costs."""
     costs = costs_seconds(loads, held, prompt_tokens, model)
-    least = min(costs)
-    index = costs.index(least)
-    if temperature or costs.count(least) > 1:
+    index, least, is_tied = 0, costs[0], False
+    for place, cost in enumerate(costs):
+        if cost < least:
+            index, least, is_tied = place, cost, False
+        elif cost == least and place:
+            is_tied = True
+    if temperature or is_tied:
         index = sample(costs, temperature, rng)
     winner = loads[index]
     longest = max(held.values()) if held else 0

@@ -7,6 +7,7 @@ itself. With SGLang both halves run at once, in a room; without one the other ha
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from .last_resort import Endable, guarded
 from .router import Placement
 from .services import Services
 from .text_chain import Prompt
-from .upstream import UpstreamConnection
+from .upstream import ResponseSink, UpstreamConnection
 from .wire import request_bytes, whole_response_bytes
 
 #: Which engine computed a prompt for another one, and how that ended, or why none did.
@@ -84,7 +85,7 @@ def _draw_room() -> int:
     return secrets.randbits(_ROOM_BITS) + 1
 
 
-class PrefillLeg:
+class PrefillLeg(ResponseSink):
     """One prompt at one prefill engine. Exactly one call of `leg_over` ends it, unless it is cancelled before."""
 
     __slots__ = (
@@ -125,7 +126,7 @@ class PrefillLeg:
     def start(self) -> None:
         if not self.room:  # there it answers when decode took its KV: the other half's deadline counts for both
             self._timer = self._loop.call_later(self._services.prefill_seconds, guarded, self, self._late)
-        connection = self.placement.engine.pool.take()
+        connection = self.placement.engine.pool.take(self._began)
         self._reused = connection is not None
         if connection is not None:
             self._send(connection)
@@ -159,6 +160,12 @@ class PrefillLeg:
     def _late(self) -> None:
         self._timer = None
         self._fail("timeout")
+
+    def seconds_left(self) -> float:
+        return math.inf  # its own timer counts from before it had a connection
+
+    def on_late(self) -> None:
+        raise AssertionError("a leg is never late for its connection")
 
     # --- from the engine (ResponseSink)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Final
 
-_STRIDE = 32
+_STRIDE: Final = 32
 
 
-def leading_runs(holders_of: Mapping[int, int], chain: Sequence[int], mask: int) -> dict[int, int]:
+def leading_runs(holders_of: dict[int, int], chain: Sequence[int], mask: int) -> dict[int, int]:
     """How many leading nodes of `chain` each engine of `mask` holds (engines with none are left out).
 
     Whoever holds a node holds what leads to it (engines evict leaves first), so a stride whose last node all of them
@@ -15,14 +16,13 @@ def leading_runs(holders_of: Mapping[int, int], chain: Sequence[int], mask: int)
     """
     found: dict[int, int] = {}
     live, depth, count = mask, 0, len(chain)
-    look = holders_of.get
     while depth < count:
         stride = depth + _STRIDE
-        if stride <= count and look(chain[stride - 1], 0) & live == live:
+        if stride <= count and holders_of.get(chain[stride - 1], 0) & live == live:
             depth = stride
             continue
         for node in chain[depth:stride]:
-            holders = look(node, 0) & live
+            holders = holders_of.get(node, 0) & live
             if holders != live:
                 _note(found, live & ~holders, depth)
                 live = holders

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Final, Literal, final
 
 from . import policy
 from .engines import Engine, EngineRegistry, Fleet
@@ -22,24 +22,30 @@ from .sessions import Sessions
 from .speeds import Speeds
 from .text_chain import Prompt
 
-NO_GAINS: Mapping[int, int] = MappingProxyType({})
-NO_TIERS: Mapping[str, int] = MappingProxyType({})
+NO_GAINS: Final[Mapping[int, int]] = MappingProxyType({})
+NO_TIERS: Final[Mapping[str, int]] = MappingProxyType({})
 # Why nobody takes a request: no engine is ready; who serves its model takes none now; who may serve it has not told its
 # models yet; nobody serves it.
 Standing = Literal["no_engine", "not_now", "not_told", "unknown"]
 
 
-class Placement(NamedTuple):
+@final
+class Placement:
     """A charged decision. Whoever holds it releases the lease."""
 
-    engine: Engine
-    lease: Lease
-    decision: policy.Decision
-    queued_tokens: int  # prefill tokens ahead of it when it was placed
-    prompt_tokens: int
-    hints: Hints = NO_HINTS  # for its engine
-    peer_tokens: int = 0  # that a peer holds, of those that its engine lacks
-    tiers: Mapping[str, int] = NO_TIERS  # where its engine holds how many tokens of it, if that is to be explained
+    __slots__ = ("decision", "engine", "hints", "lease", "peer_tokens", "prompt_tokens", "queued_tokens", "tiers")
+
+    def __init__(
+        self, engine: Engine, lease: Lease, decision: policy.Decision, queued_tokens: int, prompt_tokens: int
+    ) -> None:
+        self.engine = engine
+        self.lease = lease
+        self.decision = decision
+        self.queued_tokens = queued_tokens  # prefill ahead of it when it was placed
+        self.prompt_tokens = prompt_tokens
+        self.hints = NO_HINTS  # for its engine
+        self.peer_tokens = 0  # that a peer holds, of those that its engine lacks
+        self.tiers = NO_TIERS  # where its engine holds how many tokens of it, if that is to be explained
 
 
 @dataclass(slots=True)
@@ -69,6 +75,7 @@ class Router:
         self._ledger = ledger
         self._knowledge = knowledge
         self._metrics = metrics
+        self._tallies = metrics.tallies
         self._rng = rng
         self.state = RoutingState()
         self._on_failure: Callable[[Engine, str], None] = lambda engine, reason: None
@@ -116,23 +123,28 @@ class Router:
         else:
             decision = self._choose(loads, self._capped(loads, held, tokens), tokens)
         if self._registry.has_prefill:
-            decision = _with_matched(decision, held, tokens)
+            decision.matched_tokens = min(held.get(decision.slot, 0), tokens)
+            decision.new_tokens = tokens - decision.matched_tokens
         if gains:
-            decision = decision._replace(matched_tokens=min(own.get(decision.slot, 0), tokens))
+            decision.matched_tokens = min(own.get(decision.slot, 0), tokens)
             peer_tokens = gains.get(decision.slot, 0)
         queued = self._ledger.loads[decision.slot].pending_tokens
         lease = self._ledger.charge(decision.slot, decision.new_tokens, tokens)
         engine = self._registry.at(decision.slot)
-        hints = self._hints(engine, prompt, fleet, reaches, queued) if engine.runs_connector else NO_HINTS
-        tiers = self._knowledge.tiers(prompt, decision.slot) if prompt.explained else NO_TIERS
+        placement = Placement(engine, lease, decision, queued, tokens)
+        placement.peer_tokens = peer_tokens
+        if engine.runs_connector:
+            placement.hints = self._hints(engine, prompt, fleet, reaches, queued)
+        if prompt.explained:
+            placement.tiers = self._knowledge.tiers(prompt, decision.slot)
         self._knowledge.sent(decision.slot, prompt, now)
-        self._metrics.decided(self.state.mode, decision.reason)
+        self._tallies.decided(state.mode, decision.reason)
         if not tried:
-            self.state.last_slot = decision.slot
-            self._metrics.routed(tokens, decision.matched_tokens)
+            state.last_slot = decision.slot
+            self._tallies.routed(tokens, decision.matched_tokens)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, decision, queued, tokens, hints, peer_tokens, tiers)
+        return placement
 
     def place_prefill(self, prompt: Prompt, placement: Placement, now: float, in_room: bool = False) -> Placement | str:
         """Pick the engine that computes the prompt for the one of `placement`, and charge it; or say why none does.
@@ -156,7 +168,7 @@ class Router:
         if fleet.peers and tokens >= LEAST_GAIN_TOKENS:
             reaches, gains, held = self._beside_peers(prompt, fleet, own)
         chosen = self._choose(loads, held, tokens, state.last_prefill_slot)
-        chosen = chosen._replace(matched_tokens=min(own.get(chosen.slot, 0), tokens))
+        chosen.matched_tokens = min(own.get(chosen.slot, 0), tokens)
         there, here = self._ledger.loads[chosen.slot], self._ledger.loads[slot]
         if rule.max_queued_tokens < 0 and not in_room:
             # Its own charge does not wait for itself.
@@ -169,11 +181,14 @@ class Router:
         lease = self._ledger.charge(chosen.slot, chosen.new_tokens, tokens)
         self._ledger.expect_prefill(placement.lease, 0)
         engine = self._registry.at(chosen.slot)
-        hints = self._hints(engine, prompt, fleet, reaches, queued) if engine.runs_connector else NO_HINTS
+        found = Placement(engine, lease, chosen, queued, tokens)
+        found.peer_tokens = gains.get(chosen.slot, 0)
+        if engine.runs_connector:
+            found.hints = self._hints(engine, prompt, fleet, reaches, queued)
         self._knowledge.sent(chosen.slot, prompt, now)
         if engine.breaker.score:
             engine.breaker.began()
-        return Placement(engine, lease, chosen, queued, tokens, hints, gains.get(chosen.slot, 0))
+        return found
 
     def prefill_came_back(self, placement: Placement) -> None:
         """The engine of `placement` computes the prompt itself after all."""
@@ -267,7 +282,9 @@ class Router:
         there = [load for load in fleet if load.slot == home]
         decision = self._choose(there or fleet, self._capped(there or fleet, held, tokens), tokens)
         self.state.sessions.placed(session, decision.slot, now)
-        return decision._replace(reason="session") if there else decision
+        if there:
+            decision.reason = "session"
+        return decision
 
     def _warmed(self, loads: Sequence[policy.Load], now: float) -> Sequence[policy.Load]:
         """The engines without the new ones that have their share already."""
@@ -312,9 +329,3 @@ class Router:
         self.state.speeds.check()
         if self.state.sessions is not None:
             self.state.sessions.check()
-
-
-def _with_matched(decision: policy.Decision, held: policy.Held, tokens: int) -> policy.Decision:
-    """The decision with what its engine truly holds."""
-    matched = min(held.get(decision.slot, 0), tokens)
-    return decision._replace(matched_tokens=matched, new_tokens=tokens - matched)

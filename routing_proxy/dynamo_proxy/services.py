@@ -1,27 +1,14 @@
-"""What an exchange works with: its client's side, and the parts of the proxy that all exchanges share."""
+"""What an exchange works with: the parts of the proxy that all exchanges share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from .access_log import RequestLog
 from .config import Limits, Timeouts
-from .flow_control import FlowControl
 from .metrics import Metrics
 from .router import Router
 from .tokens import TokenLearner
-
-
-class ClientSide(Protocol):
-    """The client connection as an exchange sees it."""
-
-    flow: FlowControl
-
-    def write(self, data: bytes) -> None: ...
-    def finish(self, keep_alive: bool) -> None: ...
-    def cut(self, reset: bool = False) -> None: ...
-    def refuse(self, status: int, code: str, message: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import orjson
 
@@ -21,14 +21,15 @@ GENERATE = "/generate"  # SGLang's own
 #: What is still to be asked of an engine about a broken stream, (path, body) by (path, body); the request for its rest.
 Rest = Generator[tuple[str, dict[str, Any]], Any, bytes]
 #: Prompt ids that one stream may keep, as text. A longer prompt costs its stream the tape, not the answer.
-MAX_PROMPT_ID_BYTES = 1 << 20
-_MAX_EVENT_BYTES = 4 << 20
-_IDS = re.compile(rb'"token_ids":\s?\[([0-9, ]*)\]')
-_PROMPT_IDS = re.compile(rb'"prompt_token_ids":\s?\[([0-9, ]*)\]')
-_NO_IDS, _NO_PROMPT_IDS = b'"token_ids":null', b'"prompt_token_ids":null'
-_OPEN = b'"finish_reason":null'
-_DONE = b"data: [DONE]"
-_LAST_CHUNK = b"0\r\n\r\n"
+MAX_PROMPT_ID_BYTES: Final = 1 << 20
+_MAX_EVENT_BYTES: Final = 4 << 20
+_IDS: Final = re.compile(rb'"token_ids":\s?\[([0-9, ]*)\]')
+_PROMPT_IDS: Final = re.compile(rb'"prompt_token_ids":\s?\[([0-9, ]*)\]')
+_NO_IDS: Final = b'"token_ids":null'
+_NO_PROMPT_IDS: Final = b'"prompt_token_ids":null'
+_OPEN: Final = b'"finish_reason":null'
+_DONE: Final = b"data: [DONE]"
+_LAST_CHUNK: Final = b"0\r\n\r\n"
 # What a chat says about sampling and about whom it is from: the continuation is a completion with the same.
 _CARRIED = frozenset(
     ("allowed_token_ids", "bad_words", "cache_salt", "frequency_penalty", "ignore_eos", "include_stop_str_in_output",
@@ -146,9 +147,16 @@ def plan_rest(tape: StreamTape, request_body: bytes, max_model_tokens: int) -> t
     return ("go_on", rest) if rest else ("not_resumable", b"")
 
 
+# What chunks of these sizes begin with.
+_HEADS: Final = [b"%x\r\n" % size for size in range(2048)]
+
+
 def framed(payload: bytes) -> bytes:
     """One chunk, or nothing: an empty chunk would end the answer."""
-    return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+    size = len(payload)
+    if size < len(_HEADS):
+        return b"%b%b\r\n" % (_HEADS[size], payload) if size else b""
+    return b"%x\r\n%b\r\n" % (size, payload)
 
 
 class StreamTape:
@@ -227,12 +235,13 @@ class StreamTape:
             if self.failed:
                 return b""
         if match is None:
-            if self._text in event and self._empty not in event:
+            if self._is_plain and self._text in event and self._empty not in event:
                 self._is_plain = False  # an engine that keeps its ids to itself
             return event
         self._ids.append(match[1])
-        if self._text in event:
-            if self._empty not in event:
+        start = event.find(self._text)
+        if start >= 0:
+            if not event.startswith(self._empty, start):
                 self._safe = len(self._ids)
         elif b'"delta":{}' not in event:
             self._is_plain = False  # thoughts or tool calls: not to be had from a completion

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Final, final
 
 import orjson
 from xxhash import xxh3_64_intdigest
@@ -19,11 +19,12 @@ from .slo_classes import SloClass
 
 # A chain is counted in units. Its first 16 nodes are one unit each, the rest four: a long prompt costs a quarter of the
 # hashing and of the index, and what a coarse node can miss is little beside it. The lowest bit of a node says its size.
-UNIT_BYTES = 256
-UNIT_TOKENS = 64  # of a prompt that comes as token ids: as coarse as text
-_FINE_NODES, _COARSE_UNITS = 16, 4
-_EVEN = (1 << 64) - 2
-_SORTED = orjson.OPT_SORT_KEYS
+UNIT_BYTES: Final = 256
+UNIT_TOKENS: Final = 64  # of a prompt that comes as token ids: as coarse as text
+_FINE_NODES: Final = 16
+_COARSE_UNITS: Final = 4
+_EVEN: Final = (1 << 64) - 2
+_SORTED: Final = orjson.OPT_SORT_KEYS
 # Request fields that change how a prompt is rendered before its first message.
 _PREAMBLE = (
     "tools",
@@ -34,24 +35,38 @@ _PREAMBLE = (
     "chat_template_kwargs",
     "functions",
 )
-_PREAMBLE_SET = frozenset(_PREAMBLE)
-_TREE_FIELDS = frozenset(("cache_salt", "extra_key", "lora_path"))
+_PREAMBLE_SET: Final = frozenset(_PREAMBLE)
+_TREE_FIELDS: Final = frozenset(("cache_salt", "extra_key", "lora_path"))
 _TOKENIZE_FIELDS = ("messages", "tools", "chat_template", "chat_template_kwargs")
 
 
-class Prompt(NamedTuple):
+@final
+class Prompt:
     """The routable part of a request. Either `text` or `token_ids` is set, or neither; `chain` is over it."""
 
-    model: str = ""
-    root: int = 0
-    text: bytes = b""
-    chain: tuple[int, ...] = ()
-    token_ids: tuple[int, ...] = ()
-    body: dict[str, Any] | str | None = None  # what an engine could tokenise: a chat request, or a plain text
-    session: str = ""  # requests of one session stay on one engine, if that is wanted
-    priority: int = 0  # the smallest is served first, as in vLLM
-    slo: SloClass | None = None  # when its first token is wanted
-    explained: bool = False  # somebody wants to know why it went where it went
+    __slots__ = (
+        "body", "chain", "explained", "model", "priority", "root", "session", "slo", "text", "token_ids",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        model: str = "",
+        root: int = 0,
+        text: bytes = b"",
+        chain: tuple[int, ...] = (),
+        token_ids: tuple[int, ...] = (),
+        body: dict[str, Any] | str | None = None,
+    ) -> None:
+        self.model = model
+        self.root = root
+        self.text = text
+        self.chain = chain
+        self.token_ids = token_ids
+        self.body = body  # what an engine could tokenise: a chat request, or a plain text
+        self.session = ""  # requests of one session stay on one engine, if that is wanted
+        self.priority = 0  # the smallest is served first, as in vLLM
+        self.slo: SloClass | None = None  # when its first token is wanted
+        self.explained = False  # somebody wants to know why it went where it went
 
     @property
     def question(self) -> dict[str, Any] | None:
@@ -63,13 +78,16 @@ class Prompt(NamedTuple):
 
 def text_chain(text: bytes, seed: int, unit_bytes: int = UNIT_BYTES) -> tuple[int, ...]:
     """Chained xxh3 over the blocks of a prompt; a partial last block is a node of its own."""
+    digest, even = xxh3_64_intdigest, _EVEN
     node, fine_bytes = seed, _FINE_NODES * unit_bytes
-    starts = range(0, min(len(text), fine_bytes), unit_bytes)
-    chain = [node := xxh3_64_intdigest(text[start : start + unit_bytes], node) & _EVEN for start in starts]
-    if len(text) > fine_bytes:
-        size = _COARSE_UNITS * unit_bytes
-        starts = range(fine_bytes, len(text), size)
-        chain += [node := xxh3_64_intdigest(text[start : start + size], node) | 1 for start in starts]
+    chain = []
+    for start in range(0, min(len(text), fine_bytes), unit_bytes):
+        node = digest(text[start : start + unit_bytes], node) & even
+        chain.append(node)
+    size = _COARSE_UNITS * unit_bytes
+    for start in range(fine_bytes, len(text), size):
+        node = digest(text[start : start + size], node) | 1
+        chain.append(node)
     return tuple(chain)
 
 

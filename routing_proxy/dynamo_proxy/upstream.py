@@ -4,37 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
-from typing import Protocol, cast
+from abc import ABC, abstractmethod
+from typing import cast
 
 from .config import EngineAddress, Limits, Timeouts
 from .errors import ProtocolError
 from .http1 import EndOfMessage, ResponseReader
 from .http_heads import ResponseHead
-from .last_resort import Endable, guarded
+from .last_resort import TOLD, end_faulty, guarded
+
+log = logging.getLogger("dynamo_proxy")
 
 
-class ResponseSink(Endable, Protocol):
-    """Who receives one response. Exactly one of on_end, on_lost and on_fault is the last call."""
+class ResponseSink(ABC):
+    """Who receives one response. Exactly one of on_end, on_lost, on_late and on_fault is the last call."""
 
+    __slots__ = ()
+
+    @abstractmethod
     def on_dialled(self, connection: UpstreamConnection | None, reason: str) -> None: ...
+    @abstractmethod
     def on_head(self, head: ResponseHead) -> None: ...
+    @abstractmethod
     def on_body(self, data: bytes) -> None: ...
+    @abstractmethod
     def on_end(self) -> None: ...
+    @abstractmethod
     def on_lost(self, reason: str) -> None: ...
+    @abstractmethod
+    def seconds_left(self) -> float:
+        """How long what comes next may still take."""
+
+    @abstractmethod
+    def on_late(self) -> None: ...
+    @abstractmethod
+    def on_fault(self) -> None: ...
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """One connection to an engine. Idle in the pool, or busy with one response."""
+    """One connection to an engine. Idle in the pool, or busy with one response.
 
-    __slots__ = ("_loop", "_pool", "idle_since", "reader", "sink", "transport")
+    Its timer outlives responses: nothing is armed or cancelled per request. It comes no later than the soonest deadline
+    that any response may have, asks how much is left, and sleeps on.
+    """
+
+    __slots__ = ("_loop", "_pool", "_timer", "idle_since", "reader", "sink", "transport")
 
     def __init__(self, pool: UpstreamPool) -> None:
         self._pool = pool
         self._loop = pool.loop
         self.transport: asyncio.Transport | None = None
         self.idle_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         # per response
         self.sink: ResponseSink | None = None
         self.reader: ResponseReader | None = None
@@ -54,6 +78,8 @@ class UpstreamConnection(asyncio.Protocol):
         assert self.sink is None, "the connection is not free"
         self.sink, self.reader = sink, reader
         self.transport.write(request)
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._pool.soonest_seconds, self._on_timer)
 
     def abandon(self) -> None:
         """Drop the response under way and the connection with it: the engine sees it and aborts the
@@ -72,8 +98,12 @@ class UpstreamConnection(asyncio.Protocol):
         sink, reader = self.sink, self.reader
         if sink is None or reader is None:
             self.abandon()  # bytes nobody asked for
-        else:
-            guarded(sink, self._read, sink, reader, data)
+            return
+        try:  # as `guarded`, without its calls: every event of a stream passes here
+            self._read(sink, reader, data)
+        except Exception:
+            log.exception(TOLD)
+            end_faulty(sink)
 
     def _read(self, sink: ResponseSink, reader: ResponseReader, data: bytes) -> None:
         body = reader.whole(data)
@@ -93,7 +123,23 @@ class UpstreamConnection(asyncio.Protocol):
         except ProtocolError:
             self._lost("bad_response")
 
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self.sink is not None:
+            guarded(self.sink, self._look, self.sink)
+
+    def _look(self, sink: ResponseSink) -> None:
+        """Is the response late?"""
+        left = sink.seconds_left()
+        if left > 0:
+            self._timer = self._loop.call_later(min(left, self._pool.soonest_seconds), self._on_timer)
+        else:
+            sink.on_late()
+
     def connection_lost(self, error: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._pool.closed(self)
         if self.sink is not None and self.reader is not None:
             guarded(self.sink, self._closed, self.reader, error)
@@ -106,6 +152,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def check(self) -> None:
         assert (self.sink is None) or (self.reader is not None), "a response without a reader"
+        assert (self.sink is None) or (self._timer is not None), "a response without a deadline"
         if self.reader is not None and self.sink is not None:
             self.reader.check()
 
@@ -138,15 +185,16 @@ class UpstreamPool:
         self.address = address
         self._tls = tls if address.tls else None
         self.loop = asyncio.get_running_loop()
+        self.soonest_seconds = timeouts.soonest_seconds
         self._timeouts = timeouts
         self._limits = limits
         self._idle: list[UpstreamConnection] = []
         self._open: set[UpstreamConnection] = set()
         self._dials: set[asyncio.Task[None]] = set()
 
-    def take(self) -> UpstreamConnection | None:
+    def take(self, now: float) -> UpstreamConnection | None:
         """An idle connection, or None: then dial. Connections idle too long are closed on the way."""
-        oldest = self.loop.time() - self._timeouts.upstream_keep_alive_seconds
+        oldest = now - self._timeouts.upstream_keep_alive_seconds
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open and connection.idle_since >= oldest:

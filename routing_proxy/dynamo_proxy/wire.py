@@ -51,8 +51,7 @@ def whole_response_bytes(
 ) -> bytes:
     """A whole answer as the client gets it; `body` is decoded."""
     if head.content_length is None:
-        passing = head.passing + b"content-length: %d\r\n" % len(body)
-        head = head._replace(passing=passing, content_length=len(body), chunked=False)
+        head = head.sized(head.passing + b"content-length: %d\r\n" % len(body), len(body))
     return response_bytes(head, request, placement, receipt) + body
 
 

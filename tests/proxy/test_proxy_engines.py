@@ -45,6 +45,17 @@ def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(
     assert len(index) == 0
 
 
+def test_what_was_sent_within_the_last_second_keeps_its_place_among_what_is_forgotten() -> None:
+    index = ApproxIndex(default_capacity_units=4)
+    for moment, chain in ((0.0, [2, 4]), (0.5, [6]), (0.9, [2, 4]), (0.95, [8, 10])):
+        index.insert(0, chain, moment)
+        index.check()
+    assert (index.matched([2, 4], 1), index.matched([6], 1)) == ({0: 1}, {0: 1})
+    index.insert(0, [2, 4], 2.0)  # a second later it counts, and what was forgotten meanwhile is back
+    index.check()
+    assert (index.matched([2, 4], 1), index.matched([6], 1)) == ({0: 2}, {})
+
+
 # --- dialects
 
 

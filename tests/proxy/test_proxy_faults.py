@@ -125,7 +125,7 @@ def test_a_mistake_of_a_timer(begun: bool, monkeypatch: pytest.MonkeyPatch, capl
         engine = await RawEngine(_begin_and_hang if begun else _keep_silent).start()
         quick = replace(QUICK, first_byte_seconds=0.2, idle_seconds=0.2)
         async with proxy_before(engine, timeouts=quick) as proxy, Client.to(proxy.port) as client:
-            monkeypatch.setattr(Exchange, "_on_timer", mistaken)
+            monkeypatch.setattr(Exchange, "seconds_left", mistaken)
             client.send(post(ROUTE, chat(stream=True)))
             if begun:
                 await client.head()

@@ -40,6 +40,15 @@ def read(*pieces: bytes) -> list[Request]:
     return found
 
 
+def said(request: Request) -> tuple[object, ...]:
+    return request.head, request.body
+
+
+def told(head: ResponseHead) -> tuple[object, ...]:
+    framing = head.content_length, head.chunked, head.keep_alive
+    return head.status, head.reason, head.passing, head.location, head.is_events, framing
+
+
 def one_by_one(data: bytes) -> list[bytes]:
     return [data[i : i + 1] for i in range(len(data))]
 
@@ -68,7 +77,7 @@ def test_cuts_never_change_what_is_read(messages: list[bytes], data: st.DataObje
     stream = b"".join(messages)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=12)))
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True) if a < b]
-    assert read(*pieces) == read(stream)
+    assert [said(request) for request in read(*pieces)] == [said(request) for request in read(stream)]
 
 
 @given(st.binary(max_size=300), st.integers(1, 50))
@@ -97,9 +106,10 @@ HEAD_LINES = [
 def test_a_head_seen_before_reads_as_if_it_were_new(heads: list[list[bytes]]) -> None:
     def outcome(parse: Callable[..., object], *arguments: bytes) -> object:
         try:
-            return parse(*arguments)
+            found = parse(*arguments)
         except ProtocolError as error:
             return error.status, error.code, str(error)
+        return told(found) if isinstance(found, ResponseHead) else found
 
     for lines in heads:
         request = b"\r\n".join([b"POST /v1/x?q HTTP/1.1", *lines])
@@ -115,7 +125,7 @@ def test_what_is_read_whole_is_what_the_slow_way_reads(first: bytes, second: byt
     whole = reader.whole(first + second)
     reader.check()
     assert not reader.mid_request
-    assert whole is None or [whole] == read(first + second)
+    assert whole is None or [said(whole)] == [said(request) for request in read(first + second)]
     assert (whole is not None) == (second == b"" and first is not CHUNKED)
     reader.receive(SIZED[:9])
     assert reader.whole(first) is None
