@@ -109,6 +109,24 @@ def one_rank_alone_makes_a_miss(fleet: DividedFleet) -> None:
     assert counts["load_failures|stale"] + counts["load_failures|gone"] == blocks, counts
 
 
+def a_client_that_leaves_costs_no_slot(fleet: DividedFleet) -> None:
+    """At whatever step its load is; every rank of both sides hears of it."""
+    fleet.settle()
+    fleet.prefill.take_counts()
+    for steps in range(4):
+        tokens, name = prompt(450 + steps, 200), f"leaves{steps}"
+        fleet.decode.ask(name, tokens, ANSWER_TOKENS, fleet.computed(f"p-{name}", tokens))
+        for _ in range(steps):
+            fleet.decode.step()
+        fleet.decode.abort(name)
+    fleet.settle()
+    ended = {key: count for key, count in fleet.prefill.take_counts().items() if "leases_ended" in key}
+    assert ended == {"nixl_leases_ended|done": 4 * len(fleet.prefill.workers)}, ended
+    fleet.decode.take_counts()
+    blocks = handed_over(fleet, "stays", 460)
+    assert fleet.decode.take_counts()["hit_blocks|peer"] == blocks
+
+
 def what_does_not_fit_is_computed(fleet: DividedFleet) -> None:
     """Three ranks cannot share four heads; and a rank that is not who the ticket says is another model's."""
     handed_over(fleet, "odd", 500, tp_size=3)
@@ -128,6 +146,7 @@ def main(model: str) -> None:
             every_block_comes(fleet)
             many_at_once(fleet, 1)
             one_rank_alone_makes_a_miss(fleet)
+            a_client_that_leaves_costs_no_slot(fleet)
             if (prefill, decode) == (1, 2):
                 what_does_not_fit_is_computed(fleet)
         finally:
