@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
-from dynamo_connectors.transport.messages import Grant, Reply
+from dynamo_connectors.transport.messages import Check, Reply
 from dynamo_connectors.transport.messages import Request as Message
 from tests.vllm.handoff_scenario import ANSWER_TOKENS, HBM_GB, Engine, Fleet, RankedWorker, many_at_once
 from tests.vllm.handoff_tickets import signed
@@ -90,14 +90,14 @@ def every_block_comes(fleet: DividedFleet) -> None:
 
 
 def one_rank_alone_makes_a_miss(fleet: DividedFleet) -> None:
-    """The last rank's slots are re-used as soon as its READs are granted; those of others are as they were."""
+    """The last rank's slots are re-used while its READs are under way; those of others are as they were."""
     owner = ours(fleet.prefill.workers[-1].connector)._worker._peers._server._owner
     receive = owner.receive
 
     def receive_late(message: Message, now: float) -> Reply | None:
-        reply: Reply | None = receive(message, now)
-        if isinstance(reply, Grant) and reply.status == "granted":
+        if isinstance(message, Check):
             fleet.refill(fleet.prefill.workers[-1])
+        reply: Reply | None = receive(message, now)
         return reply
 
     owner.receive = receive_late
