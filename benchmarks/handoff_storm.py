@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.handoff_columns import OurPair
 from benchmarks.handoff_middle import KINDS, SIDES, Engines, Middle, Plan
 from dynamo_connectors.transport.messages import (
     End,
@@ -78,9 +79,9 @@ TOLD = (
 )
 
 
-class StormPair(Pair):
+class StormPair(OurPair):
     def flags(self, role: str) -> list[str]:
-        return [*super().flags(role), "--kvbm-host-dram-gb", HOST_GB, "--dtype", "float32"]
+        return [*super().flags(role), "--kvbm-host-dram-gb", HOST_GB]
 
 
 class Ended(NamedTuple):
