@@ -29,7 +29,7 @@ from tools.vllm_server import MODEL_NAME
 SLOW, VERY_SLOW = "8mbit", "1mbit"
 STOPS_SECONDS = 15.0
 CUTS_SECONDS = (1.0, 10.0, 60.0)
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 120.0
 #: More than HBM holds, so that they get the blocks of whoever is gone.
 OTHERS = 7
 #: How the client reaches the decode engine.
@@ -96,12 +96,12 @@ class OnACable(Column):
         self._third = (sent_bytes() - before) // 3
         for side, server in self._servers().items():
             yield f"{side} stopped for {STOPS_SECONDS:.0f} s during a transfer", self._stopped(server)
-        for seconds in CUTS_SECONDS:
-            yield from self._cut(seconds)
         yield f"client leaves during a transfer, {OTHERS} others", self._left_by_client()
         yield f"a transfer of 30 s, {OTHERS} others", self._late()
         for side, server in self._servers().items():
             yield f"{side} killed during a transfer", self._killed(server)
+        for seconds in CUTS_SECONDS:
+            yield from self._cut(seconds)
         yield LEFT, self.left()
 
     def _servers(self) -> dict[str, ServerProcess]:
