@@ -10,8 +10,9 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
@@ -25,10 +26,6 @@ from tools.server_process import free_port
 from tools.tiny_model import make_model
 
 _CODEC = Codec(SECRET)
-
-
-class Middle(Protocol):
-    def close(self) -> None: ...
 
 
 def _versioned(frame: bytes) -> bytes:
@@ -74,9 +71,14 @@ STOCK: Mapping[str, Callable[[dict[str, Any]], object]] = {
 
 
 class StockMiddle:
-    """Passes NixlConnector's questions on, and its answers changed."""
+    """Passes NixlConnector's questions on, and its answers changed, under a name that nobody had before.
+
+    NixlConnector remembers an engine's block size from a meeting that failed, and dies of it at the next.
+    """
 
     def __init__(self, port: int, owner_port: int, change: Callable[[dict[str, Any]], object]) -> None:
+        self.name = f"stranger at {port}"
+        self._rename = _inside(lambda inner: {**inner, "engine_id": self.name})
         self._change = change
         self._context: zmq.Context[Any] = zmq.Context()
         self._front = self._context.socket(zmq.ROUTER)
@@ -98,7 +100,7 @@ class StockMiddle:
                 client, empty, question = self._front.recv_multipart()
                 self._back.send(question)
                 answer, *rest = self._back.recv_multipart()
-                changed = self._change(msgspec.msgpack.decode(answer))
+                changed = self._change(self._rename(msgspec.msgpack.decode(answer)))
                 frame = changed if isinstance(changed, bytes) else msgspec.msgpack.encode(changed)
                 self._front.send_multipart([client, empty, frame, *rest])
 
@@ -114,24 +116,18 @@ class Strangers(Column):
 
     def _greeted(self, what: str) -> str:
         held, port = self.hold(), free_port()
-        middle = self._middle(port, what)
-        try:
-            ticket = {**held.ticket, "remote_port": port}
-            return self.judge(held._replace(ticket=signed(ticket) if "dynamo_lease" in ticket else ticket))
-        finally:
-            middle.close()
-
-    def _middle(self, port: int, what: str) -> Middle:
         if isinstance(self.pair, StockPair):
-            return StockMiddle(port, self.pair._peer_port, STOCK[what])
+            with closing(StockMiddle(port, self.pair._peer_port, STOCK[what])) as stranger:
+                there = {"remote_port": port, "remote_engine_id": stranger.name}
+                return self.judge(held._replace(ticket={**held.ticket, **there}))
         greeting = Welcome if what == "metadata cut short" else Hello
 
         def frame_of(message: Request | Reply, frame: bytes) -> bytes:
             return OURS[what](message) if isinstance(message, greeting) else frame
 
-        middle = Between(port, self.pair._peer_port, SECRET)
-        middle.frame_of = frame_of
-        return middle
+        with closing(Between(port, self.pair._peer_port, SECRET)) as middle:
+            middle.frame_of = frame_of
+            return self.judge(held._replace(ticket=signed({**held.ticket, "remote_port": port})))
 
     def _other_weights(self) -> str:
         self.pair.prefill_server.kill()
