@@ -74,6 +74,7 @@ TOLD = (
     "dynamo_nixl_read_blocks_total",
     "dynamo_nixl_fences_refused_total",
     "dynamo_nixl_late_reads_total",
+    "dynamo_nixl_restarts_total",
     "dynamo_nixl_silent_peers_total",
     "dynamo_nixl_refused_messages_total",
 )
