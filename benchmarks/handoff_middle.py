@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dynamo_connectors.transport.messages import (
     STANDING_LEASE,
@@ -26,7 +28,7 @@ from tests.transport.peers import Between
 from tests.vllm.client import prompt
 from tests.vllm.handoff_tickets import SECRET
 from tests.vllm.pair import Pair
-from tools.server_process import ServerProcess, free_port
+from tools.server_process import ServerProcess, first_error, free_port
 
 SIDES = ("prefill", "decode")
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (Hello, Welcome, Ask, Grant, Check, Verdict)}
@@ -94,6 +96,12 @@ class Middle(Between):
         return Plan(chance.choice((Grant, Check)), delay=lambda: chance.uniform(0.3, 1.8))
 
 
+def last_words(log: Path) -> str:
+    """What UCX or the system said of a crash, or else the first error."""
+    said = re.findall(r".*(?:Assertion|Caught signal|Fatal).*", log.read_text(errors="replace"))
+    return said[0].strip() if said else first_error(log)
+
+
 @dataclass
 class Engines:
     """Both, as they are stopped, killed and started again meanwhile."""
@@ -118,6 +126,18 @@ class Engines:
 
     def kill(self, side: str, why: str) -> None:
         self._busy.acquire()
+        self._kill(side, f"killed at {why}")
+
+    def revive(self, side: str) -> None:
+        """Starts it again if it has died by itself."""
+        if self._busy.acquire(blocking=False):
+            server = self.server(side)
+            if server.process is None or server.process.poll() is None:
+                self._busy.release()
+            else:
+                self._kill(side, f"died by itself: {last_words(server.log)}")
+
+    def _kill(self, side: str, why: str) -> None:
         self.ready[side].clear()
         self.lives += side == "decode"
         self.server(side).kill()
@@ -142,7 +162,7 @@ class Engines:
             self.server(side).start().wait_ready(600.0)
             # A CPU worker of vLLM may die of SIGILL when its first forward is a single token; a pulled prompt is that.
             (self.pair.prefill if side == "prefill" else self.pair.decode).complete(prompt(0))
-            self.notes.append(f"{side} killed at {why}, back after {time.monotonic() - started:.0f} s")
+            self.notes.append(f"{side} {why}, back after {time.monotonic() - started:.0f} s")
         finally:  # clients that wait for it hear of a failed start
             self.ready[side].set()
             self._busy.release()

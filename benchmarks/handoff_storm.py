@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.handoff_columns import OurPair
 from benchmarks.handoff_middle import KINDS, SIDES, Engines, Middle, Plan
 from dynamo_connectors.transport.messages import (
     End,
@@ -78,9 +79,9 @@ TOLD = (
 )
 
 
-class StormPair(Pair):
+class StormPair(OurPair):
     def flags(self, role: str) -> list[str]:
-        return [*super().flags(role), "--kvbm-host-dram-gb", HOST_GB, "--dtype", "float32"]
+        return [*super().flags(role), "--kvbm-host-dram-gb", HOST_GB]
 
 
 class Ended(NamedTuple):
@@ -142,8 +143,9 @@ class Storm:
             self.engines.ready["decode"].wait()
             lives, started = self.engines.lives, time.monotonic()
             fault, how = self._one(fault, number)
-            if how and (self.engines.lives > lives and how.startswith("error")):
-                how = "error: decode was killed"
+            if how.startswith("error"):
+                how = "error: decode was killed" if self.engines.lives > lives else how
+                self.engines.revive("decode")
             if how:
                 self.ended.append(Ended(fault, how, time.monotonic() - started))
 
@@ -155,6 +157,7 @@ class Storm:
             ticket = self._ticket(fault, number)
         except (OSError, http.client.HTTPException):
             time.sleep(0.2)
+            self.engines.revive("prefill")
             return fault, ""  # the prefill engine was killed under it: no ticket, no hand-off
         lease = bytes.fromhex(ticket.get("dynamo_lease", ""))
         if (plan := self._plan(fault, lease)) is not None:

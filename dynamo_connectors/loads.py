@@ -119,6 +119,10 @@ class LoadFromBelow:
         outcome.add_done_callback(lambda _, rows=read.rows: self._staging.give(rows))  # type: ignore[misc]
 
 
+#: What a tier never had or has no more, and a peer who was refused in a line of its own, are nothing to look into.
+_KNOWN = ("tier_off", "gone", "refused")
+
+
 def reasons(done: Future[Sequence[StoreError | None]], blocks: int) -> list[str | None]:
     """Why each block of a finished batch failed, or None."""
     try:
@@ -128,8 +132,7 @@ def reasons(done: Future[Sequence[StoreError | None]], blocks: int) -> list[str 
     except BaseException:
         log.exception("dynamo: a transfer of %d blocks failed; they are treated as a miss", blocks)
         return ["internal_error"] * blocks
-    # What a tier never had, or has no more, is nothing to look into.
-    first = next((error for error in errors if error is not None and error.reason not in ("tier_off", "gone")), None)
+    first = next((error for error in errors if error is not None and error.reason not in _KNOWN), None)
     if first is not None:
         log.warning("dynamo: %d blocks were not transferred, the first one: %s", sum(map(bool, errors)), first)
     return [None if error is None else error.reason for error in errors]

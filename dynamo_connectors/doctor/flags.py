@@ -9,7 +9,6 @@ from dynamo_connectors.doctor.finding import Finding, Level
 from dynamo_connectors.doctor.plan import Plan
 from dynamo_connectors.doctor.versions import ENGINES, installed_version
 from dynamo_connectors.errors import ConfigError
-from dynamo_connectors.host_limits import read_secret
 from dynamo_connectors.peer_config import PeerConfig
 from dynamo_connectors.transport.agent import require_nixl
 from dynamo_connectors.transport.channel import require_curve
@@ -39,7 +38,6 @@ def examine_peers(peer: PeerConfig) -> list[Finding]:
     if not peer.role:
         return []
     try:
-        read_secret(peer)
         require_nixl()
         require_curve()
     except ConfigError as error:

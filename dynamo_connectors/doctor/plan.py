@@ -15,6 +15,7 @@ from dynamo_connectors.config import (
     refuse_tiny_tiers,
     tiers_meant,
 )
+from dynamo_connectors.host_limits import read_secret
 from dynamo_connectors.peer_config import PEER_SETTINGS, PeerConfig
 
 #: What is tried where a tier's place is given without its size.
@@ -51,6 +52,8 @@ def plan_of(given: Mapping[str, object]) -> Plan:
     tiers, has_role = tiers_meant(given), "kvbm_role" in given
     sizes = {setting: SOME_GB for tier, setting in _SIZES.items() if tier in tiers}
     meant = {setting: value for setting, value in given.items() if setting not in PEER_SETTINGS or has_role}
+    if not has_role and (secret := given.get("kvbm_peer_secret_file")):
+        read_secret(PeerConfig(secret_file=Path(str(secret))))
     config = _checked({**sizes, **meant, "kvbm_storage_tiers": ",".join(tiers)})
     return _plan(given, config, config.host_dram_bytes if "kvbm_host_dram_gb" in given else 0)
 
@@ -58,6 +61,7 @@ def plan_of(given: Mapping[str, object]) -> Plan:
 def _checked(settings: Mapping[str, object]) -> KvbmConfig:
     config = parse_config(settings)
     refuse_tiny_tiers(config)
+    read_secret(config.peer)
     return config
 
 

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from .access_log import Ended
 from .guard import Meter
-from .intake import Asked
+from .intake import Asked, asks_for_stream
+from .metrics import Metrics
 from .receipts import Receipt, receipt_of
 from .router import Placement
 from .services import Services
+
+# Not the client's mistakes: too many requests, and clients that did not wait.
+_MISSES = (429, 499)
+
+
+def missed(asked: Asked, status: int, metrics: Metrics) -> None:
+    """A request that wanted a first token by some time is over without one."""
+    slo, why = asked.prompt.slo, "left" if status == 499 else "refused"
+    if slo is not None and (status in _MISSES or status >= 500) and asks_for_stream(asked.request.body):
+        metrics.slo.labels(slo.name, why).inc()
 
 
 class Account:
     """The account of one request, closed once."""
 
-    __slots__ = ("_asked", "_endpoint", "_meter", "_receipt", "_services", "arrived")
+    __slots__ = ("_asked", "_endpoint", "_is_stream", "_meter", "_receipt", "_services", "arrived")
 
     def __init__(self, asked: Asked, endpoint: str, services: Services, meter: Meter | None, now: float) -> None:
         self._asked = asked
@@ -21,6 +32,7 @@ class Account:
         self._services = services
         self._meter = meter
         self._receipt: Receipt | None = None
+        self._is_stream = False  # whose first token came
         self.arrived = now
 
     def explain(
@@ -43,6 +55,7 @@ class Account:
             services.router.failed(engine, f"status_{status}")
         elif engine.breaker.score:
             engine.breaker.passed()  # unless it was so late that it is left alone again
+        self._is_stream = is_token
         metrics, waited = services.metrics, now - self.arrived
         metrics.tallies.ttft.observe(waited)
         if is_token:
@@ -56,6 +69,8 @@ class Account:
         """The request is over."""
         if self._meter is not None:
             self._meter.over(now)
+        if self._asked.prompt.slo is not None and not self._is_stream:
+            missed(self._asked, status, self._services.metrics)
         seconds = now - self.arrived
         self._services.metrics.tallies.finished(self._endpoint, status, reason, seconds)
         if self._services.log is not None:

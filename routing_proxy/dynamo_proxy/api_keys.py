@@ -1,6 +1,6 @@
 """The file of API keys: who may call, and how much. It holds hashes, never keys, and is read again when it changes.
 
-# NAME sha256:HEX [requests-per-minute=N] [tokens-per-minute=N]
+# NAME sha256:HEX [requests-per-minute=N] [tokens-per-minute=N] [slo-classes=NAME,...]
 alice sha256:9f86d0... requests-per-minute=600 tokens-per-minute=200000
 """
 
@@ -9,25 +9,27 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import ConfigError
 from .limits import Bucket, CallerLimits
 
-_LINE = "NAME sha256:HEX [requests-per-minute=N] [tokens-per-minute=N]"
+_LINE = "NAME sha256:HEX [requests-per-minute=N] [tokens-per-minute=N] [slo-classes=NAME,...]"
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_CLASSES = "slo-classes"
 _RATES = {"requests-per-minute": "requests", "tokens-per-minute": "tokens"}
 
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """One key of the file. `rates` are per minute."""
+    """One key of the file. `rates` are per minute; `classes` are those that it may name, None: all."""
 
     name: str
     digest: bytes
     rates: dict[str, float] = field(default_factory=dict)
+    classes: frozenset[str] | None = None
     limits: CallerLimits = field(default_factory=CallerLimits)
 
     @property
@@ -39,9 +41,10 @@ class Caller:
 class KeyRing:
     """The keys of a file that may change."""
 
-    def __init__(self, path: Path, now: float) -> None:
-        """Read the file. Raises ConfigError."""
+    def __init__(self, path: Path, now: float, classes: Collection[str] = ()) -> None:
+        """Read the file. `classes`: that there are. Raises ConfigError."""
         self._path = path
+        self._classes = classes
         self._callers: dict[bytes, Caller] = {}
         self._numbered: dict[int, Caller] = {}
         self._seen: tuple[int, int] = (0, 0)
@@ -75,7 +78,7 @@ class KeyRing:
                 f"cannot read the API keys in {self._path} ({error}); name a file of lines {_LINE}"
             ) from None
         self._seen = seen
-        fresh = parse_keys(text)
+        fresh = parse_keys(text, self._classes)
         known = {caller.name: caller for caller in self._callers.values()}
         for caller in fresh:
             old = known.get(caller.name)
@@ -95,8 +98,8 @@ def _full(rates: dict[str, float], now: float) -> CallerLimits:
     return CallerLimits(**{name: Bucket.full(rate, now) for name, rate in rates.items()})
 
 
-def parse_keys(text: str) -> list[Caller]:
-    """The callers in a file's text. Raises ConfigError naming the line."""
+def parse_keys(text: str, classes: Collection[str] = ()) -> list[Caller]:
+    """The callers in a file's text, who may name some of these SLO classes. Raises ConfigError naming the line."""
     callers: list[Caller] = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -105,11 +108,24 @@ def parse_keys(text: str) -> list[Caller]:
         digest = _DIGEST.fullmatch(words[1]) if len(words) > 1 else None
         if digest is None:
             raise ConfigError(f"API keys, line {number}: not {_LINE} (the hash: printf %s KEY | sha256sum)")
-        caller = Caller(words[0], bytes.fromhex(digest[1]), _rates(words[2:], number))
+        named = [word for word in words[2:] if word.startswith(f"{_CLASSES}=")]
+        rates = _rates([word for word in words[2:] if word not in named], number)
+        allowed = _named_classes(named, classes, number)
+        caller = Caller(words[0], bytes.fromhex(digest[1]), rates, allowed)
         if any(caller.name == other.name or caller.digest == other.digest for other in callers):
             raise ConfigError(f"API keys, line {number}: this name or key is there already; name each once")
         callers.append(caller)
     return callers
+
+
+def _named_classes(words: list[str], classes: Collection[str], number: int) -> frozenset[str] | None:
+    named = [name for word in words for name in word.partition("=")[2].split(",") if name]
+    for name in named:
+        if name not in classes:
+            raise ConfigError(
+                f"API keys, line {number}: there is no SLO class {name!r}; --slo-class {name},ttft=... makes it"
+            )
+    return frozenset(named) if words else None
 
 
 def _rates(words: list[str], number: int) -> dict[str, float]:
@@ -117,6 +133,7 @@ def _rates(words: list[str], number: int) -> dict[str, float]:
     for word in words:
         name, _, value = word.partition("=")
         if name not in _RATES or not value.isdigit() or not int(value):
-            raise ConfigError(f"API keys, line {number}: {word!r} is not one of {', '.join(_RATES)} = a number above 0")
+            known = f"{', '.join(_RATES)} = a number above 0, {_CLASSES}=NAME,..."
+            raise ConfigError(f"API keys, line {number}: {word!r} is not one of {known}")
         rates[_RATES[name]] = float(value)
     return rates

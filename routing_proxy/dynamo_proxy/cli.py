@@ -204,7 +204,7 @@ def _discovery(values: dict[str, Any]) -> DiscoverySources:
 def _check_files(values: dict[str, Any]) -> None:
     """Mistakes in files are told now, and once."""
     if values["api_keys_file"]:
-        KeyRing(Path(values["api_keys_file"]), 0.0)
+        KeyRing(Path(values["api_keys_file"]), 0.0, parse_slo_classes(values["slo_class"] or []))
     if values["tls_cert_file"]:
         ServerTls(values["tls_cert_file"], values["tls_key_file"])
     client_context(values["engine_ca_file"])

@@ -81,7 +81,7 @@ class Exchange(ResponseSink):
         self._tried |= 1 << placement.engine.slot
         self._attempt_started = now
         self._stale, self._prefilled = 0, NOT_PREFILLED
-        if self._out.lacks_rest:
+        if self._out.lacks_rest(placement.engine):
             self._dial = self._out.seek_rest(placement.engine, self._services.tokens, self)
         else:
             self._begin(placement, now)
@@ -254,7 +254,7 @@ class Exchange(ResponseSink):
         if self._has_begun():
             self._broken(reason)
         else:
-            self._next_engine(reason)
+            self._next_engine(reason, is_fault=reason != "not_exact")
 
     # --- towards the client
 

@@ -11,6 +11,7 @@ import orjson
 
 from . import last_resort
 from . import metrics as metric_names
+from .account import missed
 from .client_connection import ClientConnection, Running, error_body
 from .engines import EngineRegistry
 from .errors import LimitError, ProtocolError, RequestError
@@ -102,7 +103,11 @@ class FrontEnd:
         asked = self.intake.read(path, request)
         meter = None
         if guard is not None and caller is not None:
-            meter = guard.charge(caller, self._knowledge.prompt_tokens(asked.prompt))
+            try:
+                meter = guard.charge(caller, asked.prompt, self._knowledge.prompt_tokens(asked.prompt))
+            except LimitError:
+                missed(asked, 429, self._services.metrics)
+                raise
         exchange = Exchange(client, asked, _endpoint(path), self._services, meter)
         if self.waiting is None:
             exchange.start()

@@ -10,6 +10,7 @@ from .api_keys import Caller, KeyRing
 from .errors import ConfigError, LimitError, RequestError
 from .http1 import Request
 from .spending import Spending
+from .text_chain import Prompt
 
 _CREDENTIAL = re.compile(rb"^(authorization|x-api-key):[ \t]*(.*?)[ \t]*\r\n", re.IGNORECASE | re.MULTILINE)
 _USAGE = re.compile(rb'"total_tokens":\s?(\d{1,12})')
@@ -96,8 +97,13 @@ class Guard:
             raise RequestError(401, "invalid_api_key", "this API key is not known here; check it")
         return without_credentials(request), caller
 
-    def charge(self, caller: Caller, prompt_tokens: int) -> Meter | None:
-        """Take a request from its caller's limits. Raises LimitError."""
+    def charge(self, caller: Caller, prompt: Prompt, prompt_tokens: int) -> Meter | None:
+        """Take a request from its caller's limits. Raises RequestError for an SLO class that is not the caller's, and
+        LimitError.
+        """
+        if prompt.slo is not None and caller.classes is not None and prompt.slo.name not in caller.classes:
+            message = f"this API key may not ask for service_tier {prompt.slo.name!r}; leave it out"
+            raise RequestError(400, "service_tier_not_allowed", message)
         wait = caller.limits.take(prompt_tokens, self._loop.time())
         if wait:
             raise LimitError(wait, f"the limits of this API key are used up; try again in {wait:.1f} s")

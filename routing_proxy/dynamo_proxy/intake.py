@@ -110,6 +110,11 @@ class Intake:
         return Asked(request, Prompt(field[1].decode("utf-8", "replace")) if field is not None else Prompt())
 
 
+def asks_for_stream(body: bytes) -> bool:
+    """Of a request that was read before, off the hot path."""
+    return b'"stream"' in body and orjson.loads(body).get("stream") is True
+
+
 def _session(request: Request, body: dict[str, Any]) -> str:
     """The session a request says it belongs to."""
     named = _SESSION_HEADER.search(request.head.passing)

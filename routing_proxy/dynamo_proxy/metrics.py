@@ -43,7 +43,7 @@ class Metrics(Collector):
         )
         self.hints = counter("dynamo_router_hints", "Hints sent to engines that run our connector", "kind")
         self.slo = counter(
-            "dynamo_router_slo_streams", "Streams by when their first token came", "slo_class", "outcome"
+            "dynamo_router_slo_streams", "Streams by when their first token came, if it did", "slo_class", "outcome"
         )
         self.trips = counter("dynamo_router_breaker_trips", "Engines left alone for a while", "engine", "reason")
         self.events = counter("dynamo_router_kv_events", "KV events by what became of them", "reason")

@@ -5,6 +5,7 @@ disaggregated one, or the rest of a broken stream.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any, Final, Protocol
 
 import orjson
@@ -28,11 +29,14 @@ _ROOMS = 3  # that one request to SGLang's prefill and decode engines gets beyon
 class Whole(Endable, Protocol):
     """The request whose rest is sought."""
 
+    over: bool
+
     def on_rest(self, reason: str) -> None: ...
 
 
 def _hear(whole: Whole, task: asyncio.Task[str]) -> None:
-    whole.on_rest(task.result())
+    if not whole.over:  # its client may have left since the task ended
+        whole.on_rest(task.result())
 
 
 class Outgoing:
@@ -83,8 +87,10 @@ class Outgoing:
             elif params and self._endpoint in handoff.PARAMS_ROUTES:
                 body = handoff.with_params(body, params)
             if self._tapeable and engine.may_tape(self._endpoint):
-                self.tape, decode = sglang_tapes.tape_for(self._endpoint, engine.kind), True
-                body = self.tape.asking(body)
+                tape = sglang_tapes.tape_for(self._endpoint, engine.kind)
+                with contextlib.suppress(orjson.JSONEncodeError):  # nested deeper than is written: it passes as it is
+                    body = tape.asking(body)
+                    self.tape, decode = tape, True
         reader = ResponseReader(head.method, max_head_bytes, decode)
         return request_bytes(head, target, body, engine.host_lines), reader
 
@@ -125,10 +131,12 @@ class Outgoing:
             self._resumes += 1
         return outcome, said
 
-    @property
-    def lacks_rest(self) -> bool:
-        """True if an engine must be asked before the rest of a stream can be."""
-        return self.resuming and not self._continuation
+    def lacks_rest(self, engine: Engine) -> bool:
+        """True if the rest of a stream cannot be asked for yet, or not of this engine."""
+        return self.resuming and (not self._continuation or self._is_other(engine))
+
+    def _is_other(self, engine: Engine) -> bool:
+        return self.tape is not None and self.tape.only_kind not in ("", engine.kind)
 
     def seek_rest(self, engine: Engine, tokens: TokenLearner, whole: Whole) -> asyncio.Task[str]:
         """Have an engine asked; `whole` hears how it went unless the task is cancelled."""
@@ -139,7 +147,7 @@ class Outgoing:
     async def _find_rest(self, engine: Engine, tokens: TokenLearner) -> str:
         """Why it is not known what the request for the rest hangs on; empty: it is."""
         assert self.tape is not None
-        if engine.kind != self.tape.only_kind:
+        if self._is_other(engine):
             return "other_kind"
         steps = self.tape.rest(orjson.loads(self.request.body))
         answer: Any = None

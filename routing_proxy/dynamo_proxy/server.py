@@ -79,7 +79,8 @@ class ProxyServer:
             self.front_end.page = SupervisorPage(config.supervisor_socket)
         self.guard: Guard | None = None
         if config.api_keys_path:
-            self.guard = Guard(KeyRing(Path(config.api_keys_path), asyncio.get_running_loop().time()))
+            classes, now = [each.name for each in routing.slo_classes], asyncio.get_running_loop().time()
+            self.guard = Guard(KeyRing(Path(config.api_keys_path), now, classes))
         self.front_end.guard = self.guard
         self.front_end.strip_credentials = bool(config.engine_api_key)
         if routing.engine_request_limit:

@@ -175,10 +175,8 @@ class GenerateTape(StreamTape):
             return self._dressed(event) if self._resumed else self._other(event)
         if self._resumed:
             event = self._whole(event)
-        if _OPEN not in event:
-            reason = _reason(event)
-            if reason == "abort":
-                self.failed = "aborted"
+        if _OPEN not in event and (reason := _reason(event)) is not None:
+            self.failed = "aborted" if reason == "abort" else self.failed
             self.finished = not self.failed
         if self.failed:
             return b""

@@ -44,7 +44,7 @@ _HINDERS = frozenset(
      "guided_regex", "logprobs", "mm_processor_kwargs", "modalities", "prompt_embeds", "prompt_logprobs", "stop",
      "structured_outputs", "suffix", "thinking_token_budget", "tools", "top_logprobs", "truncate_prompt_tokens",
      "use_beam_search", "return_token_ids",
-     "custom_logit_processor", "ebnf", "regex", "return_cached_tokens_details", "return_hidden_states",
+     "custom_logit_processor", "ebnf", "json_schema", "regex", "return_cached_tokens_details", "return_hidden_states",
      "return_input_ids_in_sglext", "return_meta_info", "return_output_ids_in_sglext", "return_prompt_token_ids",
      "return_routed_experts", "return_spec_tokens_details", "session_params", "stop_regex")
 )  # fmt: skip

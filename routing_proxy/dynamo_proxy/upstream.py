@@ -14,7 +14,7 @@ from .config import EngineAddress, Limits, Timeouts
 from .errors import ProtocolError
 from .http1 import EndOfMessage, ResponseReader
 from .http_heads import ResponseHead
-from .last_resort import TOLD, end_faulty, guarded
+from .last_resort import TOLD, end_request, guarded
 
 log = logging.getLogger("dynamo_proxy")
 
@@ -103,7 +103,7 @@ class UpstreamConnection(asyncio.Protocol):
             self._read(sink, reader, data)
         except Exception:
             log.exception(TOLD)
-            end_faulty(sink)
+            end_request(sink)
 
     def _read(self, sink: ResponseSink, reader: ResponseReader, data: bytes) -> None:
         body = reader.whole(data)

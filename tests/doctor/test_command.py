@@ -45,8 +45,9 @@ def test_bad_usage_is_one_message_and_exit_2(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--kvbm-object-url", "http://foo/bar"], ["--kvbm-host-dram-gb", "lots"], ["--kvbm-compression", "fp9", "--json"]],
-)
+    [["--kvbm-object-url", "http://foo/bar"], ["--kvbm-host-dram-gb", "lots"], ["--kvbm-compression", "fp9", "--json"],
+     ["--kvbm-peer-secret-file", "/none", "--kvbm-role", "prefill"]],
+)  # fmt: skip
 def test_a_wrong_value_ends_it_before_any_probe(arguments: list[str]) -> None:
     result = start("doctor", *arguments)
     assert (result.returncode, result.stdout) == (2, "")

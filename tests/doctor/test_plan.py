@@ -41,8 +41,9 @@ def test_what_one_engine_here_takes_is_no_warning() -> None:
     assert judge_spelling(plan, []) == []
 
 
-def test_a_secret_without_a_role_is_a_launch_line_of_sglang() -> None:
-    plan = plan_of({"kvbm_peer_secret_file": "/none"})
+def test_a_secret_without_a_role_is_a_launch_line_of_sglang(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of sixteen bytes or more")
+    plan = plan_of({"kvbm_peer_secret_file": str(tmp_path / "secret")})
     assert judge_spelling(plan, ["sglang"]) == []
     assert [finding.level for finding in judge_spelling(plan, ["vllm"])] == [Level.WARN]
 
@@ -81,11 +82,15 @@ def test_a_wrong_value_beside_no_list_of_tiers_is_told_too(wrong: dict[str, str]
         plan_of(wrong)
 
 
-def test_a_secret_that_is_not_there_fails(tmp_path: Path) -> None:
-    settings = {"kvbm_role": "prefill", "kvbm_peer_secret_file": str(tmp_path / "none")}
-    (finding,) = examine_peers(plan_of(settings).peer)
-    assert finding.level is Level.FAIL
-    assert "cannot be read" in finding.detail
+@pytest.mark.parametrize("role", [{"kvbm_role": "prefill"}, {}])
+def test_a_secret_that_no_engine_would_take_is_refused(role: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("short")
+    for name, words in (("none", "cannot be read"), ("short", "less than 16 bytes")):
+        with pytest.raises(ConfigError, match=words):
+            plan_of({**role, "kvbm_peer_secret_file": str(tmp_path / name)})
+
+
+def test_a_role_needs_what_speaks_to_peers() -> None:
     (local,) = examine_peers(plan_of({"kvbm_role": "prefill"}).peer)
     assert local.level is Level.OK
     assert examine_peers(Plan().peer) == []

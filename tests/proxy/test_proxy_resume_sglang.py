@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 import pytest
+from dynamo_proxy.http1 import Request
+from dynamo_proxy.http_heads import RequestHead
+from dynamo_proxy.intake import Asked
+from dynamo_proxy.outgoing import Outgoing
 from dynamo_proxy.server import ProxyServer
+from dynamo_proxy.sglang_tapes import ChatTape, GenerateTape
 from dynamo_proxy.stream_tape import is_resumable
 
 from tests.proxy.proxy_fakes import Answer, Client, ask, chat, post, proxy_before, run, wait_until
-from tests.proxy.test_proxy_resume import CHAT, PROMPT, TEXT, events_of, resumes, text_of
+from tests.proxy.test_proxy_resume import CHAT, COMPLETIONS, PROMPT, TEXT, events_of, resumes, text_of
 from tests.proxy.token_engine import SglangEngine, TokenEngine, expected_text, next_token
 
 GENERATE = "/generate"
@@ -92,6 +98,7 @@ def test_a_chat_whose_tokens_cannot_be_shown_ends_with_an_error(lack: str) -> No
             assert expected_text(PROMPT, 24).startswith(said := text_of(answer))
             assert said
             assert not resumes(proxy, "resumed")
+            assert [engine.breaker.score for engine in proxy.registry if engine.address == good.address] == [0.0]
             await wait_until(lambda: proxy.ledger.in_flight == 0)
 
     run(body())
@@ -107,6 +114,22 @@ def test_a_chat_does_not_go_on_at_an_engine_of_another_kind() -> None:
             answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
             assert is_told_of_the_loss(answer)
             assert (other.requests, resumes(proxy, "no_engine")) == ([], True)
+
+    run(body())
+
+
+def test_a_rest_that_is_known_is_not_asked_of_an_engine_of_another_kind() -> None:
+    async def body() -> None:
+        broken, refusing, other = SglangEngine(), SglangEngine(), TokenEngine()
+        for engine in (broken, refusing, other):
+            await engine.start()
+        broken.break_after, refusing.status = 5, 503
+        async with proxy_before(broken, refusing, other, router_mode="round-robin") as proxy:
+            answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
+            assert is_told_of_the_loss(answer)
+            assert [path for path, _, _ in refusing.requests] == ["/tokenize", "/tokenize", CHAT]
+            assert other.requests == []
+            assert all(engine.breaker.score == 0 for engine in proxy.registry if engine.address == other.address)
 
     run(body())
 
@@ -184,6 +207,64 @@ def test_a_client_that_leaves_while_an_engine_is_asked_ends_it_all() -> None:
             await wait_until(lambda: proxy.ledger.in_flight == 0, "nothing is left of it")
 
     run(body())
+
+
+def test_a_client_that_left_just_as_the_answer_came_does_not_hear_of_it() -> None:
+    class Left:
+        over = False
+
+        def __init__(self) -> None:
+            self.heard: list[str] = []
+
+        def on_rest(self, reason: str) -> None:
+            self.heard.append(reason)
+
+        def on_fault(self) -> None:
+            self.heard.append("fault")
+
+    async def body() -> None:
+        async with proxy_before(await TokenEngine().start()) as proxy:
+            (engine,), head = proxy.registry, RequestHead(b"POST", CHAT.encode(), 1, b"", False, True, False, CHAT)
+            outgoing, left = Outgoing(Asked(Request(head, b"{}")), CHAT), Left()
+            outgoing.tape = ChatTape()
+            task = outgoing.seek_rest(engine, proxy.tokens, left)
+            await asyncio.sleep(0)
+            assert task.done()
+            left.over = True
+            await asyncio.sleep(0)
+            assert left.heard == []
+
+    run(body())
+
+
+def test_a_chat_nested_deeper_than_the_proxy_writes_passes_as_it_is() -> None:
+    async def body() -> None:
+        deep: Any = 1
+        for _ in range(400):
+            deep = [deep]
+        async with broken_and_good(100) as (proxy, broken, _):
+            asked = orjson.dumps(chat(TEXT, stream=True, max_tokens=8))[:-1] + b',"metadata":%b}' % repr(deep).encode()
+            answer = await ask(proxy.port, post(CHAT, asked))
+            assert (answer.status, text_of(answer)) == (200, expected_text(PROMPT, 8))
+            assert broken.requests[-1][2] == asked
+
+    run(body())
+
+
+def test_an_event_that_gives_no_reason_does_not_end_a_native_stream() -> None:
+    tape = GenerateTape()
+    event = b'data: {"text": "a", "output_ids": [1], "meta_info": {"finish_reason": %b}}\n\n'
+    tape.feed(event % b"null")
+    assert not tape.finished
+    tape.feed(event % b'{"type": "stop"}')
+    assert tape.finished
+
+
+@pytest.mark.parametrize("field", ["json_schema", "regex", "ebnf"])
+def test_a_completion_under_a_grammar_of_sglang_is_left_alone(field: str) -> None:
+    asked = {"prompt": TEXT, "stream": True}
+    assert is_resumable(COMPLETIONS, asked)
+    assert not is_resumable(COMPLETIONS, {**asked, field: "x"})
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_stream_that_is_cut_goes_on_token_for_token(server: Server, breaks: in
                     body = {"model": str(server.model), **body}
                     alone = await aside(lambda: requests.post(server.process.url + path, json=body, timeout=120).text)  # noqa: B023
                     faults += ["cut"] * breaks
-                    answer = await ask(proxy.port, post(path, body))
+                    answer = await ask(proxy.port, post(path, body, "content-type: application/json"))
                     events = events_of(answer.body.decode())
                     assert answer_of(path, events) == answer_of(path, events_of(alone)), path
                     if path != GENERATE:

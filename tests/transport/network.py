@@ -18,15 +18,24 @@ class Cable:
         try:
             self._keep("unshare", "-rnm")
             self._keep(*self.inside(0), "unshare", "-nm")
-            far = str(self._keepers[1].pid)
-            self._ip(0, "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", far)
-            for host, address in enumerate(self.hosts):
+            for host in (0, 1):
                 self._ip(host, "link", "set", "lo", "up")
-                self._ip(host, "addr", "add", f"{address}/24", "dev", "cable")
-                self._ip(host, "link", "set", "cable", "up")
+            self.lay("cable", self.hosts)
         except BaseException:
             self.close()
             raise
+
+    def lay(self, name: str, addresses: Sequence[str]) -> None:
+        """One more cable between the two, which `cut` leaves alone."""
+        self._ip(0, "link", "add", name, "type", "veth", "peer", "name", name, "netns", str(self.far))
+        for host, address in enumerate(addresses):
+            self._ip(host, "addr", "add", f"{address}/24", "dev", name)
+            self._ip(host, "link", "set", name, "up")
+
+    @property
+    def far(self) -> int:
+        """A process on host 1."""
+        return self._keepers[1].pid
 
     def inside(self, host: int) -> Sequence[str]:
         """What makes a command run on that host."""

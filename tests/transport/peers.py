@@ -77,12 +77,13 @@ Hook = Callable[[Request | Reply], int]
 class Between:
     """Passes messages on. `hook` sees each before that and says how often it is delivered; it may do anything.
 
-    `delay` says how many seconds later that is, to some 20 ms.
+    `delay` says how many seconds later that is, to some 20 ms; `frame_of` gives what is delivered instead of its frame.
     """
 
     def __init__(self, port: int, owner_port: int, secret: bytes = b"s") -> None:
         self.hook: Hook = lambda message: 1
         self.delay: Callable[[Request | Reply], float] = lambda message: 0.0
+        self.frame_of: Callable[[Request | Reply, bytes], bytes] = lambda message, frame: frame
         self.seen: list[str] = []
         self._owner = f"tcp://127.0.0.1:{owner_port}"
         self._codec = Codec(secret)
@@ -111,11 +112,11 @@ class Between:
             ready = dict(poller.poll(20))
             if self._front in ready:
                 client, frame = self._front.recv_multipart()
-                self._hold(self._codec.request(frame), partial(self._back(client).send, frame))
+                self._hold(self._codec.request(frame), frame, self._back(client).send)
             for client, back in list(self._backs.items()):
                 if back in ready:
                     frame = back.recv()
-                    self._hold(self._codec.reply(frame), partial(self._front.send_multipart, [client, frame]))
+                    self._hold(self._codec.reply(frame), frame, partial(self._to_reader, client))
             now, held = time.monotonic(), self._held
             self._held = [each for each in held if each[0] > now]
             for due, deliver in held:
@@ -133,7 +134,11 @@ class Between:
             back.connect(self._owner)
         return self._backs[client]
 
-    def _hold(self, message: Request | Reply, deliver: Callable[[], object]) -> None:
+    def _to_reader(self, client: bytes, frame: bytes) -> None:
+        self._front.send_multipart([client, frame])
+
+    def _hold(self, message: Request | Reply, frame: bytes, send: Callable[[bytes], object]) -> None:
         self.seen.append(type(message).__name__)
         for _ in range(self.hook(message)):
-            self._held.append((time.monotonic() + self.delay(message), deliver))
+            due = time.monotonic() + self.delay(message)
+            self._held.append((due, partial(send, self.frame_of(message, frame))))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
-from dynamo_connectors.transport.messages import Grant, Reply
+from dynamo_connectors.transport.messages import Check, Reply
 from dynamo_connectors.transport.messages import Request as Message
 from tests.vllm.handoff_scenario import ANSWER_TOKENS, HBM_GB, Engine, Fleet, RankedWorker, many_at_once
 from tests.vllm.handoff_tickets import signed
@@ -90,14 +90,14 @@ def every_block_comes(fleet: DividedFleet) -> None:
 
 
 def one_rank_alone_makes_a_miss(fleet: DividedFleet) -> None:
-    """The last rank's slots are re-used as soon as its READs are granted; those of others are as they were."""
+    """The last rank's slots are re-used while its READs are under way; those of others are as they were."""
     owner = ours(fleet.prefill.workers[-1].connector)._worker._peers._server._owner
     receive = owner.receive
 
     def receive_late(message: Message, now: float) -> Reply | None:
-        reply: Reply | None = receive(message, now)
-        if isinstance(reply, Grant) and reply.status == "granted":
+        if isinstance(message, Check):
             fleet.refill(fleet.prefill.workers[-1])
+        reply: Reply | None = receive(message, now)
         return reply
 
     owner.receive = receive_late
@@ -107,6 +107,24 @@ def one_rank_alone_makes_a_miss(fleet: DividedFleet) -> None:
     assert counts["nixl_fences_refused|other_generation"], counts
     # Where two ranks read that one, the second may find its blocks gone.
     assert counts["load_failures|stale"] + counts["load_failures|gone"] == blocks, counts
+
+
+def a_client_that_leaves_costs_no_slot(fleet: DividedFleet) -> None:
+    """At whatever step its load is; every rank of both sides hears of it."""
+    fleet.settle()
+    fleet.prefill.take_counts()
+    for steps in range(4):
+        tokens, name = prompt(450 + steps, 200), f"leaves{steps}"
+        fleet.decode.ask(name, tokens, ANSWER_TOKENS, fleet.computed(f"p-{name}", tokens))
+        for _ in range(steps):
+            fleet.decode.step()
+        fleet.decode.abort(name)
+    fleet.settle()
+    ended = {key: count for key, count in fleet.prefill.take_counts().items() if "leases_ended" in key}
+    assert ended == {"nixl_leases_ended|done": 4 * len(fleet.prefill.workers)}, ended
+    fleet.decode.take_counts()
+    blocks = handed_over(fleet, "stays", 460)
+    assert fleet.decode.take_counts()["hit_blocks|peer"] == blocks
 
 
 def what_does_not_fit_is_computed(fleet: DividedFleet) -> None:
@@ -128,6 +146,7 @@ def main(model: str) -> None:
             every_block_comes(fleet)
             many_at_once(fleet, 1)
             one_rank_alone_makes_a_miss(fleet)
+            a_client_that_leaves_costs_no_slot(fleet)
             if (prefill, decode) == (1, 2):
                 what_does_not_fit_is_computed(fleet)
         finally:

@@ -71,10 +71,11 @@ def same(answer: Answer, alone: Answer) -> bool:
     return answer.tokens == alone.tokens and answer.logprobs == pytest.approx(alone.logprobs, abs=0.01)
 
 
-@pytest.mark.parametrize("way", ["from one rank to two", "from two ranks to one"])
-def test_answers_equal_those_of_one_engine_and_every_block_comes(engines: Engines, way: str) -> None:
-    prefill, decode = engines if way == "from one rank to two" else reversed(engines)
-    seeds = iter(range(1000 * len(way), 10_000_000))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_answers_equal_those_of_one_engine_and_every_block_comes(engines: Engines, ranks: int) -> None:
+    """From so many ranks to the other engine."""
+    prefill, decode = engines if ranks == 1 else reversed(engines)
+    seeds = iter(range(1000 * ranks, 1000 * ranks + 1000))
     read_before = decode.client.metric("dynamo_nixl_read_bytes_total")
 
     def comes() -> bool:
@@ -112,7 +113,7 @@ def test_an_engine_that_is_killed_and_one_of_another_model_cost_no_answer(
         tokens, before = prompt(8), two.from_peers
         handed = two.client.complete(tokens, kv_transfer_params=other.ticket(tokens))
         assert two.from_peers == before
-        assert two.client.metric("dynamo_nixl_refused_peers_total", reason="other_model") == 2, "each rank asks once"
+        assert two.client.metric("dynamo_nixl_refused_peers_total", reason="other_model") >= 2, "each rank asks"
     finally:
         other.server.stop()
     two.client.empty_hbm()
@@ -121,4 +122,5 @@ def test_an_engine_that_is_killed_and_one_of_another_model_cost_no_answer(
     lines = {line.partition("cannot be read: ")[2] for line in said.splitlines() if "cannot be read" in line}
     assert len(lines) == 1
     assert "do not compute the same KV" in lines.pop()
+    assert "first one: refused" not in said, "nothing more is said of its blocks"
     assert "Traceback" not in said

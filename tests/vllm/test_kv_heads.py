@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from dynamo_connectors.errors import ConfigError
+from dynamo_connectors.head_map import Heads
 from dynamo_connectors.vllm import kv_heads
 from dynamo_connectors.vllm.kv_heads import check_compressible, planned_compressed_bytes, read_codec, read_heads
 from dynamo_connectors.vllm.kv_pages import planned_row_bytes, read_pages
@@ -205,3 +206,18 @@ def test_nobody_takes_a_row_apart_whose_layers_share_some_of_their_bytes() -> No
     starts = zip(LAYERS, (0, page // 2, page), strict=True)
     shared = {layer: memory.as_strided(shape, strides, start) for layer, start in starts}
     assert read_pages(shared, planned).heads is None
+
+
+def test_ranks_of_the_same_pages_meet_whatever_their_number_and_no_others() -> None:
+    def meets(ranks: int, **changes: Any) -> str:
+        spec = replace(SPEC, **{"num_kv_heads": 4 // ranks, **changes})
+        shape = (2, spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
+        read = kv_heads.read_head_page(spec, torch.empty(shape, dtype=spec.dtype), 0)
+        assert read is not None
+        return Heads((read[0],), read[1]).fingerprint(ranks)
+
+    assert meets(1) == meets(2) == meets(4)
+    wide = {"head_size": 2 * WIDTH, "head_size_v": 2 * WIDTH}
+    # The last one: the same bytes in another shape.
+    others = [{"dtype": torch.float16}, {"block_size": 2 * TOKENS}, {"num_kv_heads": 3}, wide, {"block_size": 8} | wide]
+    assert meets(1) not in [meets(ranks, **changes) for changes in others for ranks in (1, 2)]
