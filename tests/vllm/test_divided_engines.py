@@ -113,7 +113,12 @@ def test_an_engine_that_is_killed_and_one_of_another_model_cost_no_answer(
         tokens, before = prompt(8), two.from_peers
         handed = two.client.complete(tokens, kv_transfer_params=other.ticket(tokens))
         assert two.from_peers == before
-        assert two.client.metric("dynamo_nixl_refused_peers_total", reason="other_model") >= 2, "each rank asks"
+
+        def is_refused() -> bool:
+            two.client.complete(prompt(9, chunks=1), max_tokens=1)  # counts are published by steps
+            return two.client.metric("dynamo_nixl_refused_peers_total", reason="other_model") >= 2
+
+        wait_until(is_refused, "each rank has been refused", 60.0)
     finally:
         other.server.stop()
     two.client.empty_hbm()
