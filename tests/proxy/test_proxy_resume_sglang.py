@@ -97,6 +97,32 @@ def test_a_chat_whose_tokens_cannot_be_shown_ends_with_an_error(lack: str) -> No
     run(body())
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_stream_that_breaks_at_any_event_loses_no_half_of_a_character(path: str) -> None:
+    """SGLang shows what comes before half of a character with the token that brings the half."""
+
+    async def body() -> None:
+        ids, whole = list(PROMPT), expected_text(PROMPT, 16, has_halves=True)
+        for _ in range(16):
+            ids.append(next_token(ids))
+        halves = {number for number, token in enumerate(ids[len(PROMPT) :], 1) if token % 5 == 0}
+        assert halves
+        for events in (*halves, *(after + 1 for after in halves), 15):
+            async with broken_and_good(events + (path == CHAT)) as (proxy, broken, good):
+                broken.prints_halves = good.prints_halves = True
+                common = {"model": "tiny", "max_tokens": 16, "stream": True}
+                asked = chat(TEXT, **common) if path == CHAT else {"prompt": TEXT, **common}
+                answer = await ask(proxy.port, post(path, asked))
+                if events in halves:
+                    assert is_told_of_the_loss(answer)
+                    assert resumes(proxy, "not_exact")
+                    assert whole.startswith(text_of(answer))
+                else:
+                    assert text_of(answer) == whole, events
+
+    run(body())
+
+
 def test_a_chat_does_not_go_on_at_an_engine_of_another_kind() -> None:
     async def body() -> None:
         broken, other = SglangEngine(), TokenEngine()
