@@ -95,10 +95,15 @@ class ChatTape(StreamTape):
         return self.done or self.finished or bool(self._is_plain and self._said)
 
     def asking(self, body: bytes) -> bytes:
+        if b'"stream_options"' not in body:
+            return b'{"stream_options":{"continuous_usage_stats":true},' + body[body.index(b"{") + 1 :]
         asked = orjson.loads(body)
         options = asked.get("stream_options")
         options = options if isinstance(options, dict) else {}
-        return orjson.dumps({**asked, "stream_options": {**options, "continuous_usage_stats": True}})
+        try:
+            return orjson.dumps({**asked, "stream_options": {**options, "continuous_usage_stats": True}})
+        except TypeError:  # nested deeper than orjson writes
+            return body
 
     def _event(self, event: bytes) -> bytes:
         if self.failed:

@@ -198,6 +198,17 @@ def test_an_engine_that_does_not_tokenise_is_passed_over() -> None:
     run(body())
 
 
+def test_a_chat_that_is_nested_too_deep_for_the_tape_passes_as_it_came() -> None:
+    async def body() -> None:
+        async with broken_and_good(99) as (proxy, _, _):
+            deep = b"[" * 400 + b"]" * 400
+            asked = orjson.dumps(chat(TEXT, stream=True, max_tokens=4, stream_options={"include_usage": True}))
+            answer = await ask(proxy.port, post(CHAT, asked[:-1] + b',"metadata":' + deep + b"}"))
+            assert (answer.status, text_of(answer)) == (200, expected_text(PROMPT, 4))
+
+    run(body())
+
+
 def test_a_client_that_leaves_while_an_engine_is_asked_ends_it_all() -> None:
     async def body() -> None:
         async with broken_and_good(5) as (proxy, _, good):
