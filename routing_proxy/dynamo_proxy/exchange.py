@@ -182,7 +182,7 @@ class Exchange(ResponseSink):
             return
         if self._out.resuming:
             if head.status != 200 or not head.is_events:
-                self._next_engine(f"status_{head.status}")
+                self._next_engine(f"status_{head.status}", is_fault=not 400 <= head.status < 500)
             return
         if self._out.may_go_on(head.status) and self._services.router.another(self._prompt, self._tried):
             self._next_engine(f"status_{head.status}")

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -24,7 +24,13 @@ _ENGINES_PER_DATAGRAM = 24
 _NODES_PER_DATAGRAM = 120  # so that a datagram fits an Ethernet frame
 _MAX_NODES = 4096
 _SPENT_PER_DATAGRAM = 24
-_decode = msgspec.msgpack.Decoder().decode
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Said = tuple[
+    int, str, int, int, float, list[tuple[str, _Count, _Count, _Count]], list[tuple[str, list[_Count]]],
+    list[tuple[int, str, float, float]],
+]  # fmt: skip
+_decode = msgspec.msgpack.Decoder(_Said).decode
+_decode_any = msgspec.msgpack.Decoder(list[Any]).decode
 
 
 class Chain(NamedTuple):
@@ -68,37 +74,25 @@ def verify(datagram: bytes, key: bytes, wall_seconds: float) -> News | str:
     if not hmac.compare_digest(signature, _signature(said, key)):
         return "bad_signature"
     try:
-        version, *rest = _decode(said)
-        if version != _VERSION:
-            return "other_version"
-        sender, life, number, wall, loads, chains, spent = rest
-        if abs(wall - wall_seconds) > _MAX_SKEW_SECONDS:
-            return "too_old"
-        told = tuple(map(_load, loads)), tuple(map(_chain, chains)), tuple(map(_spent, spent))
-        return News(sender, life, number, wall, *told)
-    except (msgspec.DecodeError, ValueError, TypeError, UnicodeDecodeError):
+        version, sender, life, number, wall, loads, chains, spent = _decode(said)
+    except msgspec.DecodeError:
+        return "malformed" if _version(said) in (_VERSION, None) else "other_version"
+    if version != _VERSION:
+        return "other_version"
+    if not abs(wall - wall_seconds) <= _MAX_SKEW_SECONDS:
+        return "too_old"
+    if not all(math.isfinite(total) and math.isfinite(left) for _, _, total, left in spent):
         return "malformed"
+    told_loads = tuple((engine, Counts(*counts)) for engine, *counts in loads)
+    told_chains = tuple(Chain(engine, tuple(nodes[:_MAX_NODES])) for engine, nodes in chains)
+    return News(sender, life, number, wall, told_loads, told_chains, tuple(Spent(*each) for each in spent))
 
 
-def _load(raw: Sequence[Any]) -> tuple[str, Counts]:
-    engine, in_flight, pending, active = raw
-    if not isinstance(engine, str) or min(in_flight, pending, active) < 0:
-        raise ValueError("a load is not a name and three counts")
-    return engine, Counts(int(in_flight), int(pending), int(active))
-
-
-def _chain(raw: Sequence[Any]) -> Chain:
-    engine, nodes = raw
-    if not isinstance(engine, str) or not all(type(node) is int for node in nodes):
-        raise ValueError("a chain is not a name and numbers")
-    return Chain(engine, tuple(nodes[:_MAX_NODES]))
-
-
-def _spent(raw: Sequence[Any]) -> Spent:
-    key, what, total, left = raw
-    if type(key) is not int or not isinstance(what, str) or not math.isfinite(total) or not math.isfinite(left):
-        raise ValueError("what was granted is not a key, a name and two numbers")
-    return Spent(key, what, total, left)
+def _version(said: bytes) -> Any:
+    try:
+        return _decode_any(said)[0]
+    except (msgspec.DecodeError, IndexError):
+        return None
 
 
 def _signature(said: bytes, key: bytes) -> bytes:

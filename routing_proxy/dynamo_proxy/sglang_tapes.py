@@ -21,6 +21,7 @@ TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 _CONTEXT_TOKENS = 5
 # So many pieces of an answer are compared; those of a longer one are several events each.
 _MAX_PIECES = 1024
+_ENDS = 3  # of a completion, by events, of which one must be shown to be whole
 _USAGE = re.compile(rb',"usage":(\{(?:[^{}]|\{[^{}]*\})*\})')
 _COUNT = re.compile(rb'"completion_tokens":(\d+)')
 _CONTENT = re.compile(rb'"content":("(?:[^"\\]|\\.)+")')
@@ -29,6 +30,41 @@ _OPEN = b'"finish_reason":null'
 # What means something else to the tokeniser than to a chat.
 _NOT_OF_THE_PROMPT = ("add_generation_prompt", "add_special_tokens", "stream", "stream_options")
 _DEFAULT_NEW_TOKENS = 128  # of /generate
+
+
+class CompletionTape(StreamTape):
+    """A completion. SGLang shows what is printable before a half of a character, with the tokens of the half: what was
+    relayed last may be less than the text of its tokens, and what is missing would be lost.
+    """
+
+    __slots__ = ("_lasts",)
+    only_kind: ClassVar[str] = "sglang"
+
+    def __init__(self) -> None:
+        super().__init__(False)
+        self._lasts: list[tuple[int, bytes]] = []  # events with a text, and how many are before it
+
+    @property
+    def must_ask(self) -> bool:
+        return _may_lack(_text_of(self._lasts[-1][1])) if self._lasts else False
+
+    def _event(self, event: bytes) -> bytes:
+        safe = self._safe
+        relayed = super()._event(event)
+        if self._safe != safe:
+            self._lasts = [*self._lasts[1 - _ENDS :], (safe, relayed)]
+        return relayed
+
+    def rest(self, body: dict[str, Any]) -> Rest:
+        counts = [ids.count(b",") + 1 if ids.strip() else 0 for ids in self._ids[: self._safe]]
+        ids = orjson.loads(b"[" + b",".join([self._prompt_ids, *filter(None, self._ids[: self._safe])]) + b"]")
+        texts = [_text_of(event) for _, event in self._lasts]
+        ends = ["".join(texts[first:]) for first in range(len(texts))]
+        spans = [(len(ids) - sum(counts[after:]), len(ids)) for after, _ in self._lasts]
+        answer = yield DETOKENIZE, _asking_for_texts(body, ids, spans)
+        # One is enough: an end that begins behind half of a character cannot match.
+        shown = any(told == said for told, said in zip(_texts(answer), ends, strict=False))
+        return self.continuation(body, 0) if shown else b""
 
 
 class ChatTape(StreamTape):
@@ -51,14 +87,23 @@ class ChatTape(StreamTape):
         return self._said[-1][1] if self._said else 0
 
     @property
+    def must_ask(self) -> bool:
+        return True
+
+    @property
     def can_resume(self) -> bool:
         return self.done or self.finished or bool(self._is_plain and self._said)
 
     def asking(self, body: bytes) -> bytes:
+        if b'"stream_options"' not in body:
+            return b'{"stream_options":{"continuous_usage_stats":true},' + body[body.index(b"{") + 1 :]
         asked = orjson.loads(body)
         options = asked.get("stream_options")
         options = options if isinstance(options, dict) else {}
-        return orjson.dumps({**asked, "stream_options": {**options, "continuous_usage_stats": True}})
+        try:
+            return orjson.dumps({**asked, "stream_options": {**options, "continuous_usage_stats": True}})
+        except TypeError:  # nested deeper than orjson writes
+            return body
 
     def _event(self, event: bytes) -> bytes:
         if self.failed:
@@ -113,11 +158,13 @@ class ChatTape(StreamTape):
         ids = read_token_ids((yield TOKENIZE, _named(body, question)))
         if len(prompt) != self._prompt_tokens or len(ids) != self.tokens or 0 < limit <= len(ids):
             return b""
-        stride = -(-len(texts) // _MAX_PIECES)
-        bounds = [*range(0, len(texts), stride), len(texts)]
-        cuts = [0, *(self._said[bound - 1][1] for bound in bounds[1:])]
+        counts = [0, *(count for _, count in self._said)]
+        sure = [end for end in range(1, len(texts)) if not _may_lack(texts[end - 1], counts[end] - counts[end - 1])]
+        bounds = [0, *sure[:: -(-len(sure) // _MAX_PIECES) or 1], len(texts)]
+        cuts = [counts[bound] for bound in bounds]
         pieces = ["".join(texts[start:end]) for start, end in pairwise(bounds)]
-        answer = yield DETOKENIZE, _asking_for_texts(body, prompt + ids, [len(prompt) + cut for cut in cuts])
+        spans = [(len(prompt) + start, len(prompt) + end) for start, end in pairwise(cuts)]
+        answer = yield DETOKENIZE, _asking_for_texts(body, prompt + ids, spans)
         if _texts(answer) != pieces:
             return b""
         self._resumed, self._base_tokens = True, len(ids)
@@ -157,6 +204,10 @@ class GenerateTape(StreamTape):
     @property
     def tokens(self) -> int:
         return len(parsed(self._last).get("output_ids") or ())
+
+    @property
+    def must_ask(self) -> bool:
+        return True
 
     @property
     def can_resume(self) -> bool:
@@ -209,8 +260,8 @@ class GenerateTape(StreamTape):
         limit = asked.get("max_new_tokens", _DEFAULT_NEW_TOKENS)
         if len(prompt) != meta.get("prompt_tokens") or (limit is not None and limit <= len(ids)):
             return b""
-        whole = [len(prompt), len(prompt) + len(ids)]
-        answer = yield DETOKENIZE, _asking_for_texts({**body, **asked}, prompt + ids, whole)
+        whole = (len(prompt), len(prompt) + len(ids))
+        answer = yield DETOKENIZE, _asking_for_texts({**body, **asked}, prompt + ids, [whole])
         if not isinstance(text, str) or _texts(answer) != [text]:  # the last of it was held back: part of a character
             return b""
         asked = {**asked, "max_new_tokens": None if limit is None else limit - len(ids)}
@@ -226,17 +277,26 @@ def tape_for(path: str, kind: str) -> StreamTape:
     """The tape for a stream of this route from an engine of this kind."""
     if path == GENERATE:
         return GenerateTape()
-    return ChatTape() if path == CHAT and kind == "sglang" else StreamTape(path == CHAT)
+    if kind == "sglang":
+        return ChatTape() if path == CHAT else CompletionTape()
+    return StreamTape(path == CHAT)
+
+
+def _may_lack(text: str, tokens: int = 2) -> bool:
+    """True if this may be only the printable part of the text of so many tokens: it ends with a space then, or with a
+    Chinese character.
+    """
+    return text.endswith(" ") or (tokens > 1 and not text[-1:].isascii())
 
 
 def _named(body: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
     return {"model": body["model"], **question} if "model" in body else question
 
 
-def _asking_for_texts(body: dict[str, Any], ids: list[int], cuts: list[int]) -> dict[str, Any]:
-    """The question for the texts of ids between cuts: each of what is before it, and of both."""
+def _asking_for_texts(body: dict[str, Any], ids: list[int], spans: list[tuple[int, int]]) -> dict[str, Any]:
+    """The question for the texts of spans of ids: each of what is before it, and of both."""
     tokens = []
-    for start, end in pairwise(cuts):
+    for start, end in spans:
         context = max(0, start - _CONTEXT_TOKENS)
         tokens += [ids[context:start], ids[context:end]]
     return _named(body, {"tokens": tokens, "skip_special_tokens": body.get("skip_special_tokens", True)})
@@ -249,6 +309,11 @@ def _texts(answer: Any) -> list[str]:
         return []
     pairs = zip(told[::2], told[1::2], strict=False)
     return [both[len(before) :] if both.startswith(before) else "\0" for before, both in pairs]
+
+
+def _text_of(event: bytes) -> str:
+    choices = parsed(event).get("choices")
+    return str(choices[0].get("text") or "") if choices else ""
 
 
 def _reason(event: bytes) -> Any:

@@ -141,7 +141,7 @@ def plan_rest(tape: StreamTape, request_body: bytes, max_model_tokens: int) -> t
     if tape.finished or tape.done:
         said = tape.conclude(body)
         return ("concluded", said) if said else ("not_resumable", b"")
-    if tape.only_kind:
+    if tape.must_ask:
         return "go_on", b""
     rest = tape.continuation(body, max_model_tokens)
     return ("go_on", rest) if rest else ("not_resumable", b"")
@@ -165,7 +165,7 @@ class StreamTape:
     __slots__ = ("_base_tokens", "_empty", "_first", "_ids", "_is_chat", "_is_plain", "_prompt_ids", "_rest",
                  "_resumed", "_safe", "_text", "_usage_sent", "done", "failed", "finished")  # fmt: skip
     route: ClassVar[str] = COMPLETIONS  # that serves the rest
-    only_kind: ClassVar[str] = ""  # of engines that do; empty: all
+    only_kind: ClassVar[str] = ""  # of engines that do, or can be asked; empty: all
 
     def __init__(self, is_chat: bool) -> None:
         self._is_chat = is_chat
@@ -188,6 +188,11 @@ class StreamTape:
     def tokens(self) -> int:
         """Tokens relayed."""
         return sum(_count(ids) for ids in self._ids[: self._safe])
+
+    @property
+    def must_ask(self) -> bool:
+        """True if `rest` finds the request for the rest, not `continuation`."""
+        return False
 
     @property
     def can_resume(self) -> bool:

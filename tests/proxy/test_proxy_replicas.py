@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from dynamo_proxy.cli import FLAGS, read_config
 from dynamo_proxy.config import ProxyConfig, Replicas, parse_replicas
 from dynamo_proxy.errors import ConfigError, ListenError
 from dynamo_proxy.ledger import Counts, Ledger
 from dynamo_proxy.policy import OverlapRule
-from dynamo_proxy.replica_wire import Chain, News, Order, Spent, parcels, sign, verify
+from dynamo_proxy.replica_wire import Chain, News, Order, Spent, _signature, parcels, sign, verify
 from dynamo_proxy.server import routing_state
 from dynamo_proxy.supervisor import Supervisor
 from hypothesis import given
@@ -235,6 +236,32 @@ def test_parcels_carry_everything_in_small_datagrams(
 @given(st.binary(max_size=200))
 def test_no_bytes_are_news(noise: bytes) -> None:
     assert isinstance(verify(noise, KEY, 0.0), str)
+
+
+numbers = st.integers(-5, 2**63)
+odd = st.one_of(st.none(), numbers, st.floats(), st.text(max_size=3), st.lists(numbers, max_size=4))
+
+
+@given(st.integers(0, 6), st.integers(-1, 3), odd, st.sampled_from([2, 3]))
+def test_a_peer_with_the_key_that_talks_nonsense_is_not_heard(
+    where: int, within: int, value: Any, version: int
+) -> None:
+    """It has a mistake of its own: nothing of that may come through, or end the reading of the others."""
+    said: list[Any] = ["b", 1, 1, 0.0, [["http://a:1", 1, 1, 1]], [["http://a:1", [1]]], [[1, "requests", 1.0, 1.0]]]
+    if where < 4 or within < 0:
+        said[where] = value
+    else:
+        said[where][0][within % len(said[where][0])] = value
+    datagram = msgspec.msgpack.encode([version, *said])
+    news = verify(_signature(datagram, KEY) + datagram, KEY, 0.0)
+    if isinstance(news, News):
+        assert Order().is_new(news)
+        assert isinstance(news.sender, str)
+        assert type(news.life) is type(news.number) is int
+        assert all(type(node) is int and node >= 0 for chain in news.chains for node in chain.nodes)
+        assert all(type(count) is int and count >= 0 for _, counts in news.loads for count in counts)
+    else:
+        assert version == 2 or news in ("other_version", "malformed")
 
 
 def test_a_new_life_is_new_and_an_old_number_is_not() -> None:

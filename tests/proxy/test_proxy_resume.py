@@ -153,6 +153,17 @@ def test_without_another_engine_or_when_turned_off_the_client_is_told() -> None:
     run(body(False))
 
 
+def test_an_engine_that_refuses_the_rest_is_not_to_blame() -> None:
+    async def body() -> None:
+        async with broken_and_good(5) as (proxy, _, good):
+            good.status = 400
+            answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
+            assert events_of(answer)[-1]["error"]["code"] == "engine_lost"
+            assert proxy.registry.find(good.address).breaker.score == 0
+
+    run(body())
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"tools": [{}]}, {"stop": ["x"]}, {"n": 2}, {"logprobs": True}, {"response_format": {"type": "json_object"}},

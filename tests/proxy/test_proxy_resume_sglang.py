@@ -104,6 +104,32 @@ def test_a_chat_whose_tokens_cannot_be_shown_ends_with_an_error(lack: str) -> No
     run(body())
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_stream_that_breaks_at_any_event_loses_no_half_of_a_character(path: str) -> None:
+    """SGLang shows what comes before half of a character with the token that brings the half."""
+
+    async def body() -> None:
+        ids, whole = list(PROMPT), expected_text(PROMPT, 16, has_halves=True)
+        for _ in range(16):
+            ids.append(next_token(ids))
+        halves = {number for number, token in enumerate(ids[len(PROMPT) :], 1) if token % 5 == 0}
+        assert halves
+        for events in (*halves, *(after + 1 for after in halves), 15):
+            async with broken_and_good(events + (path == CHAT)) as (proxy, broken, good):
+                broken.prints_halves = good.prints_halves = True
+                common = {"model": "tiny", "max_tokens": 16, "stream": True}
+                asked = chat(TEXT, **common) if path == CHAT else {"prompt": TEXT, **common}
+                answer = await ask(proxy.port, post(path, asked))
+                if events in halves:
+                    assert is_told_of_the_loss(answer)
+                    assert resumes(proxy, "not_exact")
+                    assert whole.startswith(text_of(answer))
+                else:
+                    assert text_of(answer) == whole, events
+
+    run(body())
+
+
 def test_a_chat_does_not_go_on_at_an_engine_of_another_kind() -> None:
     async def body() -> None:
         broken, other = SglangEngine(), TokenEngine()
@@ -191,6 +217,17 @@ def test_an_engine_that_does_not_tokenise_is_passed_over() -> None:
             answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
             assert text_of(answer) == expected_text(PROMPT, 24)
             assert [engine.served for engine in engines] == [1, 0, 1]
+
+    run(body())
+
+
+def test_a_chat_that_is_nested_too_deep_for_the_tape_passes_as_it_came() -> None:
+    async def body() -> None:
+        async with broken_and_good(99) as (proxy, _, _):
+            deep = b"[" * 400 + b"]" * 400
+            asked = orjson.dumps(chat(TEXT, stream=True, max_tokens=4, stream_options={"include_usage": True}))
+            answer = await ask(proxy.port, post(CHAT, asked[:-1] + b',"metadata":' + deep + b"}"))
+            assert (answer.status, text_of(answer)) == (200, expected_text(PROMPT, 4))
 
     run(body())
 

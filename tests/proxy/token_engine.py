@@ -18,11 +18,15 @@ def next_token(tokens: Sequence[int]) -> int:
     return (sum(tokens) * 31 + len(tokens) * 7) % 997
 
 
-def expected_text(prompt: Sequence[int], count: int) -> str:
+def word_of(token: int, has_halves: bool = False) -> str:
+    return f" {token} " if has_halves and token % _HELD == 0 else f"{token} "
+
+
+def expected_text(prompt: Sequence[int], count: int, has_halves: bool = False) -> str:
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(next_token(tokens))
-    return "".join(f"{token} " for token in tokens[len(prompt) :])
+    return "".join(word_of(token, has_halves) for token in tokens[len(prompt) :])
 
 
 def chat_ids(messages: list[dict[str, Any]]) -> list[int]:
@@ -40,6 +44,7 @@ class TokenEngine(FakeEngine):
         self.how = "cut"
         self.tokens_per_event = 1
         self.delta_key = "content"
+        self.prints_halves = False  # what comes before half of a character is shown at once
         self.served = 0
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -99,11 +104,14 @@ class TokenEngine(FakeEngine):
             token = next_token(tokens)
             tokens.append(token)
             fresh.append(token)
-            held += f"{token} "
+            held += word_of(token, self.prints_halves)
             last = number == limit - 1
             if len(fresh) < self.tokens_per_event and not last:
                 continue
-            text, held = ("", held) if token % _HELD == 0 and not last else (held, "")
+            cut = len(held)
+            if token % _HELD == 0 and not last:
+                cut = cut - len(f"{token} ") if self.prints_halves else 0
+            text, held = held[:cut], held[cut:]
             choice: dict[str, Any] = (
                 {"index": 0, "delta": {self.delta_key: text}} if is_chat else {"index": 0, "text": text}
             )
@@ -156,8 +164,13 @@ class SglangEngine(TokenEngine):
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         if request.path != "/detokenize":
             return await super()._answer(request)
-        lists = (await request.json())["tokens"]
-        return web.json_response({"text": ["".join(f"{token} " for token in ids) for ids in lists]})
+        return web.json_response({"text": [self._text(ids) for ids in (await request.json())["tokens"]]})
+
+    def _text(self, ids: list[int]) -> str:
+        words = [word_of(token, self.prints_halves) for token in ids]
+        if self.prints_halves and ids and ids[-1] % _HELD == 0:
+            words[-1] = " \ufffd"
+        return "".join(words)
 
     def _events_of(self, path: str, asked: dict[str, Any]) -> list[bytes]:
         if path == "/generate":
