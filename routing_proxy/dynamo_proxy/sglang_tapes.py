@@ -28,7 +28,7 @@ _CONTENT = re.compile(rb'"content":("(?:[^"\\]|\\.)+")')
 _NOT_TEXT = re.compile(rb'"reasoning_content":"[^"]|"tool_calls":\[')
 _OPEN = b'"finish_reason":null'
 # What means something else to the tokeniser than to a chat.
-_NOT_OF_THE_PROMPT = ("add_generation_prompt", "add_special_tokens", "stream", "stream_options")
+_NOT_OF_THE_PROMPT = ("add_special_tokens", "stream", "stream_options")
 _DEFAULT_NEW_TOKENS = 128  # of /generate
 
 
@@ -152,6 +152,8 @@ class ChatTape(StreamTape):
         if not self._prompt_tokens:
             self._prompt_tokens = int(orjson.loads(self._usage_told).get("prompt_tokens") or 0)
         question = {name: value for name, value in body.items() if name not in _NOT_OF_THE_PROMPT}
+        # Refused by engines with a template of SGLang's own: its stop strings are not heeded for a prompt of ids.
+        question["add_generation_prompt"] = True
         prompt = read_token_ids((yield TOKENIZE, question))
         texts = [orjson.loads(text) for text, _ in self._said]
         question = {"prompt": "".join(texts), "add_special_tokens": False}

@@ -87,12 +87,12 @@ def test_a_chat_and_a_native_stream_outlive_several_engines() -> None:
     run(body())
 
 
-@pytest.mark.parametrize("lack", ["reads_ids", "counts", "other_words"])
+@pytest.mark.parametrize("lack", ["reads_ids", "counts", "other_words", "own_template"])
 def test_a_chat_whose_tokens_cannot_be_shown_ends_with_an_error(lack: str) -> None:
     async def body() -> None:
         async with broken_and_good(7) as (proxy, broken, good):
             for engine in (broken, good):
-                setattr(engine, lack, lack == "other_words")
+                setattr(engine, lack, not getattr(engine, lack))
             answer = await ask(proxy.port, post(CHAT, chat(TEXT, stream=True, max_tokens=24)))
             assert is_told_of_the_loss(answer)
             assert expected_text(PROMPT, 24).startswith(said := text_of(answer))

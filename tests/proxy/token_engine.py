@@ -141,6 +141,7 @@ class SglangEngine(TokenEngine):
         self.counts = True  # the tokens of a chat in every event
         self.other_words = False  # its tokeniser makes other tokens of a text than the model did
         self.tokenizer = "well"  # or "none", or "hangs"
+        self.own_template = False  # of SGLang's conversations, with stop strings that a chat of ids goes without
         self.tells_news_alone = False  # in the events of its own route
 
     async def _tokenize(self, request: web.Request) -> web.Response:
@@ -151,6 +152,8 @@ class SglangEngine(TokenEngine):
             await asyncio.Event().wait()
         if self.tokenizer == "none":
             return web.Response(status=404)
+        if self.own_template and "add_generation_prompt" in body:
+            return web.json_response({"error": {"message": "supported only with a Jinja chat template"}}, status=400)
         if text is None:
             ids = chat_ids(body["messages"])
         elif text.replace(" ", "").isdigit():
