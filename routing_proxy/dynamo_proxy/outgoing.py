@@ -5,7 +5,6 @@ disaggregated one, or the rest of a broken stream.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any, Final, Protocol
 
 import orjson
@@ -88,9 +87,7 @@ class Outgoing:
                 body = handoff.with_params(body, params)
             if self._tapeable and engine.may_tape(self._endpoint):
                 tape = sglang_tapes.tape_for(self._endpoint, engine.kind)
-                with contextlib.suppress(orjson.JSONEncodeError):  # nested deeper than is written: it passes as it is
-                    body = tape.asking(body)
-                    self.tape, decode = tape, True
+                body, self.tape, decode = tape.asking(body), tape, True
         reader = ResponseReader(head.method, max_head_bytes, decode)
         return request_bytes(head, target, body, engine.host_lines), reader
 
@@ -133,10 +130,8 @@ class Outgoing:
 
     def lacks_rest(self, engine: Engine) -> bool:
         """True if the rest of a stream cannot be asked for yet, or not of this engine."""
-        return self.resuming and (not self._continuation or self._is_other(engine))
-
-    def _is_other(self, engine: Engine) -> bool:
-        return self.tape is not None and self.tape.only_kind not in ("", engine.kind)
+        kind = "" if self.tape is None else self.tape.only_kind
+        return self.resuming and (not self._continuation or kind not in ("", engine.kind))
 
     def seek_rest(self, engine: Engine, tokens: TokenLearner, whole: Whole) -> asyncio.Task[str]:
         """Have an engine asked; `whole` hears how it went unless the task is cancelled."""
@@ -147,7 +142,7 @@ class Outgoing:
     async def _find_rest(self, engine: Engine, tokens: TokenLearner) -> str:
         """Why it is not known what the request for the rest hangs on; empty: it is."""
         assert self.tape is not None
-        if self._is_other(engine):
+        if self.tape.asked_kind not in ("", engine.kind):
             return "other_kind"
         steps = self.tape.rest(orjson.loads(self.request.body))
         answer: Any = None

@@ -38,7 +38,7 @@ class CompletionTape(StreamTape):
     """
 
     __slots__ = ("_lasts",)
-    only_kind: ClassVar[str] = "sglang"
+    asked_kind: ClassVar[str] = "sglang"
 
     def __init__(self) -> None:
         super().__init__(False)
@@ -74,7 +74,7 @@ class ChatTape(StreamTape):
 
     __slots__ = ("_prompt_tokens", "_said", "_usage_told")
     route: ClassVar[str] = CHAT
-    only_kind: ClassVar[str] = "sglang"
+    only_kind = asked_kind = "sglang"
 
     def __init__(self) -> None:
         super().__init__(True)
@@ -195,7 +195,7 @@ class GenerateTape(StreamTape):
 
     __slots__ = ("_last", "_named_first", "_relayed")
     route: ClassVar[str] = GENERATE
-    only_kind: ClassVar[str] = "sglang"
+    only_kind = asked_kind = "sglang"
 
     def __init__(self) -> None:
         super().__init__(False)

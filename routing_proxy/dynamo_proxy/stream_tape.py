@@ -165,7 +165,8 @@ class StreamTape:
     __slots__ = ("_base_tokens", "_empty", "_first", "_ids", "_is_chat", "_is_plain", "_prompt_ids", "_rest",
                  "_resumed", "_safe", "_text", "_usage_sent", "done", "failed", "finished")  # fmt: skip
     route: ClassVar[str] = COMPLETIONS  # that serves the rest
-    only_kind: ClassVar[str] = ""  # of engines that do, or can be asked; empty: all
+    only_kind: ClassVar[str] = ""  # of engines that do; empty: all
+    asked_kind: ClassVar[str] = ""  # of engines that can be asked what the rest hangs on
 
     def __init__(self, is_chat: bool) -> None:
         self._is_chat = is_chat
@@ -333,12 +334,10 @@ class StreamTape:
             self.done = True
             return event
         said = parsed(event)
-        error = said.get("error")
-        if isinstance(error, dict):
+        if isinstance(said.get("error"), dict):
             self.failed = "engine_error"
             return b""
-        choices = said.get("choices")
-        if choices:
+        if choices := said.get("choices"):
             choice = self._taken(choices[0])
             if choice is None:
                 return b""

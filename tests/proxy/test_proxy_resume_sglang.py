@@ -144,6 +144,22 @@ def test_a_chat_does_not_go_on_at_an_engine_of_another_kind() -> None:
     run(body())
 
 
+def test_the_rest_of_a_completion_may_be_asked_of_an_engine_of_any_kind() -> None:
+    async def body() -> None:
+        async with proxy_before(await TokenEngine().start()) as proxy:
+            path = "/v1/completions"
+            head = RequestHead(b"POST", path.encode(), 1, b"", False, True, False, path)
+            asked = orjson.dumps({"model": "tiny", "prompt": TEXT, "stream": True, "max_tokens": 24})
+            outgoing, tape = Outgoing(Asked(Request(head, asked)), path), CompletionTape()
+            outgoing.tape = tape
+            choice = {"index": 0, "text": "ab", "finish_reason": None, "token_ids": [5], "prompt_token_ids": [1, 2]}
+            tape.feed(b"data: " + orjson.dumps({"id": "1", "choices": [choice]}) + b"\n\n")
+            assert outgoing.plan_rest(1 << 16)[0] == "go_on"
+            assert [outgoing.lacks_rest(engine) for engine in proxy.registry] == [False]
+
+    run(body())
+
+
 def test_a_rest_that_is_known_is_not_asked_of_an_engine_of_another_kind() -> None:
     async def body() -> None:
         broken, refusing, other = SglangEngine(), SglangEngine(), TokenEngine()
@@ -270,20 +286,6 @@ def test_a_client_that_left_just_as_the_answer_came_does_not_hear_of_it() -> Non
             left.over = True
             await asyncio.sleep(0)
             assert left.heard == []
-
-    run(body())
-
-
-def test_a_chat_nested_deeper_than_the_proxy_writes_passes_as_it_is() -> None:
-    async def body() -> None:
-        deep: Any = 1
-        for _ in range(400):
-            deep = [deep]
-        async with broken_and_good(100) as (proxy, broken, _):
-            asked = orjson.dumps(chat(TEXT, stream=True, max_tokens=8))[:-1] + b',"metadata":%b}' % repr(deep).encode()
-            answer = await ask(proxy.port, post(CHAT, asked))
-            assert (answer.status, text_of(answer)) == (200, expected_text(PROMPT, 8))
-            assert broken.requests[-1][2] == asked
 
     run(body())
 
