@@ -14,7 +14,7 @@ from dynamo_proxy.http_heads import RequestHead
 from dynamo_proxy.intake import Asked
 from dynamo_proxy.outgoing import Outgoing
 from dynamo_proxy.server import ProxyServer
-from dynamo_proxy.sglang_tapes import ChatTape, GenerateTape
+from dynamo_proxy.sglang_tapes import ChatTape, CompletionTape, GenerateTape
 from dynamo_proxy.stream_tape import is_resumable
 
 from tests.proxy.proxy_fakes import Answer, Client, ask, chat, post, proxy_before, run, wait_until
