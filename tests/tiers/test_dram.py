@@ -113,12 +113,14 @@ def test_who_sees_the_new_generation_does_not_see_the_old_key() -> None:
     store.write(0, BlockKey(b"old"), memoryview(bytes(4096)))
     seen: list[bool] = []
 
-    class Watched(list[int]):
+    class Watched(np.ndarray):  # type: ignore[type-arg]
         def __setitem__(self, slot: object, generation: object) -> None:
             seen.append(store.holds(0, BlockKey(b"old")))
-            super().__setitem__(slot, generation)  # type: ignore[index,assignment]
+            super().__setitem__(slot, generation)  # type: ignore[call-overload]
 
-    store._generations = Watched(store._generations)
+    store.generations = store.generations.view(Watched)
     store.set_key(0, None)
     assert seen == [False]
+    generations = store.generations.tolist()
     store.close()
+    assert store.generations.tolist() != generations, "peers may still read where the rows were"
