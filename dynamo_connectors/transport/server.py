@@ -188,13 +188,14 @@ class PeerServer:
 
     def close(self) -> bool:
         """False when the thread did not end in time; what it uses stays then. Idempotent."""
-        with self._lock:
-            self._owner.revoke_all()  # READs go on without us, in memory that is somebody else's soon
         self._stopping = True
         self._bell.ring()
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             return False
+        with self._lock:
+            # Nothing is granted any more, and READs go on without us: in memory that is somebody else's soon.
+            self._owner.revoke_all()
         if self._agent is not None:
             self._agent.close()
             self._agent = None

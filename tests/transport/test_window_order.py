@@ -182,10 +182,16 @@ def test_who_asks_early_is_told_when_lease_and_blocks_have_come(
     assert [int(talk.rows.rows[row][0]) for row in told[1].slots] == [4]
 
 
-def test_a_server_that_is_closed_has_revoked_what_it_granted(talk: Talk) -> None:
+def test_a_server_that_is_closed_has_revoked_what_it_granted(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert talk.server._board is not None
-    run = talk.server._board.words.run
-    before = int(run[0])
+    run, owner = talk.server._board.words.run, talk.server._owner
+    before, revoke_all = int(run[0]), owner.revoke_all
+
+    def revoke() -> None:
+        assert not talk.server._thread.is_alive(), "it grants more after that"
+        revoke_all()
+
+    monkeypatch.setattr(owner, "revoke_all", revoke)
     assert talk.server.close()
     assert int(run[0]) != before, "READs may go on in memory that is given back now"
 
