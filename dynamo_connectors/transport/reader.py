@@ -371,7 +371,9 @@ class Reader:
         if why := read.judge(words):
             self.counts["nixl_fences_refused", why] += 1
         self._send(read.peer, read.last_word(self._common.name))
-        self._finish(read, None)
+        peer = self._peers[read.peer]
+        is_same = peer.state == "ready" and peer.epoch == read.epoch  # not after a reset here
+        self._finish(read, None if is_same else "restarted")
 
     def _out_of_time(self, read: Read, now: float) -> None:
         if not read.is_under_way:

@@ -70,6 +70,14 @@ def test_what_is_revoked_between_rows_and_words_is_stale() -> None:
     assert world.reader.counts["nixl_fences_refused", "revoked"] == 1
 
 
+def test_what_is_read_while_this_engine_is_reset_is_not_taken() -> None:
+    world, number = looking()
+    world.reader.isolate(NAMESPACE + b"2")
+    world.obey()
+    land(world)
+    assert world.asked[number].reasons == ("restarted", "restarted")
+
+
 def test_words_that_cannot_be_read_prove_nothing() -> None:
     world, number = looking()
     world.disconnect(0)
