@@ -16,12 +16,11 @@ from pathlib import Path
 from dynamo_connectors.transport.messages import (
     STANDING_LEASE,
     Ask,
-    Check,
+    Done,
     Grant,
     Hello,
     Reply,
     Request,
-    Verdict,
     Welcome,
 )
 from tests.transport.peers import Between
@@ -31,7 +30,7 @@ from tests.vllm.pair import Pair
 from tools.server_process import ServerProcess, first_error, free_port
 
 SIDES = ("prefill", "decode")
-KINDS: dict[str, type] = {kind.__name__: kind for kind in (Hello, Welcome, Ask, Grant, Check, Verdict)}
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (Hello, Welcome, Ask, Grant, Done)}
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Middle(Between):
         chance = self._chance
         if chance.random() < 0.5:
             return Plan(times=lambda: chance.choice((0, 1, 1, 2)))
-        return Plan(chance.choice((Grant, Check)), delay=lambda: chance.uniform(0.3, 1.8))
+        return Plan(chance.choice((Ask, Grant)), delay=lambda: chance.uniform(0.3, 1.8))
 
 
 def last_words(log: Path) -> str:

@@ -48,7 +48,7 @@ DEADLINE_MS = "2000"
 #: Longer than a lease.
 AGED_SECONDS = 33.0
 STANDS_SECONDS = (0.2, 4.0)
-STEPS = ("Ask", "Grant", "Check", "Verdict")
+STEPS = ("Ask", "Grant", "Done")
 #: Fault -> how often, beside the others.
 FAULTS: dict[str, float] = {
     "none": 4,
@@ -65,7 +65,7 @@ FAULTS: dict[str, float] = {
     **{f"{side} stopped at {step}": 0.3 for side in SIDES for step in STEPS},
 }
 #: Engines that are killed, one after the other, at these messages, evenly over the time.
-KILLS = (("prefill", "Grant"), ("decode", "Check"), ("prefill", "Check"), ("decode", "Grant"))
+KILLS = (("prefill", "Grant"), ("decode", "Done"), ("prefill", "Done"), ("decode", "Grant"))
 
 
 TOLD = (

@@ -15,9 +15,9 @@ from dynamo_connectors.jobs import LoadItem
 from dynamo_connectors.lanes import Lane
 from dynamo_connectors.loads import MOST_ROWS, LoadFromBelow
 from dynamo_connectors.staging import StagingRows
-from dynamo_connectors.tiers.base import LowerTier
+from dynamo_connectors.tiers.base import Batch, LowerTier, Place
 from dynamo_connectors.tiers.dram import DramStore
-from dynamo_connectors.transport.peer_tier import PeerTier, PeerWindows
+from dynamo_connectors.transport.peer_tier import PeerTier
 
 #: Memory that loads from a tier below pass through (from peers `PEER_READS` times as much), and the rows that it has at
 #: least (enough to keep a disk busy).
@@ -25,7 +25,7 @@ _STAGING_BYTES = 64 << 20
 _MIN_STAGING_ROWS = 16
 #: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.
 _LOADS_FROM_BELOW = 4
-#: Reads of a peer that one load has under way: a peer is asked before each and after it, and bytes come meanwhile.
+#: Reads of a peer that one load has under way: a peer is asked before each, and bytes come meanwhile.
 #: Share of bare NIXL's bandwidth that 2 and 4 of 16 rows reach, mean of five runs (2 busy cores, 2026-11-28): 0.80 and
 #: 0.86 with rows of 1 MiB, 0.82 and 0.91 with 2 MiB.
 PEER_READS = 4
@@ -69,8 +69,18 @@ def rows_of_a_read(rows: int, blocks: int) -> int:
     return min(max(1, rows // _READS_AT_A_TIME), max(_LEAST_OF_A_READ, -(-blocks // _READS_OF_A_LOAD)))
 
 
+class _Windows:
+    """What lies in peers' windows. Buffers are addresses."""
+
+    def __init__(self, tier: PeerTier) -> None:
+        self._tier = tier
+
+    def read(self, places: Sequence[Place], into: Sequence[int]) -> list[Batch]:
+        return self._tier.read_windows(places, into)
+
+
 class PeersBelow(Below):
-    """Peers, asked before each read and after it; meanwhile other reads are under way.
+    """Peers, asked before each read; meanwhile other reads are under way.
 
     With `rows` in HBM on both sides blocks come through those, and what does not from host memory to host memory.
     """
@@ -87,7 +97,7 @@ class PeersBelow(Below):
     ) -> None:
         super().__init__(PEER, lambda staging: make(staging, rows), dram, hbm, codec)
         assert isinstance(self.tier, PeerTier), "peers are read by another tier"
-        self._windows = PeerWindows(self.tier)
+        self._windows = _Windows(self.tier)
         self._rows = StagingRows(rows, hbm) if rows is not None and self.tier.reads_windows else None
 
     def load(self, items: Sequence[LoadItem], seconds: float, failed: dict[BlockKey, str]) -> int:

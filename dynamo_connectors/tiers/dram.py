@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -45,8 +46,9 @@ class DramStore:
         #: Where to look for a key first: `_keys` says whether it is there. None until `keep_places`.
         self._slots: dict[BlockKey, int] | None = None
         self._listener: Callable[[], None] | None = None
-        #: How often each slot was filled: who reads it from outside (`transport`) sees whether it changed meanwhile.
-        self._generations = [0] * capacity_blocks
+        #: How often each slot was filled, where peers that read it (`transport`) see whether it changed meanwhile.
+        self.generations: npt.NDArray[np.uint64] = np.zeros(capacity_blocks, dtype=np.uint64)
+        self._barrier = threading.Lock()
         #: (capacity_blocks, row_bytes) uint8 over the slab: what the copy engine reads and writes.
         self.rows: npt.NDArray[np.uint8] = np.frombuffer(slab, dtype=np.uint8).reshape(capacity_blocks, row_bytes)
         with contextlib.suppress(OSError):  # a system without huge pages
@@ -68,7 +70,13 @@ class DramStore:
         if key is None:
             # In this order: who sees the new generation (`transport.owner`) must not see the old key beside it.
             self._keys[slot] = None
-            self._generations[slot] += 1
+            with self._barrier:
+                self.generations[slot] += 1
+            # Who sees a byte that is written to the row from here on must not see the old generation after that: peers
+            # read the row, and when all of it has come the word. x86 makes stores visible in their order; ARM does what
+            # came before a lock was given back ahead of what comes after it was taken again.
+            with self._barrier:
+                pass
             return
         self._keys[slot] = key
         if self._slots is not None:
@@ -95,7 +103,7 @@ class DramStore:
 
     def generation_of(self, slot: int) -> int:
         """Another number after every fill that has begun."""
-        return self._generations[slot]
+        return int(self.generations[slot])
 
     def write(self, slot: int, key: BlockKey, row: memoryview) -> None:
         self._refuse_outside(slot)
@@ -123,6 +131,7 @@ class DramStore:
             self._unpin()
             self._unpin = None
         self._keys = [None] * self.capacity_blocks
+        self.generations += 1  # a peer that still reads here, where the system may put anything, sees that by the words
         if self._slots is not None:
             self._slots.clear()
         # The mapping goes with its last view: here, unless one is alive somewhere, which must not dangle.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from dynamo_connectors.errors import ConfigError, StoreError
 from dynamo_connectors.head_map import Piece
@@ -22,6 +23,7 @@ from dynamo_connectors.transport.agent import (
     TransferEndedError,
     TransferUnknownError,
 )
+from dynamo_connectors.transport.landing import WORD_BYTES, Landing
 from dynamo_connectors.transport.messages import Welcome, WindowPlace
 
 log = logging.getLogger(__name__)
@@ -32,11 +34,28 @@ _LONGEST_PAUSE_SECONDS = 30.0
 
 
 Pieces: TypeAlias = tuple[Sequence[int], Sequence[int], int | Sequence[int]]
+Numbers: TypeAlias = npt.NDArray[np.int64]
 
 
 class _Known(NamedTuple):
     agent: str
     welcome: Welcome
+
+
+class _Transfer(NamedTuple):
+    #: None: NIXL has failed over it, and it never ends by itself.
+    handle: Any
+    agent: str
+    #: Of its words, where they come to; none of a READ of rows.
+    words: Sequence[int] = ()
+
+
+class Ended(NamedTuple):
+    """A READ that is over, with None or a reason. `words`: what it was to read, if it was words."""
+
+    read: int
+    why: str | None
+    words: Sequence[int] = ()
 
 
 class DataPlane:
@@ -50,8 +69,8 @@ class DataPlane:
         self._runs = count(1)
         self._agent: Agent | None = None
         self._peers: dict[str, _Known] = {}
-        #: Read -> its handle and its peer's agent. None: NIXL has failed over it, and it never ends by itself.
-        self._transfers: dict[int, tuple[Any, str]] = {}
+        self._landing = Landing(regions, int(self._parts[:, 1:].sum(axis=1).max()))
+        self._transfers: dict[int, _Transfer] = {}
         self._pause = _FIRST_PAUSE_SECONDS
         self._retry_at = 0.0
         #: NIXL's own telemetry since somebody took it, by (what, label).
@@ -76,7 +95,11 @@ class DataPlane:
 
     def disconnect(self, peer: str) -> None:
         known = self._peers.pop(peer, None)
-        if known is None or self._agent is None or any(agent == known.agent for _, agent in self._transfers.values()):
+        if (
+            known is None
+            or self._agent is None
+            or any(transfer.agent == known.agent for transfer in self._transfers.values())
+        ):
             return
         self._agent.forget(known.agent)
 
@@ -92,39 +115,63 @@ class DataPlane:
         pieces = self._pieces(welcome, local, slots)
         if pieces is None:
             return "internal_error"
+        return self._start_read(read, known.agent, pieces, (None, None) if window is None else self._devices(window))
+
+    def post_words(
+        self, read: int, peer: str, local: Sequence[int], slots: Sequence[int], in_window: bool = False
+    ) -> str | None:
+        """As `post`, of the words of these slots: `run`, and then theirs. The rows at `local` are the READ's still."""
+        known = self._peers.get(peer)
+        if known is None or self._agent is None or (place := known.welcome.words) is None:
+            return "unavailable"
+        here = self._landing.places(local)
+        there = (place.window if in_window else place.slots) + WORD_BYTES * np.asarray(slots, dtype=np.int64)
+        lengths = np.full(len(here), WORD_BYTES)
+        pieces = _joined(here, np.concatenate(([place.run], there)), lengths)
+        return self._start_read(read, known.agent, pieces, (None, None), self._landing.indices(here))
+
+    def _start_read(
+        self, read: int, agent: str, pieces: Pieces, devices: Devices, words: Sequence[int] = ()
+    ) -> str | None:
+        assert self._agent is not None, "READs are started without an agent"
         try:
-            handle = self._agent.post(known.agent, *pieces, (None, None) if window is None else self._devices(window))
+            handle = self._agent.post(agent, *pieces, devices)
         except TransferEndedError as error:
             return error.reason
         except TransferUnknownError as error:
-            log.warning("dynamo: a READ from %s failed in a way that may still end (%s)", peer, error)
+            log.warning("dynamo: a READ from %s failed in a way that may still end (%s)", agent, error)
             handle = None
-        self._transfers[read] = (handle, known.agent)
+        self._transfers[read] = _Transfer(handle, agent, words)
         return None
 
-    def poll(self) -> list[tuple[int, str | None]]:
-        """READs that are over: their numbers, each with None or a reason."""
-        ended: list[tuple[int, str | None]] = []
-        for read, (handle, agent) in list(self._transfers.items()):
-            if handle is None or self._agent is None:
+    def poll(self) -> list[Ended]:
+        """READs that are over."""
+        ended: list[Ended] = []
+        for read, transfer in list(self._transfers.items()):
+            if transfer.handle is None or self._agent is None:
                 continue
             try:
-                if not self._agent.is_done(handle):
+                if not self._agent.is_done(transfer.handle):
                     continue
-                ended.append((read, None))
+                ended.append(Ended(read, None, self._landing.words(transfer.words)))
             except TransferEndedError as error:
-                ended.append((read, error.reason))
+                ended.append(Ended(read, error.reason))
             except TransferUnknownError as error:
                 log.warning("dynamo: a READ failed in a way that may still end (%s)", error)
-                self._transfers[read] = (None, agent)
+                self._transfers[read] = transfer._replace(handle=None)
                 continue
             del self._transfers[read]
-            self._measure(handle)
-            try:
-                self._agent.release(handle)
-            except Exception as error:  # noqa: BLE001 - it has ended all the same; what is lost is a handle
-                log.warning("dynamo: NIXL does not let go of a READ that is over (%s)", error)
+            self._end(transfer)
         return ended
+
+    def _end(self, transfer: _Transfer) -> None:
+        assert self._agent is not None, "a READ ends without an agent"
+        if not transfer.words:
+            self._measure(transfer.handle)
+        try:
+            self._agent.release(transfer.handle)
+        except Exception as error:  # noqa: BLE001 - it has ended all the same; what is lost is a handle
+            log.warning("dynamo: NIXL does not let go of a READ that is over (%s)", error)
 
     def _measure(self, handle: Any) -> None:
         measured = self._agent.measured(handle) if self._agent is not None else None
@@ -148,28 +195,21 @@ class DataPlane:
         assert self._agent is not None or not self._transfers, "READs are under way without an agent"
 
     def _pieces(self, welcome: Welcome, local: Sequence[int], slots: Sequence[int]) -> Pieces | None:
-        """What a READ is made of: addresses here and there, and bytes. None for what no region of ours holds.
-
-        Neighbours on both sides are one piece.
-        """
+        """What a READ is made of: addresses here and there, and bytes. None for what no region of ours holds."""
         of_theirs, of_ours, lengths = self._parts.T
         reach = int((of_ours + lengths).max())
         if not all(any(region.holds(address, reach) for region in self._regions) for address in local):
             return None
         here = np.add.outer(np.asarray(local, dtype=np.int64), of_ours).ravel()
         there = np.add.outer(welcome.base + np.asarray(slots, dtype=np.int64) * self._row_bytes, of_theirs).ravel()
-        lengths = np.tile(lengths, len(local))
-        starts = np.ones(len(here), bool)
-        starts[1:] = (np.diff(here) != lengths[:-1]) | (np.diff(there) != lengths[:-1])
-        joined = np.add.reduceat(lengths, np.flatnonzero(starts))
-        return here[starts].tolist(), there[starts].tolist(), joined.tolist()
+        return _joined(here, there, np.tile(lengths, len(local)))
 
     def _devices(self, theirs: WindowPlace) -> Devices:
         ours = next((region.device for region in self._regions if region.device is not None), None)
         return ours, None if theirs.device < 0 else theirs.device
 
     def _start(self) -> None:
-        self._agent = Agent(f"{self._name}-{next(self._runs)}", self._regions)
+        self._agent = Agent(f"{self._name}-{next(self._runs)}", [*self._regions, self._landing.region])
 
     def _try_to_start(self) -> None:
         """Not in a loop: other peers' answers, and the engine's questions, wait meanwhile."""
@@ -188,3 +228,11 @@ class DataPlane:
         if self._agent is not None:
             self._agent.close()
             self._agent = None
+
+
+def _joined(here: Numbers, there: Numbers, lengths: Numbers) -> Pieces:
+    """Neighbours on both sides are one piece."""
+    starts = np.ones(len(here), bool)
+    starts[1:] = (np.diff(here) != lengths[:-1]) | (np.diff(there) != lengths[:-1])
+    joined = np.add.reduceat(lengths, np.flatnonzero(starts))
+    return here[starts].tolist(), there[starts].tolist(), joined.tolist()

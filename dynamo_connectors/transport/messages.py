@@ -16,7 +16,7 @@ from dynamo_connectors.errors import DynamoConnectorsError
 Body = TypeVar("Body")
 
 MAGIC = b"DYNP"
-VERSION = 5
+VERSION = 6
 #: Above it a frame is not even read: a question about `MOST_BLOCKS` blocks takes less.
 MOST_FRAME_BYTES = 2 << 20
 MOST_BLOCKS = 16_384
@@ -73,7 +73,7 @@ class Ask(_Message, frozen=True):
 
 
 class Check(_Message, frozen=True):
-    """Reader, after its READ: do these slots still hold, under that lease, what they held when you granted them?"""
+    """Reader, after its READ, to an owner without words: do these slots still hold what you granted?"""
 
     reader: Name
     read: Count
@@ -81,7 +81,14 @@ class Check(_Message, frozen=True):
     lease: Lease
     slots: Slots
     generations: Generations
-    in_window: bool = False
+
+
+class Done(_Message, frozen=True):
+    """Reader: this READ is over. Not answered, and nobody waits for it."""
+
+    reader: Name
+    read: Count
+    lease: Lease
 
 
 class Renew(_Message, frozen=True):
@@ -115,8 +122,23 @@ class WindowPlace(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     device: Annotated[int, msgspec.Meta(ge=-1, le=1 << 16)]
 
 
+class WordsPlace(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where words of 8 bytes lie in the owner's host memory: `run`, and one for each slot and each row of the window.
+
+    A slot's word is its generation, and is another one before anything is written to the slot. `run` is another one
+    before the owner revokes all that it has granted.
+    """
+
+    run: Address
+    slots: Address
+    window: Address
+
+
 class Welcome(_Message, frozen=True):
-    """Owner: `epoch` is this run of mine; row `slot` lies at `base + slot * row_bytes` of agent `metadata`."""
+    """Owner: `epoch` is this run of mine; row `slot` lies at `base + slot * row_bytes` of agent `metadata`.
+
+    Without `words` a reader has to ask whether what it has read still held.
+    """
 
     nonce: Count
     namespace: Name
@@ -126,6 +148,7 @@ class Welcome(_Message, frozen=True):
     rows: Count
     row_bytes: Count
     window: WindowPlace | None = None
+    words: WordsPlace | None = None
 
 
 class Refuse(_Message, frozen=True):
@@ -137,7 +160,10 @@ class Refuse(_Message, frozen=True):
 
 
 class Grant(_Message, frozen=True):
-    """Owner: `status` is granted (slots and generations, one per key asked), pending, unknown, gone or restarted."""
+    """Owner: `status` is granted (slots and generations, one per key asked), pending, unknown, gone or restarted.
+
+    `run`: what the word of that name was.
+    """
 
     reader: Name
     read: Count
@@ -145,6 +171,7 @@ class Grant(_Message, frozen=True):
     status: Annotated[str, msgspec.Meta(max_length=16)]
     slots: Slots = ()
     generations: Generations = ()
+    run: Count = 0
 
 
 class Verdict(_Message, frozen=True):
@@ -163,7 +190,7 @@ class Pong(_Message, frozen=True):
     reader: Name
 
 
-Request: TypeAlias = Hello | Ask | Check | Renew | Ping | End
+Request: TypeAlias = Hello | Ask | Check | Done | Renew | Ping | End
 Reply: TypeAlias = Welcome | Refuse | Grant | Verdict | Pong
 
 

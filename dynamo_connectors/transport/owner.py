@@ -27,6 +27,7 @@ from dynamo_connectors.transport.messages import (
     STANDING_LEASE,
     Ask,
     Check,
+    Done,
     Grant,
     Hello,
     Ping,
@@ -38,8 +39,9 @@ from dynamo_connectors.transport.messages import (
     Verdict,
     Welcome,
     WindowPlace,
+    WordsPlace,
 )
-from dynamo_connectors.transport.window_desk import Fill, ReadName, Source, WindowDesk
+from dynamo_connectors.transport.window_desk import Counters, Fill, ReadName, Source, WindowDesk
 
 #: How long a lease lives without a word from its reader.
 DEFAULT_LEASE_SECONDS = 30.0
@@ -77,6 +79,14 @@ class Offer(NamedTuple):
     rows: int
     row_bytes: int
     window: WindowPlace | None = None
+    words: WordsPlace | None = None
+
+
+class Words(NamedTuple):
+    """What readers look at without asking, see `messages.WordsPlace`."""
+
+    run: Counters
+    window: Counters
 
 
 @dataclass
@@ -100,12 +110,14 @@ class Owner:
         holdings: Holdings,
         lease_seconds: float = DEFAULT_LEASE_SECONDS,
         shelf: Shelf | None = None,
+        words: Words | None = None,
     ) -> None:
+        self._words = Words([0], [0] * (0 if offer.window is None else offer.window.rows)) if words is None else words
         self._offer = offer
         self._holdings = holdings
         self._lease_seconds = lease_seconds
         self._shelf = shelf
-        self._desk = WindowDesk(0 if offer.window is None else offer.window.rows)
+        self._desk = WindowDesk(self._words.window)
         self._leases: dict[bytes, _Lease] = {}
         #: Questions about leases that are not known yet or whose blocks are on their way, and until when they count.
         self._waiting: dict[ReadName, tuple[Ask, float]] = {}
@@ -142,6 +154,7 @@ class Owner:
 
     def revoke_all(self) -> None:
         """The blocks shall not be served any more: READs under way end as stale."""
+        self._words.run[0] += 1
         for lease in list(self._leases):
             self._end(lease, "revoked")
 
@@ -165,7 +178,7 @@ class Owner:
 
     def answers(self, now: float) -> list[Grant]:
         """What can be told by now to readers who were told to wait; they need not ask again."""
-        ready = [read for read, (ask, until) in self._waiting.items() if until <= now or not self._must_wait(ask)]
+        ready = [read for read, (ask, until) in self._waiting.items() if until <= now or self._found(ask) is not None]
         asked = [self._waiting.pop(read) for read in ready]
         return [
             self._ask(msgspec.structs.replace(ask, seconds=until - now), now) for ask, until in asked if now < until
@@ -197,6 +210,9 @@ class Owner:
             return self._ask(message, now)
         if isinstance(message, Check):
             return self._check(message, now)
+        if isinstance(message, Done):
+            self._done(message, now)
+            return None
         if isinstance(message, Ping):
             return Pong(message.reader)
         if isinstance(message, Renew):
@@ -230,7 +246,7 @@ class Owner:
             self.counts["nixl_refused_peers", "other_block_size"] += 1
             detail = f"a block has {offer.row_bytes} bytes here and {hello.row_bytes} there; use the same --block-size"
             return Refuse(hello.nonce, "other_block_size", detail)
-        place = offer.base, offer.rows, offer.row_bytes, offer.window
+        place = offer.base, offer.rows, offer.row_bytes, offer.window, offer.words
         return Welcome(hello.nonce, offer.namespace, offer.epoch, offer.metadata, *place)
 
     def _ask(self, ask: Ask, now: float) -> Grant:
@@ -238,7 +254,7 @@ class Owner:
         if ask.epoch != epoch:
             return Grant(ask.reader, ask.read, epoch, "restarted")
         if ask.lease == STANDING_LEASE and self._shelf is not None:
-            return self._grant(ask, self._on_shelf(ask), now)
+            return self._grant(ask, self._on_shelf(ask) or {}, now)
         if lease is None and ask.lease in self._remembered:
             return Grant(ask.reader, ask.read, epoch, "gone")
         if lease is None:
@@ -248,38 +264,36 @@ class Owner:
         if lease.is_done and is_new:
             return Grant(ask.reader, ask.read, epoch, "gone")
         self._renew(ask.lease, now)
-        is_early = self._must_wait(ask)
-        if is_early:
+        slots = self._found(ask)
+        if slots is None:
             self._remember(ask, now + ask.seconds)
-        if is_early or (len(lease.grants) >= _MOST_GRANTS and is_new):
+        if slots is None or (len(lease.grants) >= _MOST_GRANTS and is_new):
             return Grant(ask.reader, ask.read, epoch, "pending")
         lease.grants[ask.reader, ask.read] = now + ask.seconds + _GRACE_SECONDS
-        return self._grant(ask, self._on_shelf(ask) if lease.slots is None else lease.slots, now)
+        return self._grant(ask, slots, now)
 
     def _remember(self, ask: Ask, until: float) -> None:
         if len(self._waiting) < _MOST_REMEMBERED:
             self._waiting[ask.reader, ask.read] = ask, until
 
-    def _must_wait(self, ask: Ask) -> bool:
-        """Whether the lease is still to come, or is announced only and not all of this lies there yet."""
+    def _found(self, ask: Ask) -> Mapping[BlockKey, int] | None:
+        """None while the lease is still to come, or is announced only and not all of this lies there yet."""
         lease = self._leases.get(ask.lease)
         if lease is None:
-            return ask.lease not in self._remembered
-        if lease.slots is not None:
-            return False
+            return {} if ask.lease in self._remembered else None
+        return self._on_shelf(ask, all_of_it=True) if lease.slots is None else lease.slots
+
+    def _on_shelf(self, ask: Ask, all_of_it: bool = False) -> Mapping[BlockKey, int] | None:
+        """Where these blocks lie in host memory, whoever keeps them. None when one is missing of `all_of_it`."""
+        found: dict[BlockKey, int] = {}
         # The last first: blocks come in order, and this is asked often.
-        return not all(self._lies(BlockKey(key)) for key in reversed(ask.keys))
-
-    def _lies(self, key: BlockKey) -> bool:
-        slot = None if self._shelf is None else self._shelf.slot_of(key)
-        return slot is not None and self._holdings.holds(slot, key)
-
-    def _on_shelf(self, ask: Ask) -> Mapping[BlockKey, int]:
-        """Where these blocks lie in host memory, whoever keeps them."""
-        if self._shelf is None:
-            return {}
-        there = [(key, self._shelf.slot_of(key)) for key in map(BlockKey, ask.keys)]
-        return {key: slot for key, slot in there if slot is not None}
+        for key in map(BlockKey, reversed(ask.keys)):
+            slot = None if self._shelf is None else self._shelf.slot_of(key)
+            if slot is not None and self._holdings.holds(slot, key):
+                found[key] = slot
+            elif all_of_it:
+                return None
+        return found
 
     def _grant(self, ask: Ask, slots: Mapping[BlockKey, int], now: float) -> Grant:
         places = [self._place(slots, BlockKey(key)) for key in ask.keys]
@@ -294,13 +308,14 @@ class Owner:
             "granted",
             tuple(slot for slot, _ in places),
             tuple(generation for _, generation in places),
+            int(self._words.run[0]),
         )
 
     def _from_window(self, reader: bytes, read: int) -> Grant:
         granted = self._desk.granted((reader, read))
         if granted is None:
             return Grant(reader, read, self._offer.epoch, "pending")
-        return Grant(reader, read, self._offer.epoch, "granted", *granted)
+        return Grant(reader, read, self._offer.epoch, "granted", *granted, int(self._words.run[0]))
 
     def _place(self, slots: Mapping[BlockKey, int], key: BlockKey) -> tuple[int, int]:
         slot = slots.get(key, -1)
@@ -312,25 +327,26 @@ class Owner:
 
     def _check(self, check: Check, now: float) -> Verdict:
         reason = self._why_not(check)
-        if check.in_window:
-            self._desk.leave((check.reader, check.read))
-        lease = self._leases.get(check.lease)
-        if lease is not None:
-            lease.grants.pop((check.reader, check.read), None)
-            self._renew(check.lease, now)
-            self._end_if_done(check.lease)
+        self._done(check, now)
         if reason:
             self.counts["nixl_fences_refused", reason] += 1
         return Verdict(check.reader, check.read, self._offer.epoch, not reason, reason)
 
+    def _done(self, over: Done | Check, now: float) -> None:
+        """Its READ is over: whoever may write to what was granted has waited for that, or has made it known."""
+        read = over.reader, over.read
+        self._desk.leave(read)
+        lease = self._leases.get(over.lease)
+        if lease is not None:
+            lease.grants.pop(read, None)
+            self._renew(over.lease, now)
+            self._end_if_done(over.lease)
+
     def _why_not(self, check: Check) -> str:
         if check.epoch != self._offer.epoch:
             return "restarted"
-        is_standing = check.lease == STANDING_LEASE and self._shelf is not None
-        if check.lease not in self._leases and not is_standing:
+        if check.lease not in self._leases:
             return "lease_ended"
-        if check.in_window:
-            return "" if self._desk.holds(check.slots, check.generations) else "other_generation"
         if len(check.slots) != len(check.generations) or any(not 0 <= slot < self._offer.rows for slot in check.slots):
             return "garbled"
         now = [self._holdings.generation_of(slot) for slot in check.slots]

@@ -35,6 +35,7 @@ from dynamo_connectors.transport.reader_state import (
     Forget,
     GiveUp,
     Instruction,
+    Look,
     Post,
     Restart,
     Send,
@@ -271,7 +272,6 @@ class PeerTier:
         if self._plane.transfers_under_way:
             wait = min(wait, _LATE_POLL_SECONDS)
         frames = self._sockets.receive(max(0.0, wait))
-        now = time.monotonic()
         self._drain_tasks()
         for peer, frame in frames:
             try:
@@ -279,14 +279,21 @@ class PeerTier:
             except MessageError as error:
                 self._count("nixl_refused_messages", error.reason)
                 continue
-            self._reader.receive(peer, reply, now)
+            self._reader.receive(peer, reply, time.monotonic())
             self._obey()
-        for number, why in self._plane.poll():
-            self._reader.transfer_ended(number, why, time.monotonic())
-            self._obey()
+            # NIXL may have copied a READ in that call: who waits for it asks for the next one while others are copied.
+            self._end_transfers()
+        self._end_transfers()
         self._reader.tick(time.monotonic())
         self._obey()
         self._tell()
+
+    def _end_transfers(self) -> None:
+        while ended := self._plane.poll():
+            for number, why, words in ended:
+                self._reader.transfer_ended(number, why, time.monotonic(), words)
+                self._obey()
+        self._drain_tasks()
 
     def _drain_tasks(self) -> None:
         while True:
@@ -331,7 +338,7 @@ class PeerTier:
             self._reader.connected(step.peer, step.welcome.epoch, error, time.monotonic())
         elif isinstance(step, Disconnect):
             self._plane.disconnect(step.peer)
-        elif isinstance(step, Post):
+        elif isinstance(step, (Post, Look)):
             self._post(step)
         elif isinstance(step, Finish):
             self._finish(step.read, step.reasons)
@@ -345,10 +352,11 @@ class PeerTier:
             self._plane.restart()
             self._reader.restarted(time.monotonic())
 
-    def _post(self, step: Post) -> None:
+    def _post(self, step: Post | Look) -> None:
         call = self._calls[step.read]
         into = [call.addresses[row] for row in step.rows]
-        error = self._plane.post(step.read, step.peer, into, step.slots, call.in_window)
+        post = self._plane.post if isinstance(step, Post) else self._plane.post_words
+        error = post(step.read, step.peer, into, step.slots, call.in_window)
         if error is not None:
             self._reader.transfer_ended(step.read, error, time.monotonic())
 
@@ -384,14 +392,3 @@ class PeerTier:
                 with self._lock:
                     self._counts.update(counts)
                 counts.clear()
-
-
-class PeerWindows:
-    """A `LowerTier` of a `PeerTier`'s peers: what lies in their windows. Buffers are addresses."""
-
-    def __init__(self, tier: PeerTier) -> None:
-        self.deadline_seconds = tier.deadline_seconds
-        self._tier = tier
-
-    def read(self, places: Sequence[Place], into: Sequence[int]) -> list[Batch]:
-        return self._tier.read_windows(places, into)

@@ -1,10 +1,12 @@
 """The reader's half of the protocol: from "these blocks, please" to bytes that are proven, or to a miss. Pure.
 
-Life of a read:  connecting -> asking -> reading -> checking -> ended
-                 reading, and out of time or its peer silent: late -> ended
+Life of a read:  connecting -> asking -> reading -> looking -> ended
+                 ... reading -> checking -> ended, where the owner has no words to look at
+                 reading or looking, and out of time or its peer silent: late -> ended
 
 Calls and messages are events; what is to be done comes out as instructions (`take`). A block counts as loaded only
-after the owner has said, in answer to a question that was asked after the READ, that it still held what it granted.
+when, after the READ, its slot's generation was read as well and was still what the owner had granted: an owner counts
+before it writes, so bytes of something else come with another generation. An owner without words is asked instead.
 Memory that a READ may write to is quarantined until the READ has ended: a read that is late keeps its buffers, and its
 peer gets no new READs, until NIXL says DONE or that the peer is gone. When late reads hold more bytes than the budget,
 or one for a minute, the data plane is restarted, which fences all of them at once.
@@ -13,18 +15,9 @@ or one for a minute, the data plane is restarted, which fences all of them at on
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from dynamo_connectors.transport.messages import (
-    Grant,
-    Hello,
-    Ping,
-    Pong,
-    Refuse,
-    Reply,
-    Request,
-    Verdict,
-    Welcome,
-)
+from dynamo_connectors.transport.messages import Grant, Hello, Ping, Pong, Refuse, Reply, Request, Verdict, Welcome
 from dynamo_connectors.transport.reader_state import (
     Common,
     Connect,
@@ -34,6 +27,7 @@ from dynamo_connectors.transport.reader_state import (
     GiveUp,
     Instruction,
     KnownPeer,
+    Look,
     Peer,
     Post,
     Read,
@@ -85,7 +79,7 @@ class Reader:
     @property
     def is_reading(self) -> bool:
         """Whether a READ may end any moment that somebody waits for."""
-        return any(read.state == "reading" for read in self._reads.values())
+        return any(read.is_under_way for read in self._reads.values())
 
     # -- the engine's side -------------------------------------------------------------------------------------------
 
@@ -114,7 +108,7 @@ class Reader:
     def abandon(self, lease: bytes) -> None:
         """Nobody waits for its reads any more: those that are not under way end."""
         for read in [read for read in self._reads.values() if read.wanted.lease == lease]:
-            if read.state not in ("reading", "late"):
+            if not read.is_under_way and read.state != "late":
                 self._finish(read, "unwanted")
 
     def isolate(self, namespace: bytes) -> None:
@@ -130,14 +124,14 @@ class Reader:
     def tick(self, now: float) -> None:
         """What is due by now. Call it at least at `next_due`, after what has come was received."""
         was_away, self._looked_at = now - self._looked_at > _ABSENCE_SECONDS, now
-        asked = {read.peer for read in self._reads.values() if read.state in ("asking", "checking", "reading")}
+        asked = {read.peer for read in self._reads.values() if read.state not in ("connecting", "late")}
         for name, peer in self._peers.items():
             if peer.state == "greeting" and peer.timer.is_due(now):
-                self._send(name, Hello(peer.nonce, self._common.namespace, self._common.row_bytes))
-            verdict = peer.listen(now, name in asked or peer.state == "greeting", was_away)
-            if verdict == "silent":
+                self._hail(name, peer)
+            heard = peer.listen(now, name in asked or peer.state == "greeting", was_away)
+            if heard == "silent":
                 self._silent(name, now)
-            elif verdict == "ping":
+            elif heard == "ping":
                 self._send(name, Ping(self._common.name))
         for read in list(self._reads.values()):
             if read.state == "late":
@@ -145,10 +139,8 @@ class Reader:
                     self._restart()
             elif now >= read.deadline:
                 self._out_of_time(read, now)
-            elif read.state == "asking" and read.timer.is_due(now):
+            elif read.state in ("asking", "checking") and read.timer.is_due(now):
                 self._ask(read, now)
-            elif read.state == "checking" and read.timer.is_due(now):
-                self._ask_verdict(read)
         in_use = (read.wanted.lease for read in self._reads.values() if read.state != "late")
         self._out += self._watches.tick(in_use, now)
         self._forget(now)
@@ -198,25 +190,25 @@ class Reader:
         for read in self._waiting_for(peer):
             self._start_asking(read, now)
 
-    def transfer_ended(self, number: int, error: str | None, now: float) -> None:
-        """A READ is over for good: nothing writes to its buffers any more."""
+    def transfer_ended(self, number: int, error: str | None, now: float, words: Sequence[int] = ()) -> None:
+        """A READ is over for good: nothing writes to its buffers any more. `words`: what a `Look` has seen."""
         read = self._reads.get(number)
         if read is None:
             return
         if read.state == "late":
             self._finish(read, "timeout")
-        elif read.state == "reading" and error is None:
-            read.state, read.timer = "checking", Timer(now)
-            self._ask_verdict(read)
-            read.timer.is_due(now)
+        elif error is not None and read.is_under_way:
+            self._lost(read.peer, read, error)
+        elif read.state == "looking":
+            self._looked(read, words)
         elif read.state == "reading":
-            self._lost(read.peer, read, error or "disconnected")
+            self._prove(read, now)
 
     def restarted(self, now: float) -> None:
         """All READs have ended with the old data plane."""
         self._restarting = False
         for read in list(self._reads.values()):
-            if read.state in ("reading", "late"):
+            if read.is_under_way or read.state == "late":
                 self._finish(read, "timeout" if read.state == "late" else "unavailable")
         for peer in self._peers.values():
             if peer.state in ("ready", "loading"):
@@ -232,7 +224,7 @@ class Reader:
     def check(self) -> None:
         """Asserts every invariant."""
         for read in self._reads.values():
-            posted = read.state in ("reading", "checking", "late")
+            posted = read.state in ("reading", "looking", "checking", "late")
             assert posted == bool(read.slots), f"a read is {read.state} with {len(read.slots)} slots"
             assert len(read.slots) == len(read.generations) == len(read.rows), "slots, generations and rows differ"
         self._watches.check()
@@ -251,10 +243,12 @@ class Reader:
             peer.state = "absent"
         if peer.state == "absent":
             self._nonce += 1
-            peer.state, peer.nonce, peer.timer, peer.quiet_since = "greeting", self._nonce, Timer(now), now
-            peer.timer.is_due(now)
-            self._send(name, Hello(peer.nonce, self._common.namespace, self._common.row_bytes))
+            peer.greet(self._nonce, now)
+            self._hail(name, peer)
         return None
+
+    def _hail(self, name: Peer, peer: KnownPeer) -> None:
+        self._send(name, Hello(peer.nonce, self._common.namespace, self._common.row_bytes))
 
     def _answered(self, name: Peer, reply: Welcome | Refuse, now: float) -> None:
         peer = self._peers.get(name)
@@ -268,13 +262,11 @@ class Reader:
         elif reply.row_bytes != self._common.row_bytes:
             self._refused(name, "other_block_size", f"its blocks have {reply.row_bytes} bytes", now + _REFUSED_SECONDS)
         else:
-            peer.state, peer.epoch, peer.quiet_since = "loading", reply.epoch, None
-            peer.rows = reply.rows, 0 if reply.window is None else reply.window.rows
+            peer.welcome(reply)
             self._out.append(Connect(name, reply))
 
     def _refused(self, name: Peer, reason: str, detail: str, retry_at: float) -> None:
-        peer = self._peers[name]
-        peer.state, peer.reason, peer.retry_at = "refused", "refused", retry_at
+        self._peers[name].refuse("refused", retry_at)
         self.counts["nixl_refused_peers", reason] += 1
         self.complaints.append(f"peer {name} cannot be read: {detail}")
         for read in self._waiting_for(name):
@@ -292,8 +284,7 @@ class Reader:
         """It is asked again soon, but requests do not wait for it meanwhile."""
         peer = self._peers[name]
         was_ready = peer.state == "ready"
-        peer.state, peer.reason, peer.retry_at = "refused", "unreachable", now + _SILENT_SECONDS
-        peer.quiet_since = None
+        peer.refuse("unreachable", now + _SILENT_SECONDS)
         self.counts["nixl_silent_peers", ""] += 1
         self.complaints.append(
             f"peer {name} answers no more; its blocks are computed here until it does"
@@ -302,7 +293,7 @@ class Reader:
             "another version of dynamo-connectors"
         )
         for read in [read for read in self._reads.values() if read.peer == name and read.state != "late"]:
-            if read.state == "reading":
+            if read.is_under_way:
                 self._out.append(GiveUp(read.number))
                 self._out_of_time(read, now)
             else:
@@ -331,15 +322,16 @@ class Reader:
         if not peer.rows[read.wanted.in_window]:
             self._finish(read, "gone")
             return
-        read.state, read.epoch, read.timer = "asking", peer.epoch, Timer(now)
+        read.epoch = peer.epoch
+        self._begin_asking(read, "asking", now)
+
+    def _begin_asking(self, read: Read, state: str, now: float) -> None:
+        read.state, read.timer = state, Timer(now)
         read.timer.is_due(now)
         self._ask(read, now)
 
     def _ask(self, read: Read, now: float) -> None:
         self._send(read.peer, read.question(self._common.name, now))
-
-    def _ask_verdict(self, read: Read) -> None:
-        self._send(read.peer, read.last_question(self._common.name))
 
     def _granted(self, read: Read, grant: Grant, now: float) -> None:
         if grant.status == "pending" and self._common.is_patient:
@@ -358,18 +350,33 @@ class Reader:
         if not (known and len(grant.slots) == len(grant.generations) == len(read.wanted.keys)):
             self._finish(read, "bad_answer")
             return
-        read.reasons = ["gone" if slot < 0 else None for slot in grant.slots]
-        read.rows = tuple(row for row, slot in enumerate(grant.slots) if slot >= 0)
-        read.slots = tuple(grant.slots[row] for row in read.rows)
-        read.generations = tuple(grant.generations[row] for row in read.rows)
+        read.accept(grant)
         if not read.rows:
             self._finish(read, None)
             return
         read.state = "reading"
         self._out.append(Post(read.number, read.peer, read.rows, read.slots))
 
+    def _prove(self, read: Read, now: float) -> None:
+        peer = self._peers[read.peer]
+        if not peer.has_words:
+            self._begin_asking(read, "checking", now)
+        elif peer.state != "ready" or peer.epoch != read.epoch:
+            self._finish(read, "restarted")
+        else:
+            read.state = "looking"
+            self._out.append(Look(read.number, read.peer, read.rows, read.slots))
+
+    def _looked(self, read: Read, words: Sequence[int]) -> None:
+        if why := read.judge(words):
+            self.counts["nixl_fences_refused", why] += 1
+        self._send(read.peer, read.last_word(self._common.name))
+        peer = self._peers[read.peer]
+        is_same = peer.state == "ready" and peer.epoch == read.epoch  # not after a reset here
+        self._finish(read, None if is_same else "restarted")
+
     def _out_of_time(self, read: Read, now: float) -> None:
-        if read.state != "reading":
+        if not read.is_under_way:
             self._finish(read, "timeout")
             return
         read.state, read.late_since = "late", now

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import Ask, Check, Request, Welcome
+from dynamo_connectors.transport.messages import Ask, Check, Done, Grant, Request, Welcome
 
 #: A message is sent again when its answer takes longer.
 FIRST_RESEND_SECONDS = 0.02
@@ -42,6 +42,15 @@ class Post(NamedTuple):
     slots: tuple[int, ...]
 
 
+class Look(NamedTuple):
+    """Start a READ of the words of `slots`, and of `run`; answer with `transfer_ended`. `rows` are its rows still."""
+
+    read: int
+    peer: Peer
+    rows: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
 class Finish(NamedTuple):
     """For each block of the read why it is missing, or None. Its buffers are nobody's any more."""
 
@@ -65,7 +74,7 @@ class Restart(NamedTuple):
     """Destroy the data plane and make a new one; answer with `restarted`."""
 
 
-Instruction: TypeAlias = Send | Connect | Disconnect | Post | Finish | GiveUp | Forget | Restart
+Instruction: TypeAlias = Send | Connect | Disconnect | Post | Look | Finish | GiveUp | Forget | Restart
 
 
 class Common(NamedTuple):
@@ -126,21 +135,43 @@ class Read:
     rows: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
     generations: tuple[int, ...] = ()
+    run: int = 0
     late_since: float = 0.0
+
+    @property
+    def is_under_way(self) -> bool:
+        """NIXL may write to its rows or its words, and somebody waits for it."""
+        return self.state in ("reading", "looking")
 
     @property
     def late_rows(self) -> int:
         """Rows that it may still write to, and nobody waits for."""
         return len(self.rows) if self.state == "late" else 0
 
-    def question(self, reader: bytes, now: float) -> Ask:
+    def question(self, reader: bytes, now: float) -> Ask | Check:
         lease, keys, in_window = self.wanted
+        if self.state == "checking":
+            return Check(reader, self.number, self.epoch, lease, self.slots, self.generations)
         seconds = max(0.0, min(600.0, self.deadline - now))
         return Ask(reader, self.number, self.epoch, lease, keys, seconds, in_window)
 
-    def last_question(self, reader: bytes) -> Check:
-        granted = self.slots, self.generations, self.wanted.in_window
-        return Check(reader, self.number, self.epoch, self.wanted.lease, *granted)
+    def last_word(self, reader: bytes) -> Done:
+        return Done(reader, self.number, self.wanted.lease)
+
+    def accept(self, grant: Grant) -> None:
+        self.reasons = ["gone" if slot < 0 else None for slot in grant.slots]
+        self.rows = tuple(row for row, slot in enumerate(grant.slots) if slot >= 0)
+        self.slots = tuple(grant.slots[row] for row in self.rows)
+        self.generations = tuple(grant.generations[row] for row in self.rows)
+        self.run = grant.run
+
+    def judge(self, words: Sequence[int]) -> str:
+        """`words`: `run` and generations after the READ. Notes what is stale, and returns why, or nothing."""
+        held = words[0] == self.run
+        for row, before, after in zip(self.rows, self.generations, words[1:], strict=True):
+            if not held or before != after:
+                self.reasons[row] = "stale"
+        return "revoked" if not held else "other_generation" if "stale" in self.reasons else ""
 
     def count_anew(self, now: float) -> None:
         """Its time begins now."""
@@ -164,6 +195,7 @@ class KnownPeer:
     epoch: bytes = b""
     #: In the window or not -> how many there are.
     rows: tuple[int, int] = (0, 0)
+    has_words: bool = False
     reason: str = ""
     #: Refused: when it is asked again.
     retry_at: float = 0.0
@@ -172,6 +204,19 @@ class KnownPeer:
     quiet_since: float | None = None
     ping_at: float = 0.0
     silence_seconds: float = 2.0
+
+    def greet(self, nonce: int, now: float) -> None:
+        self.state, self.nonce, self.timer, self.quiet_since = "greeting", nonce, Timer(now), now
+        self.timer.is_due(now)
+
+    def welcome(self, welcome: Welcome) -> None:
+        self.state, self.epoch, self.quiet_since = "loading", welcome.epoch, None
+        self.has_words = welcome.words is not None
+        # What lies in a window cannot be asked about.
+        self.rows = welcome.rows, welcome.window.rows if welcome.window is not None and self.has_words else 0
+
+    def refuse(self, reason: str, retry_at: float) -> None:
+        self.state, self.reason, self.retry_at, self.quiet_since = "refused", reason, retry_at, None
 
     def listen(self, now: float, is_asked: bool, was_away: bool) -> str:
         """`silent` when it owes us a word and says none, `ping` when it shall be asked for one."""

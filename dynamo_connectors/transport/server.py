@@ -16,6 +16,8 @@ from functools import partial
 from socket import SOCK_STREAM, getaddrinfo
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import zmq
 
 from dynamo_connectors.blocks import BlockKey
@@ -25,8 +27,17 @@ from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import channel
 from dynamo_connectors.transport.agent import Agent, Region
 from dynamo_connectors.transport.bell import Bell
-from dynamo_connectors.transport.messages import Ask, Codec, Grant, MessageError, Reply, Request, WindowPlace
-from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Holdings, Offer, Owner, Shelf
+from dynamo_connectors.transport.messages import (
+    Ask,
+    Codec,
+    Grant,
+    MessageError,
+    Reply,
+    Request,
+    WindowPlace,
+    WordsPlace,
+)
+from dynamo_connectors.transport.owner import DEFAULT_LEASE_SECONDS, Holdings, Offer, Owner, Shelf, Words
 from dynamo_connectors.window import Window
 
 log = logging.getLogger(__name__)
@@ -67,6 +78,8 @@ class Served(NamedTuple):
     window: Window | None = None
     #: Gets what is to be called when blocks have come.
     listen: Callable[[Callable[[], None]], None] | None = None
+    #: Of the slots, for readers to look at. Without them readers ask.
+    generations: npt.NDArray[np.uint64] | None = None
 
 
 def host_rows(dram: DramStore, window: Window | None = None) -> Served:
@@ -75,7 +88,29 @@ def host_rows(dram: DramStore, window: Window | None = None) -> Served:
     region = Region(dram.rows.ctypes.data, dram.rows.nbytes)
     regions = [region] if window is None else [region, window.rows.region]
     place = regions, region.address, dram.capacity_blocks, dram.row_bytes
-    return Served(*place, dram, shelf=dram, window=window, listen=dram.listen)
+    return Served(*place, dram, shelf=dram, window=window, listen=dram.listen, generations=dram.generations)
+
+
+class _Board:
+    """Words of 8 bytes that readers look at, in memory that NIXL knows."""
+
+    def __init__(self, generations: npt.NDArray[np.uint64], window_rows: int) -> None:
+        # At random, so that no other process's memory at this address passes for it. It is counted up from there.
+        self._run = np.array([int.from_bytes(os.urandom(8), "big") >> 3], dtype=np.uint64)
+        self._window = np.zeros(window_rows, dtype=np.uint64)
+        self._slots = generations
+
+    @property
+    def words(self) -> Words:
+        return Words(self._run, self._window)
+
+    @property
+    def regions(self) -> list[Region]:
+        return [Region(part.ctypes.data, part.nbytes) for part in (self._run, self._slots, self._window) if part.nbytes]
+
+    @property
+    def place(self) -> WordsPlace:
+        return WordsPlace(*(part.ctypes.data for part in (self._run, self._slots, self._window)))
 
 
 class PeerServer:
@@ -96,9 +131,12 @@ class PeerServer:
         self._refused: Counter[tuple[str, str]] = Counter()
         self._told: frozenset[str] = frozenset()
         self._context: zmq.Context[Any] = zmq.Context()
+        rows = 0 if served.window is None else served.window.rows.capacity_blocks
+        self._board = None if served.generations is None else _Board(served.generations, rows)
+        regions = served.regions + ([] if self._board is None else self._board.regions)
         try:
             self._socket = self._bind(settings)
-            self._agent: Agent | None = Agent(f"dynamo-owner-{epoch.hex()}", served.regions)
+            self._agent: Agent | None = Agent(f"dynamo-owner-{epoch.hex()}", regions)
         except BaseException:
             self._bell.close()
             self._context.destroy(linger=0)
@@ -106,9 +144,11 @@ class PeerServer:
         metadata = served.describe(self._agent.metadata)
         place = served.base, served.rows, served.row_bytes
         told = None if served.window is None else _told_of(served.window.rows)
-        offer = Offer(epoch, settings.namespace, metadata, *place, told)
+        offer, words = Offer(epoch, settings.namespace, metadata, *place, told), None
+        if self._board is not None:
+            offer, words = offer._replace(words=self._board.place), self._board.words
         shelf = served.shelf if settings.opens_shelf else None
-        self._owner = Owner(offer, served.holdings, settings.lease_seconds, shelf)
+        self._owner = Owner(offer, served.holdings, settings.lease_seconds, shelf, words)
         if served.listen is not None:
             served.listen(self._bell.ring)
         self._thread = threading.Thread(target=self._serve, name="kvbm-peer-server", daemon=True)
@@ -154,6 +194,9 @@ class PeerServer:
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             return False
+        with self._lock:
+            # Nothing is granted any more, and READs go on without us: in memory that is somebody else's soon.
+            self._owner.revoke_all()
         if self._agent is not None:
             self._agent.close()
             self._agent = None

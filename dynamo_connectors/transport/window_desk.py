@@ -2,7 +2,7 @@
 
 Blocks lie in host memory; a READ of the window gets rows for itself, which are filled from there when it asks.
 Life of a READ's rows: waiting (until enough are free, first come first served) -> filling -> ready -> given back, when
-its reader has asked for the verdict, or when it has given the READ up. Every row counts how often it was given out, and
+its reader has said that it is over, or when it has given the READ up. Every row counts how often it was given out, and
 its READ is told that generation: rows that were given to another READ since are refused by the fence.
 
 A reader that has died keeps its rows until its deadline. Nobody waits for that: when for a moment no READ got rows,
@@ -16,9 +16,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 #: The longest time without a READ that gets rows; filling and reading them takes milliseconds.
 _STUCK_SECONDS = 0.5
 
+#: Counts that are words of 8 bytes where somebody looks at them.
+Counters: TypeAlias = list[int] | npt.NDArray[np.uint64]
 #: A reader's name and its number.
 ReadName: TypeAlias = tuple[bytes, int]
 
@@ -57,11 +62,11 @@ class _Serving:
 
 
 class WindowDesk:
-    """One per owner."""
+    """One per owner. `generations`: of each row, where readers look at them (`messages.WordsPlace`)."""
 
-    def __init__(self, rows: int) -> None:
-        self._free = list(range(rows))
-        self._generations = [0] * rows
+    def __init__(self, generations: Counters) -> None:
+        self._free = list(range(len(generations)))
+        self._generations = generations
         self._reads: dict[ReadName, _Serving] = {}
         self._filling: dict[int, tuple[ReadName, _Serving]] = {}
         self._fills: list[Fill] = []
@@ -107,11 +112,6 @@ class WindowDesk:
             self._serve()
         return read
 
-    def holds(self, rows: Sequence[int], generations: Sequence[int]) -> bool:
-        """Whether these rows are still what they were when they were granted."""
-        known = len(rows) == len(generations) and all(0 <= row < len(self._generations) for row in rows)
-        return known and [self._generations[row] for row in rows] == list(generations)
-
     def leave(self, read: ReadName) -> None:
         """The READ is over: its rows may serve another one."""
         serving = self._reads.pop(read, None)
@@ -155,7 +155,7 @@ class WindowDesk:
                 self._generations[row] += 1
             rows = iter(taken)
             serving.rows = tuple(-1 if source is None else next(rows) for source in serving.sources)
-            serving.generations = tuple(0 if row < 0 else self._generations[row] for row in serving.rows)
+            serving.generations = tuple(0 if row < 0 else int(self._generations[row]) for row in serving.rows)
             serving.state = "filling" if wanted else "ready"
             self._served += 1
             if wanted:

@@ -111,14 +111,16 @@ def test_who_sees_the_new_generation_does_not_see_the_old_key() -> None:
     """A peer's question comes on another thread, between any two steps of `set_key`."""
     store = DramStore(1, 4096)
     store.write(0, BlockKey(b"old"), memoryview(bytes(4096)))
-    seen: list[bool] = []
+    seen: list[tuple[bool, int]] = []
 
-    class Watched(list[int]):
+    class Watched(np.ndarray):  # type: ignore[type-arg]
         def __setitem__(self, slot: object, generation: object) -> None:
-            seen.append(store.holds(0, BlockKey(b"old")))
-            super().__setitem__(slot, generation)  # type: ignore[index,assignment]
+            seen.append((store.holds(0, BlockKey(b"old")), int(store.rows[0, 0])))
+            super().__setitem__(slot, generation)  # type: ignore[call-overload]
 
-    store._generations = Watched(store._generations)
-    store.set_key(0, None)
-    assert seen == [False]
+    store.generations = store.generations.view(Watched)
+    store.write(0, BlockKey(b"new"), memoryview(b"n" * 4096))
+    assert seen == [(False, 0)], "and the new one is there before the first new byte"
+    generations = store.generations.tolist()
     store.close()
+    assert store.generations.tolist() != generations, "peers may still read where the rows were"

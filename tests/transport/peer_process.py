@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -167,6 +168,26 @@ class ReaderSide:
             right = np.array_equal(self.rows[row], self.right_row(key))
             said.append(error.reason if error is not None else "right" if right else "WRONG")
         return said
+
+    def hold_words(self) -> None:
+        """The next READ of words is not started before `free_words`."""
+        plane, self.held, self.freed = self.tier._plane, threading.Event(), threading.Event()
+        post_words = plane.post_words
+
+        def hold(*what: Any) -> str | None:
+            plane.post_words = post_words  # type: ignore[method-assign]
+            self.held.set()
+            assert self.freed.wait(60)
+            return post_words(*what)
+
+        plane.post_words = hold  # type: ignore[method-assign]
+
+    def await_words(self) -> bool:
+        """All rows of the READ are here."""
+        return self.held.wait(60)
+
+    def free_words(self) -> None:
+        self.freed.set()
 
     def given_up(self, read: int) -> bool:
         signal = self.signals[read]

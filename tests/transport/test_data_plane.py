@@ -103,7 +103,7 @@ def test_a_handle_that_cannot_be_released_is_a_read_that_has_ended(plane: DataPl
     Flaky.releases_badly = True
     assert plane.connect("tcp://a", WELCOME) is None
     assert plane.post(1, "tcp://a", [0], [0]) is None
-    assert plane.poll() == [(1, None)]
+    assert plane.poll() == [(1, None, [])]
     assert plane.transfers_under_way == 0
     assert plane.counts["nixl_transferred_bytes", ""] == 4096
     assert plane.counts["nixl_transfer_microseconds", ""] == 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +25,10 @@ KEY = BlockKey(b"key")
 
 
 class Hanging:
-    """The reader's agent: every READ is done at once. A stand-in: the real one cannot be made to hang in each call."""
+    """The reader's agent: every READ is done at once, within this process.
+
+    A stand-in: the real one cannot be made to hang in each call.
+    """
 
     #: The call that hangs, until `released`.
     call = ""
@@ -43,8 +47,10 @@ class Hanging:
         self.hang("connect")
         return "peer"
 
-    def post(self, *what: object) -> object:
+    def post(self, peer: str, local: list[int], remote: list[int], num_bytes: list[int], devices: object) -> object:
         self.hang("post")
+        for piece in zip(local, remote, num_bytes, strict=True):
+            ctypes.memmove(*piece)
         return object()
 
     def is_done(self, handle: object) -> bool:

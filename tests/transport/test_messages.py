@@ -13,13 +13,15 @@ REQUESTS = [
     m.Hello(1, b"n", 65536),
     m.Ask(b"r", 2, b"e", b"l" * 16, (b"k" * 32, b"j"), 1.5),
     m.Check(b"r", 2, b"e", b"l" * 16, (0, 5), (1, 9)),
+    m.Done(b"r", 2, b"l" * 16),
     m.Renew(b"l" * 16),
     m.End(b"reader", b"l" * 16, 2),
 ]
 REPLIES = [
     m.Welcome(1, b"n", b"e", b"meta", 4096, 10, 65536),
+    m.Welcome(1, b"n", b"e", b"meta", 4096, 10, 65536, m.WindowPlace(64, 2, 0), m.WordsPlace(8, 16, (1 << 63) - 1)),
     m.Refuse(1, "other_model", "why"),
-    m.Grant(b"r", 2, b"e", "granted", (0, -1), (1, 0)),
+    m.Grant(b"r", 2, b"e", "granted", (0, -1), (1, 0), 1 << 62),
     m.Verdict(b"r", 2, b"e", False, "lease_ended"),
 ]
 

@@ -18,9 +18,11 @@ pick = st.integers(0, 1000)
 
 
 class Fleet(RuleBasedStateMachine):
+    has_words = True
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = World(has_words=self.has_words)
         self.exported: set[tuple[int, bytes]] = set()
 
     @rule(lease=st.sampled_from(LEASES))
@@ -76,22 +78,22 @@ class Fleet(RuleBasedStateMachine):
         messages.pop(at % len(messages))
 
     @precondition(lambda self: self.world.transfers)
-    @rule(at=pick)
-    def progress(self, at: int) -> None:
-        self.world.progress(at % len(self.world.transfers))
+    @rule(at=pick, part=pick)
+    def progress(self, at: int, part: int) -> None:
+        self.world.progress(at % len(self.world.transfers), part)
 
     @precondition(lambda self: self.world.transfers)
     @rule(at=pick)
     def peer_dies(self, at: int) -> None:
         self.world.disconnect(at % len(self.world.transfers))
 
-    @rule(slot=st.integers(0, ROWS - 1), key=st.sampled_from(KEYS), whole=st.booleans(), honest=st.booleans())
-    def fill(self, slot: int, key: BlockKey, whole: bool, honest: bool) -> None:
-        """The owner fills a slot anew; if it is not honest, even one that is pinned for a lease."""
+    @rule(slot=st.integers(0, ROWS - 1), key=st.sampled_from(KEYS), far=st.integers(0, 2), honest=st.booleans())
+    def fill(self, slot: int, key: BlockKey, far: int, honest: bool) -> None:
+        """The owner fills a slot anew, so far; if it is not honest, even one that is pinned for a lease."""
         if honest and self.world.is_pinned(slot):
             return
-        self.world.memory.begin_fill(slot)
-        if whole:
+        self.world.memory.begin_fill(slot, is_torn=far > 0)
+        if far > 1:
             self.world.memory.end_fill(slot, key)
 
     @rule(seconds=st.sampled_from([0.01, 0.1, 0.6, 4.0]))
@@ -131,4 +133,14 @@ class Fleet(RuleBasedStateMachine):
 
 
 TestFleet = Fleet.TestCase
-TestFleet.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestFleet.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+
+
+class AskedFleet(Fleet):
+    """With an owner that has no words to look at."""
+
+    has_words = False
+
+
+TestAskedFleet = AskedFleet.TestCase
+TestAskedFleet.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)

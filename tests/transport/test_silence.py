@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import Ask, Check, End, Grant, Ping, Pong
+from dynamo_connectors.transport.messages import Ask, Done, End, Grant, Ping, Pong
 from dynamo_connectors.transport.reader_state import Forget, GiveUp, Instruction
 from tests.transport.world import PEER, ROW_BYTES, World, talk
 
@@ -197,7 +197,7 @@ def test_a_lease_for_two_readers_ends_when_both_have_said_so() -> None:
     granted = world.owner.receive(Ask(b"second", 9, world.epoch, LEASE, (A,), 5.0), world.now)
     assert isinstance(granted, Grant)
     assert granted.status == "granted"
-    world.owner.receive(Check(b"second", 9, world.epoch, LEASE, granted.slots, granted.generations), world.now)
+    world.owner.receive(Done(b"second", 9, LEASE), world.now)
     world.owner.receive(End(b"second", LEASE, 2), world.now)
     world.collect()
     assert LEASE not in world.pinned

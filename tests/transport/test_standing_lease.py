@@ -56,7 +56,7 @@ def test_an_owner_that_was_reset_serves_nothing_of_before_under_the_standing_lea
     world.owner.isolate(b"another", NAMESPACE)
     land(world)
     talk(world)
-    assert world.asked[number].reasons == ("restarted",)
+    assert world.asked[number].reasons == ("stale",)
 
 
 def test_an_owner_without_a_shelf_knows_no_standing_lease() -> None:

@@ -28,7 +28,7 @@ from dynamo_connectors.tiers.base import Batch, Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport import server as server_module
 from dynamo_connectors.transport.agent import Region
-from dynamo_connectors.transport.messages import Ask, Check, Codec, Grant, Hello, Reply, Request, Verdict, Welcome
+from dynamo_connectors.transport.messages import Ask, Codec, Done, Grant, Hello, Reply, Request, Welcome
 from dynamo_connectors.transport.server import PeerServer, ServerSettings, host_rows
 from dynamo_connectors.transport.sockets import PeerSockets
 from dynamo_connectors.window import Window
@@ -105,11 +105,14 @@ class Talk:
     def question(self, read: int, keys: Sequence[BlockKey]) -> Ask:
         return Ask(b"reader", read, self.epoch, LEASE, tuple(keys), 30.0, in_window=True)
 
-    def verdict(self, grant: Grant) -> bool:
-        check = Check(b"reader", grant.read, self.epoch, LEASE, grant.slots, grant.generations, in_window=True)
-        answer = self.ask(check)
-        assert isinstance(answer, Verdict)
-        return answer.held
+    def holds(self, grant: Grant) -> bool:
+        """As its reader sees it."""
+        assert self.server._board is not None
+        words = self.server._board.words.window
+        return [int(words[row]) for row in grant.slots] == list(grant.generations)
+
+    def end(self, grant: Grant) -> None:
+        self._sockets.send(self._peer, self._codec.encode(Done(b"reader", grant.read, LEASE)))
 
     def close(self) -> None:
         self._sockets.close()
@@ -141,19 +144,20 @@ def test_rows_are_granted_when_the_copy_into_them_is_complete_and_not_before(tal
     grant = granted(talk.hear())  # it need not ask a third time
     assert grant.status == "granted"
     assert [int(talk.rows.rows[row][0]) for row in grant.slots] == [2, 3]
-    assert talk.verdict(grant)
+    assert talk.holds(grant)
 
 
-def test_a_read_waits_for_rows_until_another_one_has_its_verdict(talk: Talk, copies: Copies) -> None:
+def test_a_read_waits_for_rows_until_another_one_is_over(talk: Talk, copies: Copies) -> None:
     copies.may_go.set()
     assert granted(talk.ask(talk.question(1, KEYS[:2]))).status == "pending"
     first = granted(talk.hear())
     assert granted(talk.ask(talk.question(2, KEYS[2:]))).status == "pending"
-    assert talk.verdict(first)
+    assert talk.holds(first)
+    talk.end(first)
     second = granted(talk.hear())
     assert [int(talk.rows.rows[row][0]) for row in second.slots] == [3, 4]
-    assert not talk.verdict(first), "one of its rows serves the second"
-    assert talk.verdict(second)
+    assert not talk.holds(first), "one of its rows serves the second"
+    assert talk.holds(second)
 
 
 @pytest.mark.parametrize("is_announced", [True, False])
@@ -176,6 +180,20 @@ def test_who_asks_early_is_told_when_lease_and_blocks_have_come(
     told = [granted(talk.hear()) for _ in range(2)]  # once it is being filled, and when it is
     assert [grant.status for grant in told] == ["pending", "granted"]
     assert [int(talk.rows.rows[row][0]) for row in told[1].slots] == [4]
+
+
+def test_a_server_that_is_closed_has_revoked_what_it_granted(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert talk.server._board is not None
+    run, owner = talk.server._board.words.run, talk.server._owner
+    before, revoke_all = int(run[0]), owner.revoke_all
+
+    def revoke() -> None:
+        assert not talk.server._thread.is_alive(), "it grants more after that"
+        revoke_all()
+
+    monkeypatch.setattr(owner, "revoke_all", revoke)
+    assert talk.server.close()
+    assert int(run[0]) != before, "READs may go on in memory that is given back now"
 
 
 def test_rows_that_could_not_be_filled_are_not_granted(talk: Talk, copies: Copies) -> None:

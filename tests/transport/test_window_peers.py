@@ -76,5 +76,5 @@ def test_host_memory_that_is_used_again_under_a_read_of_the_window_costs_nothing
         fleet.owner.call("fill", slot=3, key=KEYS[3])
         when_granted(fleet, lambda: fleet.owner.call("fill", slot=3, key="another prompt"))
 
-    fleet.read_until("right", arm)
+    fleet.read_until("right", before=arm)
     wait_until(lambda: fleet.read() == {"right", "gone"}, "the block that has left is missing alone", 60.0)

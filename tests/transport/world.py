@@ -1,23 +1,26 @@
 """A fleet of two in one thread: an owner, a reader, a network that may do anything, and memory that READs copy from.
 
-READs copy one row at a time, whenever the test says so, from what the owner's memory holds at that moment. A buffer is
-dead as soon as its read has ended; that nothing writes to dead buffers, and that no read calls foreign bytes loaded,
-is asserted at every step.
+READs copy one row at a time, or one word, in the order that the test wants, from what the owner's memory holds at that
+moment. A buffer is dead as soon as its read has ended; that nothing writes to dead buffers, and that no read calls
+foreign bytes loaded, is asserted at every step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import Reply, Request, WindowPlace
-from dynamo_connectors.transport.owner import Offer, Owner
+from dynamo_connectors.transport.messages import Reply, Request, WindowPlace, WordsPlace
+from dynamo_connectors.transport.owner import Offer, Owner, Words
 from dynamo_connectors.transport.reader import Reader
 from dynamo_connectors.transport.reader_state import (
     Common,
     Connect,
     Finish,
     Instruction,
+    Look,
     Post,
     Restart,
     Send,
@@ -52,10 +55,11 @@ class Memory:
         """Any slot: one that holds the key, one that did, one that never has."""
         return self.guesses.get(key)
 
-    def begin_fill(self, slot: int) -> None:
+    def begin_fill(self, slot: int, is_torn: bool = True) -> None:
         self.keys[slot] = None
         self.generations[slot] += 1
-        self.content[slot] = b"torn"
+        if is_torn:
+            self.content[slot] = b"torn"
 
     def end_fill(self, slot: int, key: BlockKey) -> None:
         self.content[slot] = key
@@ -76,11 +80,14 @@ class Filling:
 
 @dataclass
 class Transfer:
+    """Of rows, or of words."""
+
     read: int
     run: int
-    source: list[bytes]
-    rows: list[tuple[int, int]]
-    buffers: dict[int, bytes]
+    #: What is still to come: where to, from where, and which of it.
+    parts: list[tuple[int, Sequence[Any], int]]
+    into: dict[int, Any]
+    has_words: bool = False
 
 
 @dataclass
@@ -94,7 +101,8 @@ class Asked:
 
 
 class World:
-    def __init__(self, quarantine_bytes: int = 3 * ROW_BYTES) -> None:
+    def __init__(self, quarantine_bytes: int = 3 * ROW_BYTES, has_words: bool = True) -> None:
+        self.has_words = has_words
         self.now = 0.0
         self.runs = 0
         self.to_owner: list[Request] = []
@@ -114,8 +122,11 @@ class World:
         self.memory, self.window = Memory(), [b"?"] * WINDOW_ROWS
         self.pinned = {}
         self.epoch = b"run%d" % self.runs
-        offer = Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES, WindowPlace(8192, WINDOW_ROWS, -1))
-        self.owner = Owner(offer, self.memory, 3.0, self.memory)
+        place = WordsPlace(1 << 20, 2 << 20, 3 << 20) if self.has_words else None
+        window = WindowPlace(8192, WINDOW_ROWS, -1)
+        offer = Offer(self.epoch, NAMESPACE, b"metadata", 4096, ROWS, ROW_BYTES, window, place)
+        self.words = Words([1000 * self.runs], [0] * WINDOW_ROWS)
+        self.owner = Owner(offer, self.memory, 3.0, self.memory, self.words)
 
     # -- what the test does ------------------------------------------------------------------------------------------
 
@@ -165,16 +176,17 @@ class World:
         self.reader.receive(PEER, message, self.now)
         self.obey()
 
-    def progress(self, at: int) -> None:
-        """One row of a READ lands, or the READ ends."""
+    def progress(self, at: int, part: int = 0) -> None:
+        """A row or a word of a READ lands, or the READ ends."""
         transfer = self.transfers[at]
-        if transfer.rows:
-            row, slot = transfer.rows.pop(0)
+        if transfer.parts:
+            to, source, which = transfer.parts.pop(part % len(transfer.parts))
             assert self.asked[transfer.read].reasons is None, "a READ wrote to memory that is somebody else's by now"
-            transfer.buffers[row] = transfer.source[slot]
+            transfer.into[to] = source[which]
             return
         self.transfers.pop(at)
-        self.reader.transfer_ended(transfer.read, None, self.now)
+        words = [transfer.into[to] for to in range(len(transfer.into))] if transfer.has_words else ()
+        self.reader.transfer_ended(transfer.read, None, self.now, words)
         self.obey()
 
     def disconnect(self, at: int) -> None:
@@ -196,6 +208,8 @@ class World:
         """A network that works, until everything has ended. A READ that hangs goes on hanging until its peer dies."""
         for _ in range(400):
             if not self.reader._reads:
+                while self.to_owner:
+                    self.deliver_to_owner(0)
                 return
             while self.to_owner:
                 self.deliver_to_owner(0)
@@ -244,10 +258,9 @@ class World:
             self.reader.connected(PEER, instruction.welcome.epoch, None, self.now)
             self.obey()
         elif isinstance(instruction, Post):
-            rows = list(zip(instruction.rows, instruction.slots, strict=True))
-            asked = self.asked[instruction.read]
-            source = self.window if asked.in_window else self.memory.content
-            self.transfers.append(Transfer(instruction.read, self.runs, source, rows, asked.buffers))
+            self._start_read(instruction)
+        elif isinstance(instruction, Look):
+            self._start_look(instruction)
         elif isinstance(instruction, Finish):
             asked = self.asked[instruction.read]
             assert asked.reasons is None, "a read ended twice"
@@ -258,6 +271,20 @@ class World:
             self.started_anew += 1
             self.reader.restarted(self.now)
             self.obey()
+
+    def _start_read(self, post: Post) -> None:
+        asked = self.asked[post.read]
+        source = self.window if asked.in_window else self.memory.content
+        parts: list[tuple[int, Sequence[Any], int]] = [
+            (row, source, slot) for row, slot in zip(post.rows, post.slots, strict=True)
+        ]
+        self.transfers.append(Transfer(post.read, self.runs, parts, asked.buffers))
+
+    def _start_look(self, look: Look) -> None:
+        generations = self.words.window if self.asked[look.read].in_window else self.memory.generations
+        parts: list[tuple[int, Sequence[Any], int]] = [(0, self.words.run, 0)]
+        parts += [(to, generations, slot) for to, slot in enumerate(look.slots, 1)]
+        self.transfers.append(Transfer(look.read, self.runs, parts, {}, has_words=True))
 
 
 def talk(world: World) -> None:

@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 
-from dynamo_connectors.transport.messages import Check, Reply
-from dynamo_connectors.transport.messages import Request as Message
-from tests.vllm.handoff_scenario import ANSWER_TOKENS, HBM_GB, Engine, Fleet, RankedWorker, many_at_once
+from tests.vllm.handoff_scenario import (
+    ANSWER_TOKENS,
+    HBM_GB,
+    Engine,
+    Fleet,
+    RankedWorker,
+    after_all,
+    before_words,
+    many_at_once,
+)
 from tests.vllm.handoff_tickets import signed
 from tests.vllm.simulated_engine import BLOCK, LAYERS, SPEC, Mode, ours
 from tests.vllm.version_scenario import prompt
@@ -91,18 +98,10 @@ def every_block_comes(fleet: DividedFleet) -> None:
 
 def one_rank_alone_makes_a_miss(fleet: DividedFleet) -> None:
     """The last rank's slots are re-used while its READs are under way; those of others are as they were."""
-    owner = ours(fleet.prefill.workers[-1].connector)._worker._peers._server._owner
-    receive = owner.receive
-
-    def receive_late(message: Message, now: float) -> Reply | None:
-        if isinstance(message, Check):
-            fleet.refill(fleet.prefill.workers[-1])
-        reply: Reply | None = receive(message, now)
-        return reply
-
-    owner.receive = receive_late
+    port = ours(fleet.prefill.workers[-1].connector)._worker._peers._server.port
+    before_words(lambda peer: fleet.refill(fleet.prefill.workers[-1]) if peer.endswith(f":{port}") else None)
     blocks = handed_over(fleet, "stale", 400)
-    owner.receive = receive
+    after_all()
     counts = fleet.decode.take_counts()
     assert counts["nixl_fences_refused|other_generation"], counts
     # Where two ranks read that one, the second may find its blocks gone.

@@ -20,7 +20,8 @@ from vllm import SamplingParams
 from vllm.v1.request import Request
 
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.transport.messages import Ask, Check, Grant, Hello, Reply, Verdict
+from dynamo_connectors.transport.data_plane import DataPlane
+from dynamo_connectors.transport.messages import Ask, Done, Grant, Hello, Reply
 from dynamo_connectors.transport.messages import Request as Message
 from dynamo_connectors.vllm.fetch import name_of
 from dynamo_connectors.vllm.handoff import Identity
@@ -242,6 +243,23 @@ def at(fleet: Fleet, kind: type, act: Callable[[], object]) -> None:
     fleet.between.hook = hook
 
 
+_post_words = DataPlane.post_words
+
+
+def before_words(act: Callable[[str], object]) -> None:
+    """Between each READ and that of its words; `act` gets the peer's address."""
+
+    def post_words(plane: DataPlane, read: int, peer: str, *what: Any) -> str | None:
+        act(peer)
+        return _post_words(plane, read, peer, *what)
+
+    DataPlane.post_words = post_words  # type: ignore[assignment, method-assign]
+
+
+def after_all() -> None:
+    DataPlane.post_words = _post_words  # type: ignore[method-assign]
+
+
 def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     """One request with one fault. Its answer is right; what the fault was is returned."""
     tokens, name = prompt(50_000 + number, chance.randrange(70, 230)), f"f{number}"
@@ -250,6 +268,7 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     ticket = (fleet.kept if fetches else fleet.computed)(f"p-{name}", tokens)
     keys = fleet.prefill.hashes[f"p-{name}"]
     fleet.between.hook = lambda message: 1
+    after_all()
     through = fleet.through_between(ticket)
     if fault == "another prompt's ticket":
         through = fleet.through_between(fleet.computed(f"q-{name}", prompt(90_000 + number, 200)))
@@ -259,6 +278,10 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
         refill(fleet, keys)
         for worker in fleet.prefill.workers:
             ours(worker.connector)._worker._peers._server._owner.revoke_all()
+    elif fault == "slots re-used at words":
+        before_words(lambda peer: refill(fleet, keys))
+    elif fault == "window re-used at words":
+        before_words(lambda peer: refill_window(fleet))
     elif fault.startswith("slots re-used at "):
         at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, keys))
     elif fault.startswith("window re-used at "):
@@ -278,15 +301,15 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     return f"{fault}, fetched" if fetches else fault
 
 
-KINDS: dict[str, type] = {kind.__name__: kind for kind in (Hello, Ask, Grant, Check, Verdict)}
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (Hello, Ask, Grant, Done)}
 FAULTS = [
     "none",
     "another prompt's ticket",
     "ticket of no engine",
     "lease over, slots re-used",
-    *(f"slots re-used at {kind}" for kind in ("Ask", "Grant", "Check")),
-    *(f"window re-used at {kind}" for kind in ("Grant", "Check")),
-    *(f"silence at {kind}" for kind in ("Ask", "Check", "Verdict")),
+    *(f"slots re-used at {kind}" for kind in ("Ask", "Grant", "words")),
+    *(f"window re-used at {kind}" for kind in ("Grant", "words")),
+    *(f"silence at {kind}" for kind in ("Ask", "Grant", "Done")),
     "lossy network",
     "client leaves",
 ]
@@ -296,6 +319,7 @@ def faults(fleet: Fleet, count: int) -> None:
     chance = random.Random(7)
     seen = Counter(faulted(fleet, number, chance) for number in range(count))
     fleet.between.hook = lambda message: 1
+    after_all()
     counts = fleet.decode.take_counts()
     print("faults:", dict(sorted(seen.items())))
     print("told:", {key: counts[key] for key in sorted(counts) if "fail" in key or "nixl" in key or "hit_" in key})
