@@ -155,6 +155,31 @@ def test_a_client_that_leaves_aborts_its_engine(when: str) -> None:
     run(body())
 
 
+def test_a_client_that_leaves_while_its_engine_is_dialled_leaves_no_connection_behind() -> None:
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        await reader.read()
+
+    async def body() -> None:
+        engine = await RawEngine(mute).start()
+        async with proxy_before(engine) as proxy:
+            for turns in range(12):
+                async with Client.to(proxy.port) as client:
+                    client.send(post("/v1/completions", {"prompt": "a"}))
+                    for _ in range(10_000):
+                        if any(connection._running for connection in proxy.front_end.clients):
+                            break
+                        await asyncio.sleep(0)
+                    for _ in range(turns):  # of the loop, since the dial began
+                        await asyncio.sleep(0)
+                    for connection in proxy.front_end.clients:
+                        assert connection._transport is not None
+                        connection._transport.abort()
+                    await wait_until(lambda: not proxy.front_end.clients)
+            await wait_until(lambda: not proxy.registry.at(0).pool._open, "no connection is left")
+
+    run(body())
+
+
 def test_a_slow_client_does_not_make_the_proxy_hold_the_answer() -> None:
     total = 64 << 20
     sent = 0
