@@ -1,8 +1,7 @@
 """What becomes of our own mistakes: an exception that nobody foresaw is told once and ends one request.
 
 Everything that the event loop calls for a request passes `guarded`, or does as it: its connections, their timers, its
-start. Without it
-the exception would end the callback and nothing else, and the client would wait for ever.
+start. Without it the exception would end the callback and nothing else, and the client would wait for ever.
 """
 
 from __future__ import annotations
