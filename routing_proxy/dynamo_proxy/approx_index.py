@@ -14,8 +14,9 @@ from .prefix_walk import leading_runs
 from .text_chain import node_units
 
 DEFAULT_CAPACITY_UNITS = 8192  # about 500k tokens at four bytes a token
-# A node that was touched so short a while ago stays where it is in the order, and so does what leads to it.
-_FRESH_SECONDS = 1.0
+# A node that was touched so short a while ago stays where it is in the order, and so does what leads to it. It is at
+# most this part of the age of the oldest node: whoever stays behind must not be forgotten much sooner for it.
+_FRESH_SECONDS, _FRESH_PART = 1.0, 1 / 8
 
 
 class ApproxIndex:
@@ -36,25 +37,24 @@ class ApproxIndex:
         self._trim(slot)
 
     def insert(self, slot: int, chain: Sequence[int], now: float) -> None:
-        """Engine `slot` was sent this chain. The deepest node is touched first, so that it is forgotten
-        first; what leads to a node was touched whenever the node was.
+        """Engine `slot` was sent this chain. The deepest node is touched first, so that it is forgotten first; none is
+        marked as touched later than what leads to it.
         """
         order = self._orders.get(slot)
         if order is None:
             order = self._orders[slot] = OrderedDict()
             self._units[slot] = 0
-        bit = 1 << slot
-        masks, touched, new = self._masks, order.get, 0
-        for node in reversed(chain):
-            before = touched(node)
-            if before is None:
+        age = now - next(iter(order.values()), now)
+        fresh = self.fresh(slot, chain, len(chain), now - min(_FRESH_SECONDS, age * _FRESH_PART))
+        touched = order[chain[fresh - 1]] if fresh else now
+        bit, masks, new = 1 << slot, self._masks, 0
+        for node in reversed(chain[fresh:]):
+            if node in order:
+                order.move_to_end(node)
+            else:
                 masks[node] = masks.get(node, 0) | bit
                 new += 4 if node & 1 else 1  # node_units, without its call
-            elif now - before < _FRESH_SECONDS:
-                break
-            else:
-                order.move_to_end(node)
-            order[node] = now
+            order[node] = touched
         if new:
             self._units[slot] += new
             self._trim(slot)

@@ -160,9 +160,9 @@ class Exchange(ResponseSink):
         """Until the deadline of what the engine says next."""
         assert self._placement is not None
         limits, now = self._placement.engine.timeouts, self._loop.time()
-        # While the client is too slow to take what came, the engine is not at fault.
-        since = now if self._client.flow.writing_paused else self._heard
-        return since + (limits.idle_seconds if self._has_begun() else limits.first_byte_seconds) - now
+        if self._client.flow.was_paused():  # a client too slow to take what came: the engine is not at fault
+            self._heard = now
+        return self._heard + (limits.idle_seconds if self._has_begun() else limits.first_byte_seconds) - now
 
     def on_late(self) -> None:
         if self._has_begun():

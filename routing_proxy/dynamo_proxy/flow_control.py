@@ -13,12 +13,12 @@ import asyncio
 class FlowControl:
     """Pauses and resumes the two readers of a relayed request."""
 
-    __slots__ = ("_client", "_client_held", "_upstream", "_writing_paused", "resumes")
+    __slots__ = ("_client", "_client_held", "_upstream", "_was_paused", "_writing_paused", "resumes")
 
     def __init__(self, client: asyncio.Transport, high_water_bytes: int) -> None:
         self._client = client
         self._upstream: asyncio.Transport | None = None
-        self._writing_paused = False
+        self._writing_paused = self._was_paused = False
         self._client_held = False
         self.resumes = 0  # how often the client made room again
         client.set_write_buffer_limits(high=high_water_bytes)
@@ -26,6 +26,11 @@ class FlowControl:
     @property
     def writing_paused(self) -> bool:
         return self._writing_paused
+
+    def was_paused(self) -> bool:
+        """True if the client did not take more at any moment since this was asked last."""
+        was, self._was_paused = self._was_paused, self._writing_paused
+        return was
 
     def attach(self, upstream: asyncio.Transport) -> None:
         """A response starts to come from `upstream`."""
@@ -41,7 +46,7 @@ class FlowControl:
 
     def pause_writing(self) -> None:
         """The client's write buffer went over the high-water mark."""
-        self._writing_paused = True
+        self._writing_paused = self._was_paused = True
         if self._upstream is not None and not self._upstream.is_closing():
             self._upstream.pause_reading()
 

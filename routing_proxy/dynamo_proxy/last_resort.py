@@ -1,8 +1,8 @@
 """What becomes of our own mistakes: an exception that nobody foresaw is told once and ends one request.
 
-Everything that the event loop calls for a request passes `guarded`: its connections, its timers, its start. Without it
-the exception would end the callback and nothing else, and the client would wait for ever. What comes with every chunk
-has a `try` of its own before `end_request`: that is free, and a call of `guarded` costs 0.2 us (one core, 2026-11-28).
+Everything that the event loop calls for a request passes `guarded`, or does as it: its connections, their timers, its
+start. Without it the exception would end the callback and nothing else, and the client would wait for ever. What comes
+with every chunk has a `try` of its own: a call of `guarded` costs 0.2 us (one core, 2026-11-28).
 """
 
 from __future__ import annotations

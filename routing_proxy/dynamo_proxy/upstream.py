@@ -92,7 +92,6 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         no_delay(transport)
-        self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
         sink, reader = self.sink, self.reader
@@ -230,10 +229,9 @@ class UpstreamPool:
             reason = "tls_failed"
         except OSError:
             reason = "connect_failed"
+        if connection.is_open:  # only now: uvloop makes connections whose dial was cancelled, and never loses them
+            self._open.add(connection)
         guarded(sink, sink.on_dialled, None if reason else connection, reason)
-
-    def opened(self, connection: UpstreamConnection) -> None:
-        self._open.add(connection)
 
     def closed(self, connection: UpstreamConnection) -> None:
         self._open.discard(connection)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import cast
 
 import orjson
 import pytest
 from dynamo_proxy.config import Limits
+from dynamo_proxy.exchange import Exchange
 
 from tests.proxy.proxy_fakes import (
     ANSWER,
@@ -153,6 +155,31 @@ def test_a_client_that_leaves_aborts_its_engine(when: str) -> None:
     run(body())
 
 
+def test_a_client_that_leaves_while_its_engine_is_dialled_leaves_no_connection_behind() -> None:
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        await reader.read()
+
+    async def body() -> None:
+        engine = await RawEngine(mute).start()
+        async with proxy_before(engine) as proxy:
+            for turns in range(12):
+                async with Client.to(proxy.port) as client:
+                    client.send(post("/v1/completions", {"prompt": "a"}))
+                    for _ in range(10_000):
+                        if any(connection._running for connection in proxy.front_end.clients):
+                            break
+                        await asyncio.sleep(0)
+                    for _ in range(turns):  # of the loop, since the dial began
+                        await asyncio.sleep(0)
+                    for connection in proxy.front_end.clients:
+                        assert connection._transport is not None
+                        connection._transport.abort()
+                    await wait_until(lambda: not proxy.front_end.clients)
+            await wait_until(lambda: not proxy.registry.at(0).pool._open, "no connection is left")
+
+    run(body())
+
+
 def test_a_slow_client_does_not_make_the_proxy_hold_the_answer() -> None:
     total = 64 << 20
     sent = 0
@@ -184,6 +211,29 @@ def test_a_slow_client_does_not_make_the_proxy_hold_the_answer() -> None:
             answer = await client.answer()
             assert len(answer.body) == total
             assert (await ask(proxy.port, get("/health"))).status == 200
+
+    run(body())
+
+
+def test_an_engine_that_a_slow_client_stopped_is_not_late_when_it_may_go_on() -> None:
+    async def flood(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (64 << 20) + bytes(64 << 20))
+        await writer.drain()
+
+    async def body() -> None:
+        engine, timeouts = await RawEngine(flood).start(), replace(QUICK, idle_seconds=0.2)
+        async with proxy_before(engine, timeouts=timeouts) as proxy:
+            async with Client.to(proxy.port) as client:
+                client.writer.transport.pause_reading()
+                client.send(get("/flood"))
+                await wait_until(lambda: any(c.flow.writing_paused for c in proxy.front_end.clients))
+                (connection,) = proxy.front_end.clients
+                exchange = cast(Exchange, connection._running)
+                await wait_until(lambda: connection.loop.time() - connection._heard > 1)
+                connection.flow.resume_writing()
+                assert exchange.seconds_left() > 0
+                connection.flow.pause_writing()
+            await wait_until(lambda: not proxy.front_end.clients)
 
     run(body())
 

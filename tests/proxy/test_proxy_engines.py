@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from dynamo_proxy.approx_index import ApproxIndex
 from dynamo_proxy.dialects import (
     EventSource,
@@ -47,13 +48,28 @@ def test_the_approximate_index_stays_bounded_and_finds_what_it_holds(
 
 def test_what_was_sent_within_the_last_second_keeps_its_place_among_what_is_forgotten() -> None:
     index = ApproxIndex(default_capacity_units=4)
-    for moment, chain in ((0.0, [2, 4]), (0.5, [6]), (0.9, [2, 4]), (0.95, [8, 10])):
+    for moment, chain in ((0.0, [12]), (8.0, [2, 4]), (8.5, [6]), (8.9, [2, 4]), (8.95, [8, 10])):
         index.insert(0, chain, moment)
         index.check()
     assert (index.matched([2, 4], 1), index.matched([6], 1)) == ({0: 1}, {0: 1})
-    index.insert(0, [2, 4], 2.0)  # a second later it counts, and what was forgotten meanwhile is back
+    index.insert(0, [2, 4], 10.0)  # a second later it counts, and what was forgotten meanwhile is back
     index.check()
     assert (index.matched([2, 4], 1), index.matched([6], 1)) == ({0: 2}, {})
+
+
+@pytest.mark.parametrize(("step", "others", "capacity"), [(0.5, 80, 1600), (0.01, 20, 600)])
+def test_a_prompt_that_grows_within_the_second_is_not_forgotten_from_its_start(
+    step: float, others: int, capacity: int
+) -> None:
+    index, grown, numbers = ApproxIndex(capacity), [2, 4], iter(range(1000, 10**6, 2))
+    index.insert(0, grown, 0.0)
+    for turn in range(1, 120):
+        assert index.matched(grown, 1) == {0: len(grown)}
+        grown.append(next(numbers))
+        index.insert(0, grown, turn * step)
+        for _ in range(others // 4):
+            index.insert(0, [next(numbers) for _ in range(4)], turn * step)
+        index.check()
 
 
 # --- dialects
