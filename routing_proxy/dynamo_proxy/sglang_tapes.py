@@ -74,7 +74,8 @@ class ChatTape(StreamTape):
 
     __slots__ = ("_prompt_tokens", "_said", "_usage_told")
     route: ClassVar[str] = CHAT
-    only_kind = asked_kind = "sglang"
+    only_kind: ClassVar[str] = "sglang"
+    asked_kind: ClassVar[str] = "sglang"
 
     def __init__(self) -> None:
         super().__init__(True)
@@ -195,7 +196,8 @@ class GenerateTape(StreamTape):
 
     __slots__ = ("_last", "_named_first", "_relayed")
     route: ClassVar[str] = GENERATE
-    only_kind = asked_kind = "sglang"
+    only_kind: ClassVar[str] = "sglang"
+    asked_kind: ClassVar[str] = "sglang"
 
     def __init__(self) -> None:
         super().__init__(False)
