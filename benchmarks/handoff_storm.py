@@ -232,14 +232,21 @@ class Storm:
         return "left"
 
 
-def is_clean(pair: Pair) -> bool:
+def left_of(pair: Pair) -> dict[str, float]:
+    """What is leased, pinned, quarantined or under way: the gauges that are not at nothing."""
     for client in (pair.prefill, pair.decode):  # gauges are published by steps
         client.complete(prompt(1 << 20, 1), 1)
     gauges = {
-        pair.prefill: ("dynamo_nixl_open_leases", "dynamo_kvbm_pinned_blocks", "vllm:num_requests_running"),
-        pair.decode: ("dynamo_nixl_quarantined_bytes", "dynamo_kvbm_pinned_blocks", "vllm:num_requests_running"),
+        "prefill": (pair.prefill, "dynamo_nixl_open_leases", "dynamo_kvbm_pinned_blocks", "vllm:num_requests_running"),
+        "decode": (
+            pair.decode,
+            "dynamo_nixl_quarantined_bytes",
+            "dynamo_kvbm_pinned_blocks",
+            "vllm:num_requests_running",
+        ),
     }
-    return not any(client.metric(name) for client, names in gauges.items() for name in names)
+    now = {f"{name} of {role}": client.metric(name) for role, (client, *names) in gauges.items() for name in names}
+    return {what: value for what, value in now.items() if value}
 
 
 def ends_of(ended: Sequence[Ended]) -> dict[str, int]:
@@ -286,7 +293,11 @@ def main(arguments: Sequence[str]) -> int:
             storm.rage(60 * minutes)
         finally:
             good = report(storm, pair)
-        wait_until(lambda: is_clean(pair), "nothing is leased, pinned or quarantined", 90.0)
+        try:
+            wait_until(lambda: not left_of(pair), "nothing is leased, pinned or quarantined", 90.0)
+        except AssertionError:
+            print(f"left: {left_of(pair)}")
+            raise
         print("at the end no lease, no pin, no quarantine, no request is left")
         for log in folder.glob("*.log"):
             _, found, what = log.read_text().partition("Traceback")

@@ -15,9 +15,8 @@ from collections import deque
 from multiprocessing.connection import Connection
 from typing import Any
 
-from dynamo_connectors.below import PEER_READS
+from dynamo_connectors.below import PEER_READ_ROWS, PEER_READS
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.loads import MOST_ROWS
 from dynamo_connectors.tiers.base import Batch, Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.agent import Agent, Region
@@ -126,9 +125,10 @@ def main(arguments: list[str]) -> int:
         rows = TOTAL_BYTES // row_bytes
         name = f"{row_bytes >> 10} KiB blocks"
         compare(f"{name}, one", sides, [range(1)])
-        parts = [range(at, min(at + MOST_ROWS, rows)) for at in range(0, rows, MOST_ROWS)]
-        for sides.reads_at_once in (2, PEER_READS):
-            compare(f"{name}, {MOST_ROWS} a READ, {sides.reads_at_once} at once", sides, parts)
+        for size in (PEER_READ_ROWS // 2, PEER_READ_ROWS, 2 * PEER_READ_ROWS):
+            parts = [range(at, min(at + size, rows)) for at in range(0, rows, size)]
+            for sides.reads_at_once in (PEER_READS, 2 * PEER_READS):
+                compare(f"{name}, {size} a READ, {sides.reads_at_once} at once", sides, parts)
         bare, ours = compare(f"{name}, all {rows} in one READ", sides, [range(rows)])
         met &= row_bytes < 1 << 20 or bare / ours >= TARGET
         assert sides.tier.close(time.monotonic() + 10)

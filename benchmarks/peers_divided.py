@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dynamo_connectors.below import PEER_READS
+from dynamo_connectors.below import PEER_READ_ROWS, PEER_READS
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.head_map import HeadPage, Heads
-from dynamo_connectors.loads import MOST_ROWS
 from dynamo_connectors.tiers.base import Batch, Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.agent import Region
@@ -93,8 +92,8 @@ class Reader:
         ticket = BlockKey(Ticket("127.0.0.1", port, LEASE, among).encode())
         started = time.perf_counter()
         under_way: deque[Batch] = deque()
-        for first in range(0, BLOCKS, MOST_ROWS):
-            blocks = range(first, min(first + MOST_ROWS, BLOCKS))
+        for first in range(0, BLOCKS, PEER_READ_ROWS):
+            blocks = range(first, min(first + PEER_READ_ROWS, BLOCKS))
             places = [Place(BlockKey(b"%d" % block), 0, ticket) for block in blocks]
             under_way += self.tier.read(places, [memoryview(self.dram.rows[block]) for block in blocks])
             if len(under_way) == PEER_READS:

@@ -25,10 +25,10 @@ _STAGING_BYTES = 64 << 20
 _MIN_STAGING_ROWS = 16
 #: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.
 _LOADS_FROM_BELOW = 4
-#: Reads of a peer that one load has under way: a peer is asked before each, and bytes come meanwhile.
-#: Share of bare NIXL's bandwidth that 2 and 4 of 16 rows reach, mean of five runs (2 busy cores, 2026-11-28): 0.80 and
-#: 0.86 with rows of 1 MiB, 0.82 and 0.91 with 2 MiB.
-PEER_READS = 4
+#: Reads of a peer that one load has under way, and blocks of one: it is asked before each, and bytes come meanwhile.
+#: Share of bare NIXL's bandwidth on an idle host: 0.85 with rows of 1 MiB, 0.93 with 2 MiB; of the same memory, four
+#: reads of 16 blocks have 0.77 and 0.88, one of 64 has 0.89 and 0.96 (but nothing comes while it is taken up to HBM).
+PEER_READS, PEER_READ_ROWS = 2, 2 * MOST_ROWS
 #: Shares of the rows in HBM: what one load may hold, and one read.
 _LOADS_AT_A_TIME, _READS_AT_A_TIME = 2, 8
 #: A load is so many reads at least, for one to be filled while another is read, unless they had fewer rows than that.
@@ -40,8 +40,8 @@ _ELSEWHERE = frozenset({"gone", "disconnected"})
 class Below:
     """A tier. `make` gets the slab that it reads into."""
 
-    #: Of one load.
-    most_rows = MOST_ROWS
+    #: Of one load, and of one read of it.
+    most_rows = rows_of_a_read = MOST_ROWS
 
     def __init__(
         self, name: str, make: Callable[[DramStore], LowerTier], dram: DramStore, hbm: BlockView, codec: Codec | None
@@ -54,7 +54,7 @@ class Below:
 
     def load(self, items: Sequence[LoadItem], seconds: float, failed: dict[BlockKey, str]) -> int:
         """As `LoadFromBelow.run`."""
-        return LoadFromBelow(self.tier, self.staging, self.most_rows).run(items, seconds, failed)
+        return LoadFromBelow(self.tier, self.staging, self.most_rows, self.rows_of_a_read).run(items, seconds, failed)
 
     def close(self) -> None:
         """Its threads have ended."""
@@ -64,7 +64,7 @@ class Below:
         self.staging.check()
 
 
-def rows_of_a_read(rows: int, blocks: int) -> int:
+def window_rows_of_a_read(rows: int, blocks: int) -> int:
     """Of so many rows in HBM, for a load of so many blocks."""
     return min(max(1, rows // _READS_AT_A_TIME), max(_LEAST_OF_A_READ, -(-blocks // _READS_OF_A_LOAD)))
 
@@ -85,7 +85,7 @@ class PeersBelow(Below):
     With `rows` in HBM on both sides blocks come through those, and what does not from host memory to host memory.
     """
 
-    most_rows = PEER_READS * MOST_ROWS
+    most_rows, rows_of_a_read = PEER_READS * PEER_READ_ROWS, PEER_READ_ROWS
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class PeersBelow(Below):
         deadline, rows = time.monotonic() + seconds, self._rows.store.capacity_blocks
         most = max(1, rows // _LOADS_AT_A_TIME)
         missed: dict[BlockKey, str] = {}
-        load = LoadFromBelow(self._windows, self._rows, most, rows_of_a_read(rows, len(items)))
+        load = LoadFromBelow(self._windows, self._rows, most, window_rows_of_a_read(rows, len(items)))
         good = load.run(items, seconds, missed)
         failed.update({key: reason for key, reason in missed.items() if reason not in _ELSEWHERE})
         rest = [item for item in items if missed.get(item.key) in _ELSEWHERE]

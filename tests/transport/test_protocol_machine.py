@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.messages import STANDING_LEASE
-from tests.transport.world import NAMESPACE, PEER, ROWS, World
+from tests.transport.world import NAMESPACE, PEER, ROWS, World, talk
 
 KEYS = [BlockKey(b"key%d" % number) for number in range(8)]
 LEASES = [bytes([number]) * 16 for number in range(1, 5)]
@@ -81,6 +81,33 @@ class Fleet(RuleBasedStateMachine):
     @rule(at=pick, part=pick)
     def progress(self, at: int, part: int) -> None:
         self.world.progress(at % len(self.world.transfers), part)
+
+    @rule(
+        lease=st.sampled_from(LEASES),
+        keys=keys,
+        slots=slots,
+        rows=st.integers(0, 4),
+        part=pick,
+        key=st.sampled_from(KEYS),
+    )
+    def read_and_overtake(
+        self, lease: bytes, keys: list[BlockKey], slots: list[int], rows: int, part: int, key: BlockKey
+    ) -> None:
+        """A READ without a loss, and a slot of it that is filled anew, pinned or not, when so many rows have come.
+
+        By the other rules alone hardly a READ gets as far as its words.
+        """
+        self.export(lease, keys, slots)
+        number = self.world.read(lease, keys, 8.0)
+        talk(self.world)
+        slots_of_it = self.world.slots_under_read(number)
+        for _ in range(rows):
+            self.world.go_on(number)
+        if slots_of_it:
+            self.world.memory.begin_fill(slots_of_it[part % len(slots_of_it)])
+            self.world.memory.end_fill(slots_of_it[part % len(slots_of_it)], key)
+        while self.world.go_on(number):
+            pass
 
     @precondition(lambda self: self.world.transfers)
     @rule(at=pick)

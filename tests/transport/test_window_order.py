@@ -15,7 +15,7 @@ import pytest
 import torch
 from dynamo_kernels.block_view import BlockView
 
-from dynamo_connectors.below import rows_of_a_read
+from dynamo_connectors.below import window_rows_of_a_read
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.config import PEER
 from dynamo_connectors.errors import StoreError
@@ -208,7 +208,7 @@ def test_rows_that_could_not_be_filled_are_not_granted(talk: Talk, copies: Copie
     ("rows", "blocks", "most"), [(476, 8, 16), (476, 64, 16), (476, 200, 50), (476, 4096, 59), (9, 64, 1)]
 )
 def test_a_load_is_several_reads_unless_it_is_small(rows: int, blocks: int, most: int) -> None:
-    assert rows_of_a_read(rows, blocks) == most
+    assert window_rows_of_a_read(rows, blocks) == most
 
 
 class Tier:

@@ -189,6 +189,23 @@ class World:
         self.reader.transfer_ended(transfer.read, None, self.now, words)
         self.obey()
 
+    def slots_under_read(self, read: int) -> list[int]:
+        """Of the owner's present memory."""
+        return [
+            slot
+            for transfer in self.transfers
+            if transfer.read == read
+            for _, source, slot in transfer.parts
+            if source is self.memory.content
+        ]
+
+    def go_on(self, read: int) -> bool:
+        """Progress of one READ, if it is under way."""
+        at = next((at for at, transfer in enumerate(self.transfers) if transfer.read == read), -1)
+        if at >= 0:
+            self.progress(at)
+        return at >= 0
+
     def disconnect(self, at: int) -> None:
         transfer = self.transfers.pop(at)
         self.reader.transfer_ended(transfer.read, "disconnected", self.now)
