@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from dynamo_connectors.config import KvbmConfig, parse_config
 from dynamo_connectors.errors import DynamoConnectorsError
 from dynamo_connectors.host_limits import check_host
+from dynamo_connectors.tiers.index_stats import IndexStats
 from dynamo_connectors.vllm import setup
 from dynamo_connectors.vllm.compat import (
     BlockTables,
@@ -48,6 +49,7 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         log_where_the_engine_logs()
         self._scheduler: SchedulerHalf | None = None
+        self._told_tiers: Mapping[str, IndexStats] = {}
         self._worker: WorkerHalf | None = None
         self._block_tables = BlockTables()
         #: The plan of this step until its offloads are started.
@@ -191,7 +193,9 @@ class DynamoConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KvbmStats | None:
         if self._scheduler is not None:
-            stats = KvbmStats.of_scheduler(self._scheduler.take_counts(), self._scheduler.tier_stats())
+            tiers = self._scheduler.tier_stats()
+            stats = KvbmStats.of_scheduler(self._scheduler.take_counts(), None if tiers == self._told_tiers else tiers)
+            self._told_tiers = tiers
         elif self._worker is not None:
             worker = self._worker
             stats = KvbmStats.of_worker(worker.take_transfers(), worker.take_failures(), worker.levels())

@@ -96,7 +96,7 @@ class KvbmStats(KVConnectorStats):
         return {**self.data.get("counts", {}), **moved, **shares}
 
     def is_empty(self) -> bool:
-        return not any(self.data.get(part) for part in ("counts", "transfers", "levels"))
+        return not any(self.data.values())
 
 
 def _named(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
