@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -47,17 +47,17 @@ class Steps(Column):
         if step not in GREETINGS:
             self.judge(self._through(middle))
 
+        acted = threading.Event()
+
         def act() -> None:
             if how == "killed":
                 self._engines.kill(side, step)
             else:
                 self._engines.stop_for(side, STANDS_SECONDS)
+            acted.set()  # now there is something to settle
 
         def has_come() -> bool:
-            deadline = time.monotonic() + 30.0
-            while middle.breaks_in and time.monotonic() < deadline:
-                time.sleep(0.01)
-            return not middle.breaks_in
+            return acted.wait(30.0)
 
         held = self._through(middle)
         middle.breaks_in.append(Plan(KINDS[step], act))

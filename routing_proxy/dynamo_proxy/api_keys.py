@@ -79,6 +79,8 @@ class KeyRing:
             ) from None
         self._seen = seen
         fresh = parse_keys(text, self._classes)
+        if not fresh:
+            raise ConfigError(f"no API key is in {self._path}; fill it with lines {_LINE}, or serve without it")
         known = {caller.name: caller for caller in self._callers.values()}
         for caller in fresh:
             old = known.get(caller.name)

@@ -205,6 +205,8 @@ def _check_files(values: dict[str, Any]) -> None:
     """Mistakes in files are told now, and once."""
     if values["api_keys_file"]:
         KeyRing(Path(values["api_keys_file"]), 0.0, parse_slo_classes(values["slo_class"] or []))
+    if values["tls_key_file"] and not values["tls_cert_file"]:
+        raise ConfigError("--tls-key-file is the key of a certificate; name that with --tls-cert-file")
     if values["tls_cert_file"]:
         ServerTls(values["tls_cert_file"], values["tls_key_file"])
     client_context(values["engine_ca_file"])

@@ -1,6 +1,6 @@
-"""Several proxies before one fleet: each tells the others its own load, the prompts it sent and what it granted to
-keys with limits, over UDP or Unix datagrams: two milliseconds after a placement, and every few while anything else
-changes. Losing one loses its connections and nothing else.
+"""Several proxies before one fleet: each tells the others its own load, the prompts it sent, what it granted to keys
+with limits and where it placed sessions, over UDP or Unix datagrams: two milliseconds after a placement, and every few
+while anything else changes. Losing one loses its connections and nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Mapping, Sequence
 
 from .config import Replicas
 from .engines import EngineRegistry
@@ -19,7 +20,8 @@ from .errors import ListenError
 from .knowledge import Knowledge
 from .ledger import Counts, Ledger
 from .metrics import Metrics
-from .replica_wire import Chain, News, Order, parcels, sign, verify
+from .replica_wire import Chain, Home, News, Order, parcels, sign, verify
+from .sessions import Sessions
 from .spending import Spending
 
 _TELL_SECONDS = 0.015
@@ -45,6 +47,7 @@ class ReplicaSync:
         self._knowledge = knowledge
         self._metrics = metrics
         self.spending: Spending | None = None  # None: no key has a limit
+        self.sessions: Sessions | None = None  # None: requests of a session go where they like
         self._loop = asyncio.get_running_loop()
         self._name = secrets.token_hex(8)
         self._life = time.time_ns()
@@ -126,11 +129,13 @@ class ReplicaSync:
         changed = [(url, counts) for url, counts in loads.items() if repeat or self._said.get(url) != counts]
         waiting, self._chains = self._chains, []
         spent = self.spending.news(now) if self.spending is not None else []
-        if not changed and not waiting and not spent:
+        placed = self.sessions.take_news() if self.sessions is not None else {}
+        if not changed and not waiting and not spent and not placed:
             return
         names = {engine.slot: engine.address.url for engine in self._registry}
         chains = [Chain(names[slot], nodes) for slot, nodes in waiting if slot in names]
-        for parcel in parcels(changed, chains, spent):
+        homes = [Home(session, names[slot]) for session, slot in placed.items() if slot in names]
+        for parcel in parcels(changed, chains, spent, homes):
             self._number += 1
             news = News(self._name, self._life, self._number, time.time(), *parcel)
             self._send(sign(news, self._config.key))
@@ -181,7 +186,19 @@ class ReplicaSync:
                 self._knowledge.approx.insert(slots[url], nodes, now)
         if news.spent and self.spending is not None:
             self.spending.told(news.sender, news.spent, now)
+        if news.homes and self.sessions is not None:
+            self._hear_homes(self.sessions, news.homes, slots, now)
         self._metrics.replica_news.labels("applied").inc()
+
+    @staticmethod
+    def _hear_homes(sessions: Sessions, homes: Sequence[Home], slots: Mapping[str, int], now: float) -> None:
+        """Two that placed a session at once agree on one engine: that whose address comes first."""
+        urls = {slot: url for url, slot in slots.items()}
+        for session, url in homes:
+            if url in slots:
+                here = sessions.slot(session, now)
+                if here is None or urls.get(here, url) >= url:
+                    sessions.told(session, slots[url], now)
 
     def _lost(self, name: str) -> None:
         log.info("replica %s is no longer heard", name)

@@ -18,7 +18,7 @@ from .knowledge import Knowledge
 from .learning import CostLearner
 from .ledger import Lease, Ledger
 from .metrics import Metrics
-from .sessions import Sessions
+from .sessions import Sessions, number_of
 from .speeds import Speeds
 from .text_chain import Prompt
 
@@ -278,10 +278,11 @@ class Router:
     ) -> policy.Decision:
         """Where the session lives, if that engine may take it; else where the rule says, and it lives there then."""
         assert self.state.sessions is not None
-        home = self.state.sessions.slot(session, now)
+        number = number_of(session)
+        home = self.state.sessions.slot(number, now)
         there = [load for load in fleet if load.slot == home]
         decision = self._choose(there or fleet, self._capped(there or fleet, held, tokens), tokens)
-        self.state.sessions.placed(session, decision.slot, now)
+        self.state.sessions.placed(number, decision.slot, now)
         if there:
             decision.reason = "session"
         return decision

@@ -98,6 +98,7 @@ class ProxyServer:
         if config.replicas is not None:
             self.replicas = ReplicaSync(config.replicas, self.registry, self.ledger, self.knowledge, self.metrics)
             self.replicas.spending = self.guard.spending if self.guard is not None else None
+            self.replicas.sessions = self.router.state.sessions
         self.discovery = Discovery(config.discovery, self)
         self.port = 0
         self.admin_port = 0

@@ -212,6 +212,8 @@ def hold_port(host: str, port: int) -> socket.socket:
         held = socket.socket(family, kind, protocol)
         try:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # Connections that a proxy without workers closed here stay for a minute, and shall not be in the way.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.bind(address)
         except OSError:
             held.close()

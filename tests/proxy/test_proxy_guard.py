@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +241,19 @@ def test_a_refused_request_leaves_its_connection_usable(tmp_path: Path) -> None:
     run(body())
 
 
-def test_the_file_holds_no_secret_that_would_open_the_door() -> None:
+def test_the_file_holds_no_secret_that_would_open_the_door(tmp_path: Path) -> None:
     digest = hashed("k").removeprefix("sha256:")
-    path = Path(os.devnull)
-    ring = KeyRing(path, 0.0)
+    ring = KeyRing(Path(key_file(tmp_path, f"alice {hashed('k')}")), 0.0)
     assert ring.find(digest.encode()) is None
-    assert len(ring) == 0
+    assert len(ring) == 1
+
+
+def test_a_file_without_a_key_is_refused_and_the_keys_of_before_stay(tmp_path: Path) -> None:
+    path = Path(key_file(tmp_path, f"alice {hashed('k')}"))
+    ring = KeyRing(path, 0.0)
+    path.write_text("")
+    with pytest.raises(ConfigError, match="no API key is in"):
+        ring.reload(0.0)
+    assert ring.find(b"k") is not None
+    with pytest.raises(ConfigError, match="no API key is in"):
+        KeyRing(path, 0.0)

@@ -176,6 +176,7 @@ def test_files_that_cannot_work_are_one_clear_line(tmp_path: Path) -> None:
     bad.write_text("no")
     for arguments in (
         ["--tls-cert-file", str(bad)],
+        ["--tls-key-file", str(bad)],
         ["--engine-ca-file", str(bad)],
         ["--engine-api-key-file", "/none"],
     ):

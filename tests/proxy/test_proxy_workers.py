@@ -17,6 +17,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 from dynamo_proxy.metric_merge import merge_pages
+from dynamo_proxy.supervisor import hold_port
 from dynamo_proxy.workers_admin import merged
 
 from tests.proxy.proxy_fakes import Client, FakeEngine, ask, chat, get, post, run, wait_until
@@ -203,6 +204,16 @@ def test_a_taken_port_is_one_clear_line() -> None:
             code, stderr = call("--engine", "http://127.0.0.1:1", "--workers", "2", *arguments)
             assert (code, stderr.count("\n")) == (2, 1), stderr
             assert "in use" in stderr
+
+
+def test_connections_that_a_proxy_of_before_closed_do_not_hold_the_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as before:  # as a proxy without workers listens
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = before.accept()
+            accepted.close()  # first, so that this side waits
+            assert client.recv(1) == b""
+    hold_port("127.0.0.1", port).close()
 
 
 def test_pages_are_merged_by_kind() -> None:
