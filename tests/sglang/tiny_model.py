@@ -83,6 +83,7 @@ _WINDOW_CONFIG = {
     "gating": "disabled",
     "pad_token_id": 2,
 }
+_CHAT_TEMPLATE = "{% for message in messages %}w003 {{ message['content'] }} w004 {% endfor %}w005"
 Tensors = dict[str, torch.Tensor]
 Random = Callable[..., torch.Tensor]
 
@@ -127,14 +128,20 @@ def _write(folder: Path, seed: int, config: dict[str, Any], attention: Callable[
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    words = {word(number): number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=word(2)))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w0", "eos_token": "w1", "unk_token": "w2"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    special = {"bos_token": word(0), "eos_token": word(1), "unk_token": word(2), "chat_template": _CHAT_TEMPLATE}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     save_file(_weights(seed, attention), str(folder / "model.safetensors"), metadata={"format": "pt"})
     return folder
+
+
+def word(token: int) -> str:
+    """The text of a token. None is a part of another's: tokenisers look for special ones anywhere."""
+    return f"w{token:03}"
 
 
 def _ones(size: int) -> torch.Tensor:
