@@ -19,6 +19,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from dynamo_proxy.config import Routing
 from dynamo_proxy.server import ProxyServer
 from dynamo_proxy.text_chain import read_prompt
 
@@ -295,7 +296,7 @@ def test_an_engine_that_comes_back_at_the_same_address_is_met_anew(pair: Pair, o
 def before_both(pair: Pair) -> AbstractAsyncContextManager[ProxyServer]:
     """The engines are slots 0 and 1."""
     prefill, decode = Standing(f"{pair.prefill.url},role=prefill"), Standing(f"{pair.decode.url},role=decode")
-    return proxy_before(prefill, decode, timeouts=PATIENT)
+    return proxy_before(prefill, decode, timeouts=PATIENT, routing=Routing(prefill_min_tokens=1))
 
 
 def legs(proxy: ProxyServer, reason: str) -> float:
