@@ -261,7 +261,9 @@ def test_an_engine_that_is_killed_under_a_prompt_or_after_its_answer_costs_no_an
             client = VllmClient(f"http://127.0.0.1:{proxy.port}")
             pair.prefill_server.stand_still()
             told = asyncio.ensure_future(aside(lambda: client.complete(tokens)))
-            await wait(lambda: proxy.ledger.own(0).in_flight == 1, "the prefill engine has the prompt", 60.0)
+            prefill = proxy.registry.at(0)
+            # Placed is not yet connected, and an engine that ends in between counts otherwise.
+            await wait(lambda: any(up.sink for up in prefill.pool._open), "the prefill engine has the prompt", 60.0)
             pair.prefill_server.kill()
             assert await told == alone
             assert legs(proxy, "connection_lost") == 1
