@@ -19,8 +19,8 @@ from dynamo_connectors.tiers.base import Batch, LowerTier, Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.peer_tier import PeerTier
 
-#: Memory that loads from a tier below pass through (from peers `PEER_READS` times as much), and the rows that it has at
-#: least (enough to keep a disk busy).
+#: Memory that loads from a tier below pass through (from peers as much more as one load of theirs is larger), and the
+#: rows that it has at least (enough to keep a disk busy).
 _STAGING_BYTES = 64 << 20
 _MIN_STAGING_ROWS = 16
 #: Loads that run at a time from each tier below. Those from a faster tier never wait for those from a slower one.

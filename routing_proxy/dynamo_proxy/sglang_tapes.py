@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import orjson
 
-from .stream_tape import CHAT, GENERATE, Rest, StreamTape, event_bytes, parsed
+from .stream_tape import CHAT, GENERATE, Rest, StreamTape, count_ids, event_bytes, parsed
 from .tokens import read_token_ids
 
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
@@ -56,7 +56,7 @@ class CompletionTape(StreamTape):
         return relayed
 
     def rest(self, body: dict[str, Any]) -> Rest:
-        counts = [ids.count(b",") + 1 if ids.strip() else 0 for ids in self._ids[: self._safe]]
+        counts = [count_ids(ids) for ids in self._ids[: self._safe]]
         ids = orjson.loads(b"[" + b",".join([self._prompt_ids, *filter(None, self._ids[: self._safe])]) + b"]")
         texts = [_text_of(event) for _, event in self._lasts]
         ends = ["".join(texts[first:]) for first in range(len(texts))]

@@ -188,7 +188,7 @@ class StreamTape:
     @property
     def tokens(self) -> int:
         """Tokens relayed."""
-        return sum(_count(ids) for ids in self._ids[: self._safe])
+        return sum(count_ids(ids) for ids in self._ids[: self._safe])
 
     @property
     def must_ask(self) -> bool:
@@ -295,7 +295,7 @@ class StreamTape:
         events = b""
         options = body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage") and not self._usage_sent:
-            usage = self._usage(sum(_count(ids) for ids in self._ids))
+            usage = self._usage(sum(count_ids(ids) for ids in self._ids))
             events = event_bytes({**self._name(), "choices": [], "usage": usage})
         self.done = True
         return framed(events + _DONE + b"\n\n") + _LAST_CHUNK
@@ -370,7 +370,7 @@ class StreamTape:
         return {name: first[name] for name in ("id", "object", "created", "model") if name in first}
 
     def _usage(self, completion_tokens: int) -> dict[str, int]:
-        prompt = _count(self._prompt_ids)
+        prompt = count_ids(self._prompt_ids)
         total = prompt + completion_tokens
         return {"prompt_tokens": prompt, "total_tokens": total, "completion_tokens": completion_tokens}
 
@@ -379,7 +379,7 @@ class StreamTape:
         assert len(self._rest) <= _MAX_EVENT_BYTES or self.failed, "an event without end"
 
 
-def _count(ids: bytes) -> int:
+def count_ids(ids: bytes) -> int:
     return ids.count(b",") + 1 if ids.strip() else 0
 
 
