@@ -26,12 +26,12 @@ SPACE = Namespace("vllm", "m", "r", "d", "f", 16)
 
 
 class HostAgent:
-    """NIXL whose UCX knows no CUDA: it takes one region, the host's."""
+    """NIXL whose UCX knows no CUDA: it takes one region of rows, the host's, and the words beside it."""
 
     metadata = b"m"
 
     def __init__(self, name: str, regions: list[Region]) -> None:
-        if len(regions) > 1:
+        if sum(region.num_bytes >= ROW_BYTES for region in regions) > 1:
             raise GpuMemoryError("UCX is likely not configured with CUDA")
 
     def close(self) -> None: ...
