@@ -14,12 +14,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from dynamo_connectors.errors import ConfigError, DynamoConnectorsError, StoreError
 from dynamo_connectors.transport.progress import resting_progress
 
 #: Either may be installed alone; both do the same in host memory.
 _BUILDS = ("nixl_cu13", "nixl_cu12")
+
+
+Numbers: TypeAlias = npt.NDArray[np.int64]
 
 
 class Region(NamedTuple):
@@ -29,8 +33,9 @@ class Region(NamedTuple):
     num_bytes: int
     device: int | None = None
 
-    def holds(self, address: int, num_bytes: int) -> bool:
-        return self.address <= address and address + num_bytes <= self.address + self.num_bytes
+    def holds(self, addresses: Numbers, num_bytes: int) -> npt.NDArray[np.bool_]:
+        """Which of these begin so many bytes of it."""
+        return (self.address <= addresses) & (addresses <= self.address + self.num_bytes - num_bytes)
 
     def enter(self) -> None:
         """The calling thread will have NIXL read into it."""
@@ -88,16 +93,23 @@ def require_nixl() -> str:
 
 
 class Agent:
-    """`name` must be unlike that of any peer's agent, ever."""
+    """`name` must be unlike that of any peer's agent, ever.
 
-    def __init__(self, name: str, regions: list[Region], build: str | None = None) -> None:
+    A READ of `apart` pieces or more is copied by a thread of NIXL's; 0: none is. Where UCX copies between processes of
+    one host, a READ is copied by whoever starts it or asks how it is, who sees to nothing else meanwhile.
+    """
+
+    def __init__(self, name: str, regions: list[Region], build: str | None = None, apart: int = 0) -> None:
         self._regions = regions
         build = build or require_nixl()
         api, self._errors = importlib.import_module(f"{build}._api"), importlib.import_module(f"{build}._bindings")
         self._disconnected: type[Exception] = self._errors.nixlRemoteDisconnectError
         try:
             with resting_progress(self._errors):
-                self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"], capture_telemetry=True))
+                self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=[], capture_telemetry=True))
+                # One thread: of two, one spins for ever (NIXL 1.5.1).
+                threads = {"num_threads": "1", "split_batch_size": str(apart)} if apart else {}
+                self._agent.create_backend("UCX", threads)
             for address, num_bytes, device in regions:
                 rows = _pieces([address], num_bytes, device)
                 self._agent.register_memory(rows, _kind(device), backends=["UCX"])
@@ -133,9 +145,9 @@ class Agent:
     def post(
         self,
         peer: str,
-        local: Sequence[int],
-        remote: Sequence[int],
-        num_bytes: int | Sequence[int],
+        local: Sequence[int] | Numbers,
+        remote: Sequence[int] | Numbers,
+        num_bytes: int | Sequence[int] | Numbers,
         devices: Devices = (None, None),
     ) -> Any:
         """Starts a READ of pieces of `num_bytes`, one for all or one each. `devices`: the GPU here and there, if any.
@@ -200,7 +212,7 @@ def _microseconds(duration: Any) -> int:
     return round(duration.total_seconds() * 1e6) if hasattr(duration, "total_seconds") else int(duration)
 
 
-def _pieces(addresses: Sequence[int], num_bytes: int | Sequence[int], device: int | None) -> Any:
+def _pieces(addresses: Sequence[int] | Numbers, num_bytes: int | Sequence[int] | Numbers, device: int | None) -> Any:
     pieces = np.zeros((len(addresses), 3), dtype=np.uint64)
     pieces[:, 0] = addresses
     pieces[:, 1] = num_bytes

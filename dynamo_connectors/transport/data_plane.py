@@ -33,8 +33,13 @@ _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 
 
-Pieces: TypeAlias = tuple[Sequence[int], Sequence[int], int | Sequence[int]]
 Numbers: TypeAlias = npt.NDArray[np.int64]
+#: Addresses here and there, and bytes.
+Pieces: TypeAlias = tuple[Sequence[int] | Numbers, Sequence[int] | Numbers, Sequence[int] | Numbers]
+
+#: READs of host memory alone are cut into pieces of so many bytes, and those of so many pieces are copied apart. READs of
+#: words have fewer, and do not wait behind rows.
+_PIECE_BYTES, _APART_PIECES = 256 << 10, 40
 
 
 class _Known(NamedTuple):
@@ -46,8 +51,8 @@ class _Transfer(NamedTuple):
     #: None: NIXL has failed over it, and it never ends by itself.
     handle: Any
     agent: str
-    #: Of its words, where they come to; none of a READ of rows.
-    words: Sequence[int] = ()
+    #: Of words, where they come to.
+    words: Numbers | None = None
 
 
 class Ended(NamedTuple):
@@ -64,6 +69,7 @@ class DataPlane:
     def __init__(self, name: str, regions: list[Region], row_bytes: int, parts: Sequence[Piece] = ()) -> None:
         self._name = name
         self._regions = regions
+        self._is_on_host = all(region.device is None for region in regions)
         self._row_bytes = row_bytes
         self._parts = np.asarray(parts or [Piece(0, 0, row_bytes)], dtype=np.int64)
         self._runs = count(1)
@@ -115,6 +121,8 @@ class DataPlane:
         pieces = self._pieces(welcome, local, slots)
         if pieces is None:
             return "internal_error"
+        if self._is_on_host:
+            pieces = _cut(pieces)
         return self._start_read(read, known.agent, pieces, (None, None) if window is None else self._devices(window))
 
     def post_words(
@@ -124,14 +132,15 @@ class DataPlane:
         known = self._peers.get(peer)
         if known is None or self._agent is None or (place := known.welcome.words) is None:
             return "unavailable"
-        here = self._landing.places(local)
-        there = (place.window if in_window else place.slots) + WORD_BYTES * np.asarray(slots, dtype=np.int64)
-        lengths = np.full(len(here), WORD_BYTES)
-        pieces = _joined(here, np.concatenate(([place.run], there)), lengths)
-        return self._start_read(read, known.agent, pieces, (None, None), self._landing.indices(here))
+        words = self._landing.places(local)
+        there = np.empty(len(words), dtype=np.int64)
+        there[0] = place.run
+        there[1:] = (place.window if in_window else place.slots) + WORD_BYTES * np.asarray(slots, dtype=np.int64)
+        pieces = _joined(self._landing.addresses(words), there, np.full(len(words), WORD_BYTES))
+        return self._start_read(read, known.agent, pieces, (None, None), words)
 
     def _start_read(
-        self, read: int, agent: str, pieces: Pieces, devices: Devices, words: Sequence[int] = ()
+        self, read: int, agent: str, pieces: Pieces, devices: Devices, words: Numbers | None = None
     ) -> str | None:
         assert self._agent is not None, "READs are started without an agent"
         try:
@@ -153,7 +162,7 @@ class DataPlane:
             try:
                 if not self._agent.is_done(transfer.handle):
                     continue
-                ended.append(Ended(read, None, self._landing.words(transfer.words)))
+                ended.append(Ended(read, None, () if transfer.words is None else self._landing.words(transfer.words)))
             except TransferEndedError as error:
                 ended.append(Ended(read, error.reason))
             except TransferUnknownError as error:
@@ -166,7 +175,7 @@ class DataPlane:
 
     def _end(self, transfer: _Transfer) -> None:
         assert self._agent is not None, "a READ ends without an agent"
-        if not transfer.words:
+        if transfer.words is None:
             self._measure(transfer.handle)
         try:
             self._agent.release(transfer.handle)
@@ -195,21 +204,24 @@ class DataPlane:
         assert self._agent is not None or not self._transfers, "READs are under way without an agent"
 
     def _pieces(self, welcome: Welcome, local: Sequence[int], slots: Sequence[int]) -> Pieces | None:
-        """What a READ is made of: addresses here and there, and bytes. None for what no region of ours holds."""
+        """What a READ is made of. None for what no region of ours holds."""
         of_theirs, of_ours, lengths = self._parts.T
         reach = int((of_ours + lengths).max())
-        if not all(any(region.holds(address, reach) for region in self._regions) for address in local):
+        rows = np.asarray(local, dtype=np.int64)
+        held = [region.holds(rows, reach) for region in self._regions]
+        if not np.logical_or.reduce(held).all():
             return None
-        here = np.add.outer(np.asarray(local, dtype=np.int64), of_ours).ravel()
+        here = np.add.outer(rows, of_ours).ravel()
         there = np.add.outer(welcome.base + np.asarray(slots, dtype=np.int64) * self._row_bytes, of_theirs).ravel()
-        return _joined(here, there, np.tile(lengths, len(local)))
+        return _joined(here, there, np.tile(lengths, len(rows)))
 
     def _devices(self, theirs: WindowPlace) -> Devices:
         ours = next((region.device for region in self._regions if region.device is not None), None)
         return ours, None if theirs.device < 0 else theirs.device
 
     def _start(self) -> None:
-        self._agent = Agent(f"{self._name}-{next(self._runs)}", [*self._regions, self._landing.region])
+        apart = _APART_PIECES if self._is_on_host else 0
+        self._agent = Agent(f"{self._name}-{next(self._runs)}", [*self._regions, self._landing.region], apart=apart)
 
     def _try_to_start(self) -> None:
         """Not in a loop: other peers' answers, and the engine's questions, wait meanwhile."""
@@ -230,9 +242,19 @@ class DataPlane:
             self._agent = None
 
 
+def _cut(pieces: Pieces) -> Pieces:
+    """The same bytes in pieces that are not too large."""
+    here, there, lengths = (np.asarray(numbers, dtype=np.int64) for numbers in pieces)
+    counts = -(-lengths // _PIECE_BYTES)
+    offsets = (np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)) * _PIECE_BYTES
+    here, there, lengths = (np.repeat(numbers, counts) for numbers in (here, there, lengths))
+    return here + offsets, there + offsets, np.minimum(lengths - offsets, _PIECE_BYTES)
+
+
 def _joined(here: Numbers, there: Numbers, lengths: Numbers) -> Pieces:
     """Neighbours on both sides are one piece."""
-    starts = np.ones(len(here), bool)
-    starts[1:] = (np.diff(here) != lengths[:-1]) | (np.diff(there) != lengths[:-1])
-    joined = np.add.reduceat(lengths, np.flatnonzero(starts))
-    return here[starts].tolist(), there[starts].tolist(), joined.tolist()
+    starts = np.empty(len(here), bool)
+    starts[0] = True
+    ends = lengths[:-1]
+    starts[1:] = (here[1:] - here[:-1] != ends) | (there[1:] - there[:-1] != ends)
+    return here[starts], there[starts], np.add.reduceat(lengths, starts.nonzero()[0])

@@ -32,15 +32,16 @@ class Landing:
         return Region(self._words.ctypes.data, self._words.nbytes)
 
     def places(self, rows: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Addresses for one word of the READ into these rows, and for one of each of them."""
+        """Which words of the landing: one for the READ into the rows at these addresses, and one for each of them."""
         addresses = np.asarray(rows, dtype=np.int64)
         where = np.searchsorted(self._starts, addresses, side="right") - 1
         at = self._firsts[where] + (addresses - self._starts[where]) // self._row_bytes
-        places: npt.NDArray[np.int64] = np.concatenate(([at[0] + len(self._words) // 2], at))
+        places: npt.NDArray[np.int64] = np.concatenate((at[:1] + len(self._words) // 2, at))
+        return places
+
+    def addresses(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return places * WORD_BYTES + self._words.ctypes.data
 
-    def indices(self, places: npt.NDArray[np.int64]) -> list[int]:
-        return [int(place - self._words.ctypes.data) // WORD_BYTES for place in places]
-
-    def words(self, indices: Sequence[int]) -> list[int]:
-        return [int(self._words[at]) for at in indices]
+    def words(self, places: npt.NDArray[np.int64]) -> list[int]:
+        words: list[int] = self._words[places].tolist()
+        return words
