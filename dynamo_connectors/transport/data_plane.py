@@ -37,8 +37,8 @@ Numbers: TypeAlias = npt.NDArray[np.int64]
 #: Addresses here and there, and bytes.
 Pieces: TypeAlias = tuple[Sequence[int] | Numbers, Sequence[int] | Numbers, Sequence[int] | Numbers]
 
-#: READs of host memory alone are cut into pieces of so many bytes, and those of so many pieces are copied apart. READs of
-#: words have fewer, and do not wait behind rows.
+#: READs of host memory alone are cut into pieces of so many bytes, and those of so many pieces are copied apart.
+#: READs of words have fewer, and do not wait behind rows.
 _PIECE_BYTES, _APART_PIECES = 256 << 10, 40
 
 
