@@ -50,7 +50,7 @@ class Hanging:
     def post(self, peer: str, local: list[int], remote: list[int], num_bytes: list[int], devices: object) -> object:
         self.hang("post")
         for piece in zip(local, remote, num_bytes, strict=True):
-            ctypes.memmove(*piece)
+            ctypes.memmove(*map(int, piece))
         return object()
 
     def is_done(self, handle: object) -> bool:
