@@ -10,7 +10,7 @@ from aiohttp import web
 
 from .config import EngineAddress, parse_engine_url, parse_router_mode
 from .engines import Engine, EngineRegistry
-from .errors import ConfigError, EngineBusyError, UnknownEngineError
+from .errors import ConfigError, EngineBusyError, EngineSettingsError, UnknownEngineError
 from .ledger import Ledger
 from .metrics import CONTENT_TYPE, Metrics
 from .router import Router
@@ -80,7 +80,11 @@ class AdminRoutes:
 
     async def _add(self, request: web.Request) -> web.Response:
         address = parse_engine_url(await _field(request, "url"))
-        return _json(200, self._row(self._fleet.add_engine(address)))
+        engine = self._fleet.add_engine(address)
+        if not engine.address.options.holds(address.options):
+            message = f"{address.url} is here with another role or other deadlines; drain and delete it, then add it"
+            raise EngineSettingsError(message)
+        return _json(200, self._row(engine))
 
     async def _drain(self, request: web.Request) -> web.Response:
         return await self._set_draining(request, True)
@@ -116,6 +120,8 @@ async def _errors_as_json(
         return _json(400, {"error": {"message": str(error), "code": "bad_request"}})
     except UnknownEngineError as error:
         return _json(404, {"error": {"message": str(error), "code": "unknown_engine"}})
+    except EngineSettingsError as error:
+        return _json(409, {"error": {"message": str(error), "code": "other_settings"}})
     except EngineBusyError as error:
         return _json(409, {"error": {"message": str(error), "code": "engine_busy"}})
     except web.HTTPException as error:

@@ -78,7 +78,10 @@ class KeyRing:
                 f"cannot read the API keys in {self._path} ({error}); name a file of lines {_LINE}"
             ) from None
         self._seen = seen
-        fresh = parse_keys(text, self._classes)
+        try:
+            fresh = parse_keys(text, self._classes)
+        except ConfigError as error:
+            raise ConfigError(f"API keys in {self._path}, {error}") from None
         if not fresh:
             raise ConfigError(f"no API key is in {self._path}; fill it with lines {_LINE}, or serve without it")
         known = {caller.name: caller for caller in self._callers.values()}
@@ -109,13 +112,13 @@ def parse_keys(text: str, classes: Collection[str] = ()) -> list[Caller]:
             continue
         digest = _DIGEST.fullmatch(words[1]) if len(words) > 1 else None
         if digest is None:
-            raise ConfigError(f"API keys, line {number}: not {_LINE} (the hash: printf %s KEY | sha256sum)")
+            raise ConfigError(f"line {number}: not {_LINE} (the hash: printf %s KEY | sha256sum)")
         named = [word for word in words[2:] if word.startswith(f"{_CLASSES}=")]
         rates = _rates([word for word in words[2:] if word not in named], number)
         allowed = _named_classes(named, classes, number)
         caller = Caller(words[0], bytes.fromhex(digest[1]), rates, allowed)
         if any(caller.name == other.name or caller.digest == other.digest for other in callers):
-            raise ConfigError(f"API keys, line {number}: this name or key is there already; name each once")
+            raise ConfigError(f"line {number}: this name or key is there already; name each once")
         callers.append(caller)
     return callers
 
@@ -124,9 +127,7 @@ def _named_classes(words: list[str], classes: Collection[str], number: int) -> f
     named = [name for word in words for name in word.partition("=")[2].split(",") if name]
     for name in named:
         if name not in classes:
-            raise ConfigError(
-                f"API keys, line {number}: there is no SLO class {name!r}; --slo-class {name},ttft=... makes it"
-            )
+            raise ConfigError(f"line {number}: there is no SLO class {name!r}; --slo-class {name},ttft=... makes it")
     return frozenset(named) if words else None
 
 
@@ -136,6 +137,6 @@ def _rates(words: list[str], number: int) -> dict[str, float]:
         name, _, value = word.partition("=")
         if name not in _RATES or not value.isdigit() or not int(value):
             known = f"{', '.join(_RATES)} = a number above 0, {_CLASSES}=NAME,..."
-            raise ConfigError(f"API keys, line {number}: {word!r} is not one of {known}")
+            raise ConfigError(f"line {number}: {word!r} is not one of {known}")
         rates[_RATES[name]] = float(value)
     return rates

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
+import stat
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +31,8 @@ from .config import (
     parse_router_mode,
     require_range,
 )
-from .discovery import parse_service
-from .errors import ConfigError, ProxyError
+from .discovery import FileSource, parse_service
+from .errors import ConfigError, DiscoveryError, ProxyError
 from .slo_classes import parse_slo_classes
 from .tls import ServerTls, client_context
 
@@ -198,6 +201,11 @@ def _discovery(values: dict[str, Any]) -> DiscoverySources:
         parse_engine_url(url)
     for service in discovery.services:
         parse_service(service)
+    for source in map(FileSource, discovery.files):
+        try:
+            source.read()
+        except DiscoveryError as error:
+            raise ConfigError(f"{source.name}: {error}") from None
     return discovery
 
 
@@ -225,9 +233,25 @@ def read_secret(path: str) -> str:
     return text
 
 
+def _warnings(values: dict[str, Any], config: ProxyConfig) -> Iterator[str]:
+    """What works, and is mostly not meant so."""
+    tls_key = "tls_key_file" if config.tls.key_file else "tls_cert_file"
+    for name in ("engine_api_key_file", "replica_sync_key_file", tls_key):
+        if values[name] and os.stat(values[name]).st_mode & stat.S_IROTH:
+            yield f"--{name.replace('_', '-')} {values[name]} can be read by everybody on this host; chmod o-r it"
+    if not config.discovery and all(engine.options.role == "prefill" for engine in config.engines):
+        what = "only prefill engines, which answer no client," if config.engines else "no engine"
+        yield f"{what} given: every request gets 503 until POST /engines on the admin listener adds one"
+    if config.router_mode != "kv" and (config.routing.overlap_weight is not None or config.routing.temperature):
+        yield f"--kv-overlap-score-weight and --router-temperature count in mode kv, not in {config.router_mode}"
+
+
 def _run(**values: Any) -> None:
     """Route requests to vLLM and SGLang engines by what their KV caches hold."""
-    _serve(read_config(values))
+    config = read_config(values)
+    for warning in _warnings(values, config):
+        log.warning("%s", warning)
+    _serve(config)
 
 
 def _application() -> typer.Typer:
@@ -259,8 +283,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _serve(config: ProxyConfig) -> None:
     import uvloop
 
-    if not config.engines and not config.discovery:
-        log.warning("no engine given: every request gets 503 until POST /engines on the admin listener adds one")
     if config.workers > 1:
         from .supervisor import supervise
 

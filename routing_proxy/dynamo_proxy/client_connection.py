@@ -35,14 +35,14 @@ _JSON = b"application/json"
 
 def error_body(status: int, code: str, message: str) -> bytes:
     """An error in the shape that OpenAI clients read."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
     return orjson.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
 
 
 class Running(Protocol):
     """A request that somebody else works on."""
 
-    def abort(self) -> None: ...
+    def abort(self, status: int, reason: str) -> None: ...
     def check(self) -> None: ...
 
 
@@ -100,7 +100,7 @@ class ClientConnection(asyncio.Protocol):
         self._busy = False
         self._front_end.closed(self)
         if running is not None:
-            running.abort()
+            running.abort(499, "client_gone")
 
     def eof_received(self) -> bool:
         return False  # a client that half-closes is taken as gone: an engine must not work for nobody
@@ -259,6 +259,13 @@ class ClientConnection(asyncio.Protocol):
         self._closing_soon = True
         if not self._busy and not self._discarding and self._transport is not None:
             self._transport.close()
+
+    def end(self) -> None:
+        """The proxy ends: a request under way is cut."""
+        running = self._running
+        self.cut(reset=True)
+        if running is not None:
+            running.abort(503, "shutdown")
 
     def _linger(self) -> None:
         """Close our side and read on for a while: closing over unread bytes would reset the answer away."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,10 @@ class EngineOptions:
     role: str = ""  # one of ROLES, or empty
     draining: bool = False
     discovered: bool = False  # a source of engines named it, and may take it away
+
+    def holds(self, asked: EngineOptions) -> bool:
+        """True if every setting that `asked` names is as it says."""
+        return all(getattr(asked, name) in (None, "", getattr(self, name)) for name in ("role", *_DEADLINES.values()))
 
     def applied_to(self, timeouts: Timeouts) -> Timeouts:
         own = {name: value for name in _DEADLINES.values() if (value := getattr(self, name)) is not None}
@@ -201,15 +206,17 @@ def parse_options(url: str, settings: list[str]) -> EngineOptions:
         if name == "role" and value in ROLES:
             values["role"] = value
             continue
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = -1.0
-        if name not in _DEADLINES or not 0.01 <= seconds <= 86_400:
+        if name not in _DEADLINES:
             names = ", ".join(f"{known}=SECONDS" for known in _DEADLINES)
             raise ConfigError(
                 f"engine {url}: {setting!r} is no setting; behind the URL may stand {names}, role=prefill|decode|both"
             )
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0.01 <= seconds <= 86_400:
+            raise ConfigError(f"engine {url}: {value!r} is out of range for {name}; give seconds from 0.01 to 86400")
         values[_DEADLINES[name]] = seconds
     return replace(EngineOptions(), **values)
 
@@ -242,10 +249,10 @@ def parse_aliases(texts: list[str]) -> tuple[tuple[str, str], ...]:
     aliases: list[tuple[str, str]] = []
     for text in texts:
         name, _, model = text.partition("=")
-        if not name or not model or name == model or any(name == other for other, _ in aliases):
-            raise ConfigError(
-                f"--model-alias {text!r} is not NAME=MODEL with a name of its own; for example fast=llama-8b"
-            )
+        if not name or not model or name == model:
+            raise ConfigError(f"--model-alias {text!r} is not NAME=MODEL; for example fast=llama-8b")
+        if any(name == other for other, _ in aliases):
+            raise ConfigError(f"--model-alias {name} is given twice; an alias means one model")
         aliases.append((name, model))
     return tuple(aliases)
 
@@ -264,12 +271,19 @@ def parse_replicas(listen: str, peers: list[str], key_path: str) -> Replicas | N
             plain = False
         if not address.startswith("unix:/") and not (plain and port.isdigit() and 0 < int(port) < 65536):
             raise ConfigError(f"replica address {address!r} is not valid; give IP:PORT, for example 10.0.0.7:8082")
+    if listen in peers:
+        raise ConfigError(f"--replica-sync-peer {listen} is this proxy's own --replica-sync-listen; name the others")
+    if not key_path:
+        raise ConfigError("--replica-sync-listen needs --replica-sync-key-file, a file with the key that all share")
     try:
-        key = Path(key_path).read_bytes().strip() if key_path else b""
+        key = Path(key_path).read_bytes().strip()
     except OSError as error:
         raise ConfigError(f"--replica-sync-key-file {key_path}: {error.strerror}; name a readable file") from None
     if len(key) < 16:
-        raise ConfigError("--replica-sync-key-file must hold at least 16 bytes, for example `openssl rand -hex 32`")
+        raise ConfigError(
+            f"--replica-sync-key-file {key_path} holds {len(key)} bytes and must hold at least 16, for example what "
+            "`openssl rand -hex 32` says"
+        )
     return Replicas(listen, tuple(peers), key)
 
 
@@ -286,6 +300,8 @@ def of_workers(replicas: Replicas, count: int) -> list[Replicas]:
 
     own = places(replicas.listen)
     others = [place for peer in replicas.peers for place in places(peer)]
+    for place in set(own).intersection(others):
+        raise ConfigError(f"replica address {place} is a peer's and that of a worker here; move it by {count} ports")
     return [Replicas(place, (*(near for near in own if near != place), *others), replicas.key) for place in own]
 
 

@@ -55,15 +55,26 @@ class FileSource:
         self._path = Path(path)
 
     async def look(self) -> frozenset[EngineAddress]:
+        found = self.read()
+        if found is None:
+            raise DiscoveryError("it is empty (a comment alone takes all of its engines away)")
+        return found
+
+    def read(self) -> frozenset[EngineAddress] | None:
+        """None for an empty file: mostly somebody is writing it just now. Raises DiscoveryError naming the line."""
         try:
-            lines = self._path.read_text().splitlines()  # a small local file
+            text = self._path.read_text()  # a small local file
         except (OSError, UnicodeDecodeError) as error:
             raise DiscoveryError(str(error)) from None
-        words = [line.partition("#")[0].strip() for line in lines]
-        try:
-            return frozenset(parse_engine_url(word) for word in words if word)
-        except ConfigError as error:
-            raise DiscoveryError(str(error)) from None
+        found = set()
+        for number, line in enumerate(text.splitlines(), 1):
+            word = line.partition("#")[0].strip()
+            try:
+                if word:
+                    found.add(parse_engine_url(word))
+            except ConfigError as error:
+                raise DiscoveryError(f"line {number}: {error}") from None
+        return frozenset(found) if text.strip() else None
 
 
 class DnsSource:
@@ -206,7 +217,8 @@ class Discovery:
                 found = await source.look()
             except DiscoveryError as error:
                 if self._told.get(source.name) != str(error):
-                    log.warning("%s: %s; the engines found before stay", source.name, error)
+                    kept = "; the engines found before stay" if source.name in self._found else ""
+                    log.warning("%s: %s%s", source.name, error, kept)
                 self._told[source.name] = str(error)
                 continue
             self._told.pop(source.name, None)

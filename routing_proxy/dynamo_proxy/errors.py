@@ -23,6 +23,10 @@ class UnknownEngineError(ProxyError):
     """An admin call named an engine that the proxy does not have."""
 
 
+class EngineSettingsError(ProxyError):
+    """An admin call added an engine that is here with other settings."""
+
+
 class EngineBusyError(ProxyError):
     """An engine cannot be removed while requests are in flight on it."""
 

@@ -63,11 +63,11 @@ class Exchange(ResponseSink):
         self._services.metrics.tallies.arrived(len(self._request.body))
         guarded(self, self._attempt)
 
-    def abort(self) -> None:
-        """The client is gone: the engine must stop working for it."""
+    def abort(self, status: int, reason: str) -> None:
+        """The client is gone, or shall be: the engine must stop working for it."""
         if not self.over:
             self._leave_engine()
-            self._close(499, "client_gone", self._client.cut)
+            self._close(status, reason, self._client.cut)
 
     # --- towards the engine
 
@@ -307,7 +307,7 @@ class Exchange(ResponseSink):
             self._end_broken(200, self._failure)
             return
         standing = self._services.router.standing(self._prompt.model)
-        self.turn_away(*refusal(self._failure, self._prompt.model, standing))
+        self.turn_away(*refusal(self._failure, self._prompt.asked_model, standing))
 
     def turn_away(self, status: int, code: str, message: str) -> None:
         """Answer with an error; no engine has this request."""

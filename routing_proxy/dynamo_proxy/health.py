@@ -14,6 +14,7 @@ import aiohttp
 import zmq
 
 from . import dialects
+from .breaker import Circuit
 from .config import Timeouts
 from .engines import Engine, EngineRegistry, Health
 from .event_feed import EventFeed
@@ -46,6 +47,7 @@ class EngineWatch:
         self._failures = 0
         self._failing_since = 0.0
         self._probes = 0
+        self.tripped = False  # and nobody was told that it is over
         self._asking: asyncio.Task[None] | None = None  # the engine for its name among peers
         self.task = asyncio.get_running_loop().create_task(self._run())
 
@@ -93,6 +95,9 @@ class EngineWatch:
         self._probes += 1
         engine.breaker.tick(asyncio.get_running_loop().time())
         if engine.health is Health.READY:
+            if self.tripped and engine.breaker.state is Circuit.CLOSED:
+                self.tripped = False
+                log.info("engine %s answers its requests: it gets them again", engine.address.url)
             if self._probes % _REFRESH_PROBES == 0:
                 await self._monitor.read_models(engine)
                 self._ask_name()
@@ -106,6 +111,7 @@ class EngineWatch:
         self._ask_name()
         self._monitor.tokens.engine_changed(engine.slot)
         engine.breaker.reset()
+        self.tripped = False
         self._monitor.registry.became_ready(engine, asyncio.get_running_loop().time())
         log.info("engine %s is ready (%s knowledge)", engine.address.url, engine.knowledge)
 
@@ -226,6 +232,7 @@ class Monitor:
         if engine.breaker.failed(asyncio.get_running_loop().time()):
             self.metrics.trips.labels(engine.name, reason).inc()
             log.warning("engine %s fails its requests (%s): it gets none for a while", engine.address.url, reason)
+            watch.tripped = True
         if reason in _AT_ONCE:
             watch.down(reason)
         if not reason.startswith("status_"):

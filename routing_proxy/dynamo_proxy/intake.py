@@ -80,6 +80,7 @@ class Intake:
             prompt = read_prompt(body, self._registry.loras)
         except (TypeError, RecursionError):
             return Asked(request, Prompt(body.get("model") or ""))  # deeper than we render: placed by load alone
+        prompt.asked_model = model
         if self.read_sessions:
             prompt.session = _session(request, body)
         if self.slo_classes:  # the operator's word about order, in the place of the client's
@@ -101,11 +102,13 @@ class Intake:
                 named = orjson.loads(body).get("model")
             except orjson.JSONDecodeError:
                 return Asked(request)
-            if isinstance(named, str) and named in self.aliases:
-                body = orjson.dumps({**orjson.loads(body), "model": self.aliases[named]})
-                request = Request(request.head, body)
-                named = self.aliases[named]
-            return Asked(request, Prompt(named) if isinstance(named, str) else Prompt())
+            if not isinstance(named, str):
+                return Asked(request)
+            prompt = Prompt(self.aliases.get(named, named))
+            if named in self.aliases:
+                prompt.asked_model = named
+                request = Request(request.head, orjson.dumps({**orjson.loads(body), "model": prompt.model}))
+            return Asked(request, prompt)
         field = _FORM_MODEL.search(body) if b'name="model"' in body else None
         return Asked(request, Prompt(field[1].decode("utf-8", "replace")) if field is not None else Prompt())
 

@@ -97,7 +97,7 @@ class Knowledge:
 
     def tiers(self, prompt: Prompt, slot: int) -> dict[str, int]:
         """How many of the prompt's leading tokens one engine holds, by the nearest tier; where events cannot tell, what
-        was sent to it is taken to lie in HBM.
+        was sent to it is taken to lie in HBM. The last unit of a text may be a part of one.
         """
         recalled = None if prompt.token_ids else self.memo.recall(prompt.chain)
         if self.event_mask >> slot & 1 and (prompt.token_ids or recalled is not None):
@@ -108,6 +108,8 @@ class Knowledge:
         else:
             nodes = self.approx.matched(prompt.chain, 1 << slot).get(slot, 0)
             ends = [int(chain_units(nodes) * self._unit_tokens(prompt))]
+        whole = self.prompt_tokens(prompt)
+        ends = [min(end, whole) for end in ends]
         found = {name: end - start for name, start, end in zip(TIER_NAMES, (0, *ends), ends, strict=False)}
         return {name: tokens for name, tokens in found.items() if tokens}
 

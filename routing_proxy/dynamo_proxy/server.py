@@ -213,7 +213,7 @@ class ProxyServer:
         if self._server is not None:
             self._server.close()
         for client in list(self.front_end.clients):
-            client.cut(reset=True)
+            client.end()
         await self.front_end.empty.wait()
         if self.front_end.waiting is not None:
             self.front_end.waiting.close()

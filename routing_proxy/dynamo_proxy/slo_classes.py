@@ -26,10 +26,11 @@ def parse_slo_classes(texts: Sequence[str]) -> dict[str, SloClass]:
             found = SloClass(name.strip(), float(values.pop("ttft")), int(values.pop("priority", "0")))
         except (KeyError, ValueError):
             found = None
-        if found is None or values or not found.name or found.name in classes or not 0 < found.ttft_seconds <= 86_400:
+        if found is None or values or not found.name or not 0 < found.ttft_seconds <= 86_400:
             raise ConfigError(
-                f"--slo-class {text!r} is not NAME,ttft=SECONDS[,priority=N] with a name of its own; for example "
-                "priority,ttft=0.5,priority=-1"
+                f"--slo-class {text!r} is not NAME,ttft=SECONDS[,priority=N]; for example priority,ttft=0.5,priority=-1"
             )
+        if found.name in classes:
+            raise ConfigError(f"--slo-class {found.name} is given twice; name each class once")
         classes[found.name] = found
     return classes

@@ -42,7 +42,7 @@ class PageFetch:
         else:
             self._client.reply(200, page, CONTENT_TYPE.encode())
 
-    def abort(self) -> None:
+    def abort(self, status: int, reason: str) -> None:
         self._task.cancel()
 
     def check(self) -> None:

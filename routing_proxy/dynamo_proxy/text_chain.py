@@ -45,7 +45,7 @@ class Prompt:
     """The routable part of a request. Either `text` or `token_ids` is set, or neither; `chain` is over it."""
 
     __slots__ = (
-        "body", "chain", "explained", "model", "priority", "root", "session", "slo", "text", "token_ids",
+        "asked_model", "body", "chain", "explained", "model", "priority", "root", "session", "slo", "text", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +58,7 @@ class Prompt:
         body: dict[str, Any] | str | None = None,
     ) -> None:
         self.model = model
+        self.asked_model = model  # what its client calls it
         self.root = root
         self.text = text
         self.chain = chain

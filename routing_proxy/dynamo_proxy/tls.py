@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import ssl
+from pathlib import Path
 
 from .errors import ConfigError
 
@@ -61,12 +62,18 @@ class ServerTls:
 
     def _load(self) -> None:
         cert_file, key_file = self._files
+        names = f"--tls-cert-file {cert_file}" + (f" and --tls-key-file {key_file}" if key_file != cert_file else "")
+
+        def locked() -> str:
+            raise ConfigError(f"the key in {key_file} is encrypted; write it without a passphrase (openssl pkey)")
+
         try:
+            if b"PRIVATE KEY-----" not in Path(key_file).read_bytes():
+                raise ConfigError(f"cannot use {names} (no key is in it); name the key's file with --tls-key-file")
             # A pair that does not fit would spoil the context in use: try it elsewhere first.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password="")
-            self.context.load_cert_chain(cert_file, key_file, password="")
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password=locked)
+            self.context.load_cert_chain(cert_file, key_file, password=locked)
         except (OSError, ssl.SSLError) as error:
-            names = f"--tls-cert-file {cert_file} and --tls-key-file {key_file}"
             raise ConfigError(f"cannot use {names} ({error}); give a PEM certificate and its key") from None
 
     def _stamp(self) -> tuple[float, ...]:

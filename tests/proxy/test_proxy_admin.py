@@ -78,6 +78,28 @@ def test_a_busy_engine_drains_its_streams_and_cannot_be_removed() -> None:
     run(body())
 
 
+def test_an_engine_is_not_added_again_with_other_settings() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before() as proxy:
+            for settings, status, code in (
+                (",role=decode,idle=7", 200, None),
+                ("", 200, None),
+                (",role=decode", 200, None),
+                (",idle=7.0", 200, None),
+                (",role=prefill", 409, "other_settings"),
+                (",idle=8", 409, "other_settings"),
+                (",connect=1", 409, "other_settings"),
+            ):
+                answer = await admin(proxy.admin_port, "POST", "/engines", {"url": engine.url + settings})
+                assert (answer.status, answer.json().get("error", {}).get("code")) == (status, code), settings
+            (known,) = proxy.registry
+            assert (known.role, known.timeouts.idle_seconds) == ("decode", 7)
+            await engine.stop()
+
+    run(body())
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [

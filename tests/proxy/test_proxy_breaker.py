@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -76,7 +77,12 @@ def test_its_invariants_hold_whatever_happens(calls: list[str]) -> None:
         circuit.check()
 
 
-def test_an_engine_that_answers_500_is_left_alone_until_it_is_well() -> None:
+def test_an_engine_that_answers_500_is_left_alone_until_it_is_well(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dynamo_proxy")
+
+    def told(what: str) -> int:
+        return sum(what in record.getMessage() for record in caplog.records)
+
     async def body() -> None:
         bad, good = await FakeEngine().start(), await FakeEngine().start()
         bad.status = 500
@@ -93,11 +99,13 @@ def test_an_engine_that_answers_500_is_left_alone_until_it_is_well() -> None:
             for _ in range(4):
                 await ask(proxy.port, post("/v1/chat/completions", chat()))
             assert (len(bad.requests), circuit.state) == (6, Circuit.OPEN)
+            assert (told("gets none for a while"), told("gets them again")) == (2, 0)
             bad.status, circuit.until = 200, 0.0
             await wait_until(lambda: circuit.state is Circuit.HALF_OPEN)
             for _ in range(4):
                 assert (await ask(proxy.port, post("/v1/chat/completions", chat()))).status == 200
             assert (len(bad.requests) > 7, circuit.state) == (True, Circuit.CLOSED)
+            await wait_until(lambda: told(f"{bad.url} answers its requests: it gets them again") == 1)
 
     run(body())
 
@@ -146,6 +154,9 @@ def test_engine_settings_are_read_and_mistakes_are_told() -> None:
     address = parse_engine_url("http://a:8000,idle=5,connect=0.5")
     assert address == EngineAddress("a", 8000)
     assert (address.options.idle_seconds, address.options.connect_seconds) == (5.0, 0.5)
-    for wrong in ("idle", "idle=x", "speed=3", "idle=0", ""):
+    for wrong in ("speed=3", ""):
         with pytest.raises(ConfigError, match="first-byte=SECONDS"):
             parse_engine_url(f"http://a:8000,{wrong}")
+    for value in ("", "x", "0", "-1", "nan", "86401"):
+        with pytest.raises(ConfigError, match=f"'{value}' is out of range for idle; give seconds from 0.01 to 86400"):
+            parse_engine_url(f"http://a:8000,idle={value}")

@@ -13,10 +13,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import AsyncIterator
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
 import dynamo_proxy
 import pytest
+from dynamo_proxy.cli import FLAGS, _warnings, read_config
 from dynamo_proxy.config import EngineAddress, parse_engine_url
 from dynamo_proxy.errors import ConfigError
 
@@ -75,6 +77,30 @@ def test_engine_urls_have_one_form() -> None:
     assert parse_engine_url("http://a:8000/") == EngineAddress("a", 8000)
     assert parse_engine_url("http://a").url == "http://a:80"
     assert parse_engine_url("http://[::1]:5").url == "http://[::1]:5"
+
+
+def test_what_is_mostly_not_meant_is_one_warning_each(tmp_path: Path) -> None:
+    def warnings_of(**settings: Any) -> list[str]:
+        values = {**{flag.name: flag.default for flag in FLAGS}, "engine": ["http://a:1"], **settings}
+        return list(_warnings(values, read_config(values)))
+
+    key = tmp_path / "key"
+    key.write_text("a key of more than sixteen bytes".replace(" ", "-"))
+    key.chmod(0o644)
+    sync = {"replica_sync_listen": "127.0.0.1:9", "replica_sync_key_file": str(key)}
+    for settings, told in (
+        ({"engine": ["http://a:1,role=prefill"]}, "only prefill engines"),
+        ({"engine": []}, "no engine given"),
+        ({"router_mode": "random", "kv_overlap_score_weight": 0.0}, "--kv-overlap-score-weight"),
+        ({"router_mode": "random", "router_temperature": 0.5}, "--router-temperature"),
+        ({"engine_api_key_file": str(key)}, f"--engine-api-key-file {key} can be read by everybody"),
+        (sync, f"--replica-sync-key-file {key} can be read by everybody"),
+    ):
+        (warning,) = warnings_of(**settings)
+        assert told in warning
+    key.chmod(0o640)
+    assert not warnings_of(**sync, engine_api_key_file=str(key), kv_overlap_score_weight=1.0)
+    assert not warnings_of(engine=["http://a:1,role=prefill", "http://b:1,role=decode"])
 
 
 def spawn(*arguments: str, stderr: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -63,11 +63,11 @@ def test_an_engine_that_vanishes_finishes_what_it_has_and_may_come_back(tmp_path
             await wait_until(lambda: any(e.takes_requests for e in proxy.registry))
             client.send(post("/v1/chat/completions", chat(stream=True)))
             await client.head()
-            path.write_text("")
+            path.write_text("# none\n")
             await wait_until(lambda: proxy.registry.find(engine.address).draining, "it drains")
             path.write_text(engine.url)
             await wait_until(lambda: not proxy.registry.find(engine.address).draining, "it is back")
-            path.write_text("")
+            path.write_text("# none\n")
             await wait_until(lambda: proxy.registry.find(engine.address).draining, "it drains again")
             engine.hold.set()
             assert b"".join([chunk async for chunk in client.chunks()]).endswith(b"[DONE]\n\n")
@@ -83,11 +83,43 @@ def test_what_an_operator_added_is_not_taken_away(tmp_path: Path) -> None:
         path = tmp_path / "engines"
         path.write_text(engine.url)
         async with proxy_before(engine, discovery=sources(files=(str(path),))) as proxy:
-            path.write_text("")
+            path.write_text("# none\n")
             await proxy.discovery.turn()
             assert not proxy.registry.find(engine.address).draining
 
     run(body())
+
+
+def test_a_file_that_is_empty_for_a_moment_takes_nothing_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        path = tmp_path / "engines"
+        path.write_text("\n")
+        async with proxy_before(discovery=sources(files=(str(path),))) as proxy:
+            path.write_text(engine.url)
+            await wait_until(lambda: urls(proxy) == {engine.url})
+            path.write_text("")
+            for _ in range(3):
+                await proxy.discovery.turn()
+            assert not proxy.registry.find(engine.address).draining
+            await engine.stop()
+        told = [record.getMessage() for record in caplog.records if "is empty" in record.getMessage()]
+        assert len(told) == 2
+        assert all(str(path) in line and "a comment alone" in line for line in told)
+        assert ["engines found before stay" in line for line in told] == [False, True]
+
+    run(body())
+
+
+def test_a_file_that_is_wrong_at_the_start_is_one_line_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "engines"
+    for wrong, told in ((None, "No such file"), ("# ours\nhttp://a:1,idle=0\n", "line 2: engine http://a:1: '0'")):
+        if wrong is not None:
+            path.write_text(wrong)
+        code, stderr = call("--engines-file", str(path), "--admin-port", "0")
+        assert (code, stderr.count("\n")) == (2, 1), stderr
+        assert f"--engines-file {path}: " in stderr
+        assert told in stderr
 
 
 def test_every_address_of_a_name_is_an_engine() -> None:
@@ -229,6 +261,7 @@ def test_the_command_starts_with_no_engine_but_a_file_and_gets_ready(tmp_path: P
     async def body() -> None:
         engine = await FakeEngine().start()
         path = tmp_path / "engines"
+        path.touch()
         async with started("--engines-file", str(path), "--discovery-interval", "0.1") as (process, port, _):
             assert (await ask(port, get("/health"))).status == 503
             path.write_text(engine.url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,18 @@ import pytest
 from dynamo_proxy.access_log import Ended, LogFile, RequestLog
 from dynamo_proxy.errors import ConfigError
 
-from tests.proxy.proxy_fakes import FakeEngine, RawEngine, answer_ok, ask, chat, post, proxy_before, run, wait_until
+from tests.proxy.proxy_fakes import (
+    Client,
+    FakeEngine,
+    RawEngine,
+    answer_ok,
+    ask,
+    chat,
+    post,
+    proxy_before,
+    run,
+    wait_until,
+)
 from tests.proxy.test_proxy_cli import ENGINE, call
 
 ROUTE = "/v1/chat/completions"
@@ -37,6 +49,19 @@ def test_a_client_that_asks_is_told_why() -> None:
                 answer = await ask(proxy.port, post(ROUTE, chat(), *headers))
                 assert "x-dynamo-route" not in answer.headers
             assert not any("x-dynamo-route" in map(str.lower, headers) for _, headers, _ in first.requests)
+
+    run(body())
+
+
+def test_no_engine_holds_more_of_a_prompt_than_there_is() -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine) as proxy:
+            for prompt in ("hi", LONG):
+                request = post("/v1/completions", {"prompt": prompt}, "x-dynamo-route: 1")
+                answers = [await ask(proxy.port, request) for _ in range(2)]
+                receipt = json.loads(answers[1].headers["x-dynamo-route"])
+                assert receipt["hbm_tokens"] == receipt["prompt_tokens"] > 0
 
     run(body())
 
@@ -70,6 +95,24 @@ def test_every_request_leaves_one_line(tmp_path: Path) -> None:
         assert served["seconds"] >= 0
         assert served["time"] > 1e9
         assert (refused["status"], refused["end"], "engine" in refused) == (404, "model_not_found", False)
+
+    run(body())
+
+
+def test_a_request_that_the_end_of_the_proxy_cuts_is_counted_and_told(tmp_path: Path) -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        engine.hold = asyncio.Event()
+        log = tmp_path / "log"
+        async with proxy_before(engine, access_log=str(log)) as proxy, Client.to(proxy.port) as client:
+            client.send(post(ROUTE, chat(stream=True)))
+            await client.head()
+            assert not await proxy.drain(0.01)
+            await proxy.close()
+            assert proxy.metrics.tallies.requests == {(ROUTE, 503, "shutdown"): 1}
+            (line,) = map(json.loads, log.read_text().splitlines())
+            assert (line["status"], line["end"], line["engine"]) == (503, "shutdown", "engine-0")
+            await wait_until(lambda: engine.active == 0, "the engine stops")
 
     run(body())
 

@@ -127,6 +127,7 @@ def test_a_bad_file_stops_the_start_with_one_line(tmp_path: Path) -> None:
     for path in (str(tmp_path / "none"), key_file(tmp_path, "alice secret")):
         code, stderr = call(*ENGINE, "--api-keys-file", path)
         assert (code, stderr.count("\n")) == (2, 1), stderr
+        assert path in stderr
         assert "secret" not in stderr
 
 
@@ -138,7 +139,8 @@ def test_a_caller_that_used_up_its_requests_hears_when_to_come_back(tmp_path: Pa
             answers = [await ask(proxy.port, post(ROUTE, chat(), "x-api-key: a")) for _ in range(3)]
             assert [answer.status for answer in answers] == [200, 200, 429]
             assert 1 <= int(answers[2].headers["retry-after"]) <= 60
-            assert answers[2].json()["error"]["code"] == "rate_limit_exceeded"
+            error = answers[2].json()["error"]
+            assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
             assert (await ask(proxy.port, post(ROUTE, chat(), "x-api-key: b"))).status == 200
             assert len(engine.requests) == 3
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from dynamo_proxy.config import parse_aliases
 from dynamo_proxy.errors import ConfigError
+from dynamo_proxy.slo_classes import parse_slo_classes
 
 from tests.proxy.proxy_fakes import FakeEngine, ask, chat, get, post, proxy_before, run
 from tests.proxy.token_engine import TokenEngine
@@ -70,10 +71,30 @@ def test_an_alias_is_the_model_that_it_means(path: str) -> None:
     run(body())
 
 
-@pytest.mark.parametrize("texts", [["x"], ["=m"], ["a="], ["a=a"], ["a=b", "a=c"]])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/pooling"])
+def test_a_client_reads_the_name_that_it_used(path: str) -> None:
+    async def body() -> None:
+        engine = await FakeEngine().start()
+        async with proxy_before(engine, aliases=(("ghost", "gone"),)) as proxy:
+            for name in ("ghost", "gone"):
+                answer = await ask(proxy.port, post(path, {**chat(), "model": name}))
+                assert answer.status == 404
+                assert f"The model `{name}` does not exist" in answer.json()["error"]["message"]
+
+    run(body())
+
+
+@pytest.mark.parametrize("texts", [["x"], ["=m"], ["a="], ["a=a"]])
 def test_aliases_that_cannot_work_are_refused(texts: list[str]) -> None:
     with pytest.raises(ConfigError, match="NAME=MODEL"):
         parse_aliases(texts)
+
+
+def test_names_that_are_given_twice_are_told_as_that() -> None:
+    with pytest.raises(ConfigError, match="--model-alias a is given twice"):
+        parse_aliases(["a=b", "a=c"])
+    with pytest.raises(ConfigError, match="--slo-class a is given twice"):
+        parse_slo_classes(["a,ttft=1", "a,ttft=2"])
 
 
 def test_an_alias_streams_on_tape_too() -> None:

@@ -170,6 +170,13 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     for listen, peers, path in bad:
         with pytest.raises(ConfigError):
             parse_replicas(listen, peers, str(path))
+    with pytest.raises(ConfigError, match="this proxy's own --replica-sync-listen"):
+        parse_replicas("10.0.0.1:8082", ["10.0.0.1:8082"], str(key))
+    with pytest.raises(ConfigError, match="needs --replica-sync-key-file"):
+        parse_replicas("10.0.0.1:8082", [], "")
+    key.write_bytes(b"short\n")
+    with pytest.raises(ConfigError, match=f"{key} holds 5 bytes"):
+        parse_replicas("10.0.0.1:8082", [], str(key))
 
 
 def test_flags_become_settings_and_what_contradicts_is_refused(tmp_path: Path) -> None:
@@ -186,6 +193,8 @@ def test_flags_become_settings_and_what_contradicts_is_refused(tmp_path: Path) -
     assert read_config({**given, "workers": 2}).workers == 2
     with pytest.raises(ConfigError, match="needs 4 ports"):
         read_config({**given, "workers": 4, "replica_sync_peer": ["127.0.0.1:65533"]})
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:10 is a peer's and that of a worker"):
+        read_config({**given, "workers": 2, "replica_sync_peer": ["127.0.0.1:10"]})
 
 
 def test_workers_of_one_proxy_are_replicas_of_each_other(tmp_path: Path) -> None:

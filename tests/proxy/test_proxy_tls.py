@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from dynamo_proxy.config import EngineAddress, TlsFiles, parse_engine_url
 from dynamo_proxy.engines import Health
+from dynamo_proxy.errors import ConfigError
 from dynamo_proxy.tls import ServerTls
 
 from tests.proxy.proxy_fakes import Client, FakeEngine, chat, post, proxy_before, run, wait_until
@@ -183,6 +184,19 @@ def test_files_that_cannot_work_are_one_clear_line(tmp_path: Path) -> None:
         code, stderr = call(*ENGINE, *arguments)
         assert (code, stderr.count("\n")) == (2, 1), stderr
         assert arguments[0] in stderr
+
+
+def test_a_key_that_is_locked_or_elsewhere_is_told_as_that(tmp_path: Path) -> None:
+    whole = Path(certificate(tmp_path)).read_bytes()
+    key = serialization.load_pem_private_key(whole, None)
+    locked, alone = tmp_path / "locked.pem", tmp_path / "alone.pem"
+    kinds = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    locked.write_bytes(key.private_bytes(*kinds, serialization.BestAvailableEncryption(b"open")))
+    alone.write_bytes(whole[whole.index(b"-----BEGIN CERTIFICATE") :])
+    with pytest.raises(ConfigError, match=f"{locked} is encrypted; write it without a passphrase"):
+        ServerTls(str(alone), str(locked))
+    with pytest.raises(ConfigError, match=f"{alone} .no key is in it.; .* --tls-key-file"):
+        ServerTls(str(alone), "")
 
 
 @pytest.mark.parametrize(("url", "canonical"), [("https://a", "https://a:443"), ("https://a:8443/", "https://a:8443")])
