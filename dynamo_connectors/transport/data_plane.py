@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,7 +32,9 @@ log = logging.getLogger(__name__)
 #: NIXL that does not start again is tried again after so long, and ever more seldom.
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
-
+#: UCX ends the process whose agent ends while a copy within the host is under way. Such a copy takes milliseconds; what
+#: takes longer waits for a peer, and ends with the agent.
+_COPY_SECONDS = 1.5
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 #: Addresses here and there, and bytes.
@@ -97,6 +100,7 @@ class DataPlane:
             self._peers[peer] = _Known(self._agent.connect(welcome.metadata), welcome)
         except StoreError as error:
             return str(error)
+        self._connect_apart(self._peers[peer])
         return None
 
     def disconnect(self, peer: str) -> None:
@@ -138,6 +142,17 @@ class DataPlane:
         there[1:] = (place.window if in_window else place.slots) + WORD_BYTES * np.asarray(slots, dtype=np.int64)
         pieces = _joined(self._landing.addresses(words), there, np.full(len(words), WORD_BYTES))
         return self._start_read(read, known.agent, pieces, (None, None), words)
+
+    def _connect_apart(self, known: _Known) -> None:
+        """NIXL's thread connects when it first READs: not what somebody waits for, but a word that nobody looks at."""
+        assert self._agent is not None, "a peer is met without an agent"
+        if self._is_on_host and (place := known.welcome.words) is not None:
+            here = np.repeat(self._landing.addresses(self._landing.spare), _APART_PIECES)
+            pieces = here, np.full(_APART_PIECES, place.run), np.full(_APART_PIECES, WORD_BYTES)
+            with suppress(StoreError):
+                handle = self._agent.post(known.agent, *pieces, (None, None))
+                # No read has such a number, so nobody hears how this one ends.
+                self._transfers[-next(self._runs)] = _Transfer(handle, known.agent, self._landing.spare)
 
     def _start_read(
         self, read: int, agent: str, pieces: Pieces, devices: Devices, words: Numbers | None = None
@@ -235,8 +250,12 @@ class DataPlane:
             log.warning("dynamo: NIXL does not start again (%s)", error)
 
     def _stop(self) -> None:
-        self._transfers.clear()
         self._peers.clear()
+        last = time.monotonic() + _COPY_SECONDS
+        while self._is_on_host and self._transfers and time.monotonic() < last:
+            self.poll()
+            time.sleep(0.001)
+        self._transfers.clear()
         if self._agent is not None:
             self._agent.close()
             self._agent = None
