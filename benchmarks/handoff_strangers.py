@@ -1,7 +1,8 @@
 """Engines that do not fit, and greetings that were changed on their way: ours, and vLLM's own NixlConnector.
 
-Option: one column alone (`dynamo` or `stock`). Somebody between a real prefill and a real decode vLLM changes what they
-say when they meet. At the end the prefill engine is started again with other weights in the same place.
+Options: one column alone (`dynamo` or `stock`), and words; only the rows that say one of them. Somebody between a real
+prefill and a real decode vLLM changes what they say when they meet. At the end the prefill engine is started again with
+other weights in the same place.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from benchmarks.handoff_columns import LEFT, Column, Held, OurPair, StockPair, run_columns
+from benchmarks.handoff_columns import Column, Held, OurPair, StockPair, run_columns
 from dynamo_connectors.transport.messages import MAGIC, Codec, Hello, Reply, Request, Welcome
 from tests.transport.peers import Between, Relay
 from tests.vllm.handoff_tickets import SECRET, signed
@@ -88,13 +89,12 @@ class StockMiddle(Relay):
 
 
 class Strangers(Column):
-    def rows(self) -> Iterator[tuple[str, str]]:
+    def rows(self) -> Iterator[tuple[str, Callable[[], str]]]:
         for what in OURS:
             if what in STOCK or not isinstance(self.pair, StockPair):
-                yield what, self._greeted(what)
-        yield "afterwards, 5 prompts", self.handed_over(5)
-        yield "other weights in the same place", self._other_weights()
-        yield LEFT, self.left()
+                yield what, partial(self._greeted, what)
+        yield "afterwards, 5 prompts", partial(self.handed_over, 5)
+        yield "other weights in the same place", self._other_weights
 
     def _greeted(self, what: str) -> str:
         held, port = self.hold(), free_port()
