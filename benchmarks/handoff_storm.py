@@ -1,6 +1,6 @@
 """Thousands of requests to a real prefill and a real decode vLLM, a random fault each: every answer must be right.
 
-    handoff_storm [MINUTES [SEED]]
+    handoff_storm [MINUTES [SEED [CLIENTS]]]
 
 Between the engines stands somebody who sees every message and may lose, double or delay it, end its lease, or stop
 or kill an engine at that moment. Several clients ask at once. What the prefill engine answers alone, before any
@@ -94,8 +94,9 @@ class Ended(NamedTuple):
 
 
 class Storm:
-    def __init__(self, pair: StormPair, engines: Engines, seed: int) -> None:
+    def __init__(self, pair: StormPair, engines: Engines, seed: int, clients: int) -> None:
         self._pair = pair
+        self._clients = clients
         self._chance = random.Random(seed)
         self.engines = engines
         for event in self.engines.ready.values():
@@ -112,15 +113,15 @@ class Storm:
         self._ends = 0.0
 
     def learn(self) -> None:
-        with ThreadPoolExecutor(CLIENTS) as pool:
+        with ThreadPoolExecutor(self._clients) as pool:
             self._alone = list(pool.map(self._answer_alone, range(PROMPTS)))
 
     def rage(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds
         killer = threading.Thread(target=self._kill_now_and_then, args=(seconds,))
         killer.start()
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            clients = [pool.submit(self._keep_asking) for _ in range(CLIENTS)]
+        with ThreadPoolExecutor(self._clients) as pool:
+            clients = [pool.submit(self._keep_asking) for _ in range(self._clients)]
             while wait(clients, timeout=60).not_done:
                 print(f"{self._ends - time.monotonic():.0f} s to go: {ends_of(self.ended)}", flush=True)
             for client in clients:
@@ -301,6 +302,7 @@ def report(storm: Storm, pair: Pair) -> bool:
 def main(arguments: Sequence[str]) -> int:
     minutes = float(arguments[0]) if arguments else 8.0
     seed = int(arguments[1]) if len(arguments) > 1 else 7
+    clients = int(arguments[2]) if len(arguments) > 2 else CLIENTS
     os.environ["UCX_LOG_LEVEL"] = "error"
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
@@ -309,7 +311,7 @@ def main(arguments: Sequence[str]) -> int:
         stack.callback(engines.close)
         stack.callback(pair.close)
         pair.start()
-        storm = Storm(pair, engines, seed)
+        storm = Storm(pair, engines, seed, clients)
         stack.callback(storm.middle.close)
         storm.learn()
         try:
