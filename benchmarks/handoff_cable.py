@@ -1,8 +1,9 @@
 """Faults in the middle of a transfer between two hosts: ours, and vLLM's own NixlConnector.
 
-Option: one column alone (`dynamo` or `stock`). A real prefill and a real decode vLLM on two hosts (network namespaces)
-with a cable between them, made slow so that a fault hits a transfer of which a third is over. The client reaches both
-by other ways.
+Options: one column alone (`dynamo` or `stock`), and words (`"decode killed"`); only the rows that say one of them.
+
+A real prefill and a real decode vLLM on two hosts (network namespaces) with a cable between them, made slow so that a
+fault hits a transfer of which a third is over. The client reaches both by other ways.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from functools import partial
 from pathlib import Path
 from threading import Timer
 
-from benchmarks.handoff_columns import LEFT, Column, Held, OurPair, StockPair, run_columns
+from benchmarks.handoff_columns import Column, Held, OurPair, StockPair, awake, run_columns
 from tests.house.repository import ROOT
 from tests.transport.network import Cable
-from tests.vllm.client import prompt
 from tools.server_process import ServerProcess
 from tools.vllm_server import MODEL_NAME
 
@@ -88,21 +88,21 @@ def sent_bytes() -> int:
 
 
 class OnACable(Column):
-    def rows(self) -> Iterator[tuple[str, str]]:
-        yield "no fault, 5 prompts", self.handed_over(5)
+    def rows(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        yield "no fault, 5 prompts", partial(self.handed_over, 5)
         slow_down(SLOW)
+        yield "a slow cable", lambda: self.judge(self.hold())
         before = sent_bytes()
-        yield "a slow cable", self.judge(self.hold())
+        self.handed_over(1)
         self._third = (sent_bytes() - before) // 3
         for side, server in self._servers().items():
-            yield f"{side} stopped for {STOPS_SECONDS:.0f} s during a transfer", self._stopped(server)
-        yield f"client leaves during a transfer, {OTHERS} others", self._left_by_client()
-        yield f"a transfer of 30 s, {OTHERS} others", self._late()
+            yield f"{side} stopped for {STOPS_SECONDS:.0f} s during a transfer", partial(self._stopped, server)
+        yield f"client leaves during a transfer, {OTHERS} others", self._left_by_client
+        yield f"a transfer of 30 s, {OTHERS} others", self._late
         for side, server in self._servers().items():
-            yield f"{side} killed during a transfer", self._killed(server)
+            yield f"{side} killed during a transfer", partial(self._killed, server)
         for seconds in CUTS_SECONDS:
-            yield from self._cut(seconds)
-        yield LEFT, self.left()
+            yield f"cable cut for {seconds:.0f} s during a transfer", partial(self._cut, seconds)
 
     def _servers(self) -> dict[str, ServerProcess]:
         return {"prefill": self.pair.prefill_server, "decode": self.pair.decode_server}
@@ -135,17 +135,16 @@ class OnACable(Column):
     def _killed(self, server: ServerProcess) -> str:
         return f"{self._during(server.kill)}; {self._next()}"
 
-    def _cut(self, seconds: float) -> Iterator[tuple[str, str]]:
-        held, joined = self.hold(), Timer(seconds, plug, ["up"])
+    def _cut(self, seconds: float) -> str:
+        joined = Timer(seconds, plug, ["up"])
 
         def cut() -> None:
             plug("down")
             joined.start()
 
-        yield f"cable cut for {seconds:.0f} s during a transfer", self._during(cut)
-        yield f"cable cut for {seconds:.0f} s, the next request", self.judge(held)
+        said = f"{self._during(cut)}; {self._next()}"
         joined.join()
-        yield f"cable back after {seconds:.0f} s, until a prompt is handed over", self._until_handed_over()
+        return f"{said}; {self._until_handed_over()}"
 
     def _until_handed_over(self) -> str:
         started = time.monotonic()
@@ -186,11 +185,8 @@ class OnACable(Column):
         """The next request, when whoever has died was started again."""
         died = [side for side, server in self._servers().items() if not server.is_healthy()]
         for side in died:
-            server = self._servers()[side]
-            server.kill()
-            server.start().wait_ready(600.0)
-            # A CPU worker of vLLM may die of SIGILL when its first forward is a single token; a pulled prompt is that.
-            (self.pair.prefill if side == "prefill" else self.pair.decode).complete(prompt(0))
+            self._servers()[side].kill()
+            awake(self._servers()[side].start())
         again = f"{' and '.join(died)} started again, " if died else ""
         return f"{again}the next one {self.judge(self.hold())}"
 

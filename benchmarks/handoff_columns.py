@@ -12,15 +12,15 @@ import json
 import tempfile
 import time
 import urllib.error
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.vllm.client import prompt
+from tests.vllm.client import VllmClient, prompt
 from tests.vllm.pair import Pair
-from tools.server_process import free_port
+from tools.server_process import ServerProcess, free_port
 from tools.tiny_model import make_model
 
 #: Stock: its shortest useful one. Ours is fixed at 30 s.
@@ -79,8 +79,15 @@ class Column:
         self.pair = pair
         self._seeds: Iterator[int] = count(1)
 
-    def rows(self) -> Iterator[tuple[str, str]]:
+    def rows(self) -> Iterator[tuple[str, Callable[[], str]]]:
         raise NotImplementedError
+
+    def answers(self, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Of all rows, or of those that say one of `words`, one after the other; and what is left then."""
+        for what, ask in self.rows():
+            if not words or any(word in what for word in words):
+                yield what, ask()
+        yield LEFT, self.left()
 
     def prompt(self) -> list[int]:
         return prompt(next(self._seeds))
@@ -133,17 +140,24 @@ class Column:
         return found
 
 
-def started(pair: Pair) -> Pair:
-    pair.start()
-    # A CPU worker of vLLM may die of SIGILL when its first forward is a single token; a pulled prompt is that.
-    pair.decode.complete(prompt(0))
-    return pair
+def awake(server: ServerProcess) -> VllmClient:
+    """Returns when it answers, with a client of it.
+
+    A CPU worker of vLLM may die of SIGILL when its first forward is a single token; a pulled prompt is that.
+    """
+    server.wait_ready(600.0)
+    client = VllmClient(server.url)
+    client.complete(prompt(0))
+    return client
 
 
 def run_columns(
-    columns: Mapping[str, Callable[[Path, Path], Pair]], table: Callable[[Pair], Column], only: str = ""
+    columns: Mapping[str, Callable[[Path, Path], Pair]], table: Callable[[Pair], Column], only: str = "", *words: str
 ) -> int:
-    """Prints each row as it comes, and the columns side by side. 1 when ours gave a wrong token or kept something."""
+    """Prints each row as it comes, and the columns side by side. 1 when ours gave a wrong token or kept something.
+
+    `only`: that column alone. `words`: those rows alone that say one of them; some rows need the one before.
+    """
     said: dict[str, dict[str, str]] = {}
     for name, make in columns.items():
         if only in ("", name):
@@ -151,7 +165,8 @@ def run_columns(
             with tempfile.TemporaryDirectory() as folder:
                 pair = make(make_model(Path(folder) / "model"), Path(folder))
                 try:
-                    for what, answer in table(started(pair)).rows():
+                    awake(pair.start().decode_server)
+                    for what, answer in table(pair).answers(words):
                         print(f"{name}: {what}: {answer}", flush=True)
                         said[name][what] = answer
                 finally:

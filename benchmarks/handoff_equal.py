@@ -21,13 +21,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from benchmarks.handoff_columns import awake
 from tests.vllm.client import Answer, VllmClient, prompt
 from tests.vllm.pair import PREFILL
 from tools.server_process import ServerProcess, free_port
 from tools.tiny_model import make_model
 from tools.vllm_server import BLOCK_TOKENS, MODEL_NAME, VllmOptions, vllm_server
 
-BOOT_SECONDS = 600.0
 CHUNKS = 2
 HOST_GB = "0.1"
 ARMS = ("alone", "again", "1p1d", "2p2d", "fetch")
@@ -43,13 +43,7 @@ def boot(stack: ExitStack, model: Path, flags_by_name: dict[str, list[str]]) -> 
         server.env = {**server.env, "UCX_LOG_LEVEL": "error"}
         stack.callback(server.stop)
         servers.append(server.start())
-    clients = []
-    for server in servers:
-        server.wait_ready(BOOT_SECONDS)
-        clients.append(VllmClient(server.url))
-        # A CPU worker of vLLM may die of SIGILL when its first forward is a single token; a pulled prompt is that.
-        clients[-1].complete(prompt(0))
-    return clients
+    return [awake(server) for server in servers]
 
 
 def flags_of(role: str) -> list[str]:

@@ -1,16 +1,16 @@
 """Prefill and decode apart on real vLLM servers: the same faults caused on ours and on vLLM's own NixlConnector.
 
-Option: one column alone (`dynamo` or `stock`). The faults come between the prefill engine's answer and the question to
-the decode engine.
+Options: one column alone (`dynamo` or `stock`), and words; only the rows that say one of them. The faults come between
+the prefill engine's answer and the question to the decode engine.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from benchmarks.handoff_columns import LEFT, Column, OurPair, StockPair, run_columns
+from benchmarks.handoff_columns import Column, OurPair, StockPair, run_columns
 from tests.vllm.client import wait_until
 
 #: More than HBM and host memory hold.
@@ -18,16 +18,18 @@ OTHERS = 14
 
 
 class Faults(Column):
-    def rows(self) -> Iterator[tuple[str, str]]:
-        yield "no fault, 20 prompts", self.handed_over(20)
-        yield "another prompt's ticket", self.judge(self.hold()._replace(ticket=self.pair.ticket(self.prompt())))
-        yield "prefill stopped (SIGSTOP) after its answer", self._stopped()
-        yield "and after it goes on, 5 prompts", self.handed_over(5)
-        yield "lease over, blocks re-used before decode reads", self._stale()
-        yield "prefill killed after its answer", self._killed()
-        yield "prefill back at the same address, old ticket", self._back()
-        yield "and new tickets, 5 prompts", self.handed_over(5)
-        yield LEFT, self.left()
+    def rows(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        yield "no fault, 20 prompts", partial(self.handed_over, 20)
+        yield "another prompt's ticket", self._foreign
+        yield "prefill stopped (SIGSTOP) after its answer", self._stopped
+        yield "and after it goes on, 5 prompts", partial(self.handed_over, 5)
+        yield "lease over, blocks re-used before decode reads", self._stale
+        yield "prefill killed after its answer", self._killed
+        yield "prefill back at the same address, old ticket", self._back
+        yield "and new tickets, 5 prompts", partial(self.handed_over, 5)
+
+    def _foreign(self) -> str:
+        return self.judge(self.hold()._replace(ticket=self.pair.ticket(self.prompt())))
 
     def _stopped(self) -> str:
         held = self.hold()

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.handoff_columns import awake
 from dynamo_connectors.transport.messages import (
     STANDING_LEASE,
     Ask,
@@ -24,7 +25,6 @@ from dynamo_connectors.transport.messages import (
     Welcome,
 )
 from tests.transport.peers import Between
-from tests.vllm.client import prompt
 from tests.vllm.handoff_tickets import SECRET
 from tests.vllm.pair import Pair
 from tools.server_process import ServerProcess, first_error, free_port
@@ -158,9 +158,7 @@ class Engines:
     def _start_again(self, side: str, why: str) -> None:
         started = time.monotonic()
         try:
-            self.server(side).start().wait_ready(600.0)
-            # A CPU worker of vLLM may die of SIGILL when its first forward is a single token; a pulled prompt is that.
-            (self.pair.prefill if side == "prefill" else self.pair.decode).complete(prompt(0))
+            awake(self.server(side).start())
             self.notes.append(f"{side} {why}, back after {time.monotonic() - started:.0f} s")
         finally:  # clients that wait for it hear of a failed start
             self.ready[side].set()

@@ -1,9 +1,10 @@
 """Stops and kills a real prefill or decode vLLM at every message of a hand-off, and asks what the client is told.
 
-Option: `stopped` or `killed` alone. Between the engines stands somebody who sees the messages: he stops an engine
-(SIGSTOP, for 3 s) or kills it (SIGKILL; it is started again) when the first message of that kind comes by, before he
-passes it on. What vLLM's own NixlConnector says at those of these moments that it has, `handoff_faults` and
-`handoff_cable` show.
+Options: words (`stopped`, `decode killed`); only the rows that say one of them.
+
+Between the engines stands somebody who sees the messages: he stops an engine (SIGSTOP, for 3 s) or kills it (SIGKILL;
+it is started again) when the first message of that kind comes by, before he passes it on. What vLLM's own NixlConnector
+says at those of these moments that it has, `handoff_faults` and `handoff_cable` show.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 
-from benchmarks.handoff_columns import LEFT, Column, Held, OurPair, run_columns
+from benchmarks.handoff_columns import Column, Held, OurPair, run_columns
 from benchmarks.handoff_middle import KINDS, SIDES, Engines, Middle, Plan
 from tests.vllm.handoff_tickets import signed
 from tests.vllm.pair import Pair
@@ -25,28 +27,19 @@ GREETINGS = ("Hello", "Welcome")
 
 
 class Steps(Column):
-    def __init__(self, pair: Pair, ways: tuple[str, ...]) -> None:
+    def __init__(self, pair: Pair) -> None:
         super().__init__(pair)
-        self._ways = ways
         self._engines = Engines(pair)
 
-    def rows(self) -> Iterator[tuple[str, str]]:
-        for how in self._ways:
+    def rows(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        for how in ("stopped", "killed"):
             for side in SIDES:
                 for step in KINDS:
                     if (how, side) == ("killed", "decode") and step in GREETINGS:
                         continue  # nobody has been promised anything yet
-                    middle = Middle(self.pair._peer_port, random.Random(1))
-                    try:
-                        yield f"{side} {how} at {step}", self._row(middle, side, how, step)
-                    finally:
-                        middle.close()
-        yield LEFT, self.left()
+                    yield f"{side} {how} at {step}", partial(self._row, side, how, step)
 
-    def _row(self, middle: Middle, side: str, how: str, step: str) -> str:
-        if step not in GREETINGS:
-            self.judge(self._through(middle))
-
+    def _row(self, side: str, how: str, step: str) -> str:
         acted = threading.Event()
 
         def act() -> None:
@@ -59,11 +52,14 @@ class Steps(Column):
         def has_come() -> bool:
             return acted.wait(30.0)
 
-        held = self._through(middle)
-        middle.breaks_in.append(Plan(KINDS[step], act))
-        said = self.judge_with_fault(lambda: None, has_come, held)
-        self._engines.settle()
-        return f"{said}; the next one {self.judge(self._through(middle))}"
+        with closing(Middle(self.pair._peer_port, random.Random(1))) as middle:
+            if step not in GREETINGS:
+                self.judge(self._through(middle))
+            held = self._through(middle)
+            middle.breaks_in.append(Plan(KINDS[step], act))
+            said = self.judge_with_fault(lambda: None, has_come, held)
+            self._engines.settle()
+            return f"{said}; the next one {self.judge(self._through(middle))}"
 
     def _through(self, middle: Middle) -> Held:
         """A hand-off that he sees; at another address, so it begins with a greeting."""
@@ -72,8 +68,7 @@ class Steps(Column):
 
 
 def main(arguments: list[str]) -> int:
-    ways = tuple(arguments) or ("stopped", "killed")
-    return run_columns({"dynamo": partial(OurPair, transports="tcp")}, partial(Steps, ways=ways))
+    return run_columns({"dynamo": partial(OurPair, transports="tcp")}, Steps, "", *arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Thousands of requests to a real prefill and a real decode vLLM, a random fault each: every answer must be right.
 
-    handoff_storm [MINUTES [SEED]]
+    handoff_storm [MINUTES [SEED [CLIENTS]]]
 
 Between the engines stands somebody who sees every message and may lose, double or delay it, end its lease, or stop
 or kill an engine at that moment. Several clients ask at once. What the prefill engine answers alone, before any
@@ -86,20 +86,25 @@ class StormPair(OurPair):
 
 
 class Ended(NamedTuple):
+    """`how` is empty when nothing was asked; `seconds`: the decode engine's answer, without that to the ticket."""
+
     fault: str
-    how: str
-    seconds: float
+    how: str = ""
+    seconds: float = 0.0
 
 
 class Storm:
-    def __init__(self, pair: StormPair, engines: Engines, seed: int) -> None:
+    def __init__(self, pair: StormPair, engines: Engines, seed: int, clients: int) -> None:
         self._pair = pair
+        self._clients = clients
         self._chance = random.Random(seed)
         self.engines = engines
         for event in self.engines.ready.values():
             event.set()
         self.middle = Middle(pair._peer_port, random.Random(seed + 1))
         self.ended: list[Ended] = []
+        #: Seconds until the prefill engine gave one out.
+        self.tickets: list[float] = []
         self._alone: list[tuple[int, ...]] = []
         self._numbers = iter(range(1 << 62))
         #: Prompt, ticket, and when it was given.
@@ -108,15 +113,15 @@ class Storm:
         self._ends = 0.0
 
     def learn(self) -> None:
-        with ThreadPoolExecutor(CLIENTS) as pool:
+        with ThreadPoolExecutor(self._clients) as pool:
             self._alone = list(pool.map(self._answer_alone, range(PROMPTS)))
 
     def rage(self, seconds: float) -> None:
         self._ends = time.monotonic() + seconds
         killer = threading.Thread(target=self._kill_now_and_then, args=(seconds,))
         killer.start()
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            clients = [pool.submit(self._keep_asking) for _ in range(CLIENTS)]
+        with ThreadPoolExecutor(self._clients) as pool:
+            clients = [pool.submit(self._keep_asking) for _ in range(self._clients)]
             while wait(clients, timeout=60).not_done:
                 print(f"{self._ends - time.monotonic():.0f} s to go: {ends_of(self.ended)}", flush=True)
             for client in clients:
@@ -142,30 +147,31 @@ class Storm:
             if not self.engines.ready["prefill"].is_set():
                 fault = "ticket of an engine that was killed"
             self.engines.ready["decode"].wait()
-            lives, started = self.engines.lives, time.monotonic()
-            fault, how = self._one(fault, number)
-            if how.startswith("error"):
-                how = "error: decode was killed" if self.engines.lives > lives else how
+            lives = self.engines.lives
+            ended = self._one(fault, number)
+            if ended.how.startswith("error"):
+                ended = ended._replace(how="error: decode was killed") if self.engines.lives > lives else ended
                 self.engines.revive("decode")
-            if how:
-                self.ended.append(Ended(fault, how, time.monotonic() - started))
+            if ended.how:
+                self.ended.append(ended)
 
-    def _one(self, fault: str, number: int) -> tuple[str, str]:
-        """What was done to it, and how it ended; empty when there was nothing to ask."""
+    def _one(self, fault: str, number: int) -> Ended:
+        started = time.monotonic()
         try:
             if "old" in fault or "killed" in fault:
-                return fault, self._with_an_old_ticket(0.0 if "killed" in fault else AGED_SECONDS, number)
+                return self._with_an_old_ticket(fault, number)
             ticket = self._ticket(fault, number)
+            self.tickets.append(time.monotonic() - started)
         except (OSError, http.client.HTTPException):
             time.sleep(0.2)
             self.engines.revive("prefill")
-            return fault, ""  # the prefill engine was killed under it: no ticket, no hand-off
+            return Ended(fault)  # the prefill engine was killed under it: no ticket, no hand-off
         lease = bytes.fromhex(ticket.get("dynamo_lease", ""))
         if (plan := self._plan(fault, lease)) is not None:
             self.middle.plans[lease] = plan
-        how = (self._leave if fault == "client leaves" else self._judge)(number, ticket)
+        ended = self._ask(fault, number, ticket)
         # An engine that others' faults have made silent is not asked for a while.
-        return "none: nothing was asked of the peer" if plan is not None and not plan.is_met else fault, how
+        return ended if plan is None or plan.is_met else ended._replace(fault="none: nothing was asked of the peer")
 
     def _ticket(self, fault: str, number: int) -> dict[str, Any]:
         tokens = prompt(number + 1, CHUNKS)
@@ -181,18 +187,18 @@ class Storm:
         ticket = signed({**ticket, "remote_port": self.middle.port})
         return {**ticket, "dynamo_lease": os.urandom(16).hex()} if fault == "ticket of an unsigned lease" else ticket
 
-    def _with_an_old_ticket(self, seconds: float, number: int) -> str:
-        ticket: dict[str, Any] | None = None
+    def _with_an_old_ticket(self, fault: str, number: int) -> Ended:
+        gives_none_out = "killed" in fault
         with self._lock:
-            if self._aged and time.monotonic() - self._aged[0][2] >= seconds:
-                at, ticket, _ = self._aged.popleft()
+            old = self._aged and time.monotonic() - self._aged[0][2] >= (0.0 if gives_none_out else AGED_SECONDS)
+            at, ticket, _ = self._aged.popleft() if old else (number, None, 0.0)
         if ticket is not None:
-            return self._judge(at, ticket)
-        if not seconds:  # nobody gives out tickets now
+            return self._ask(fault, at, ticket)
+        if gives_none_out:
             time.sleep(0.2)
-            return ""
-        self._aged.append((number, self._ticket("", number), time.monotonic()))
-        return ""
+        else:
+            self._aged.append((number, self._ticket("", number), time.monotonic()))
+        return Ended(fault)
 
     def _plan(self, fault: str, lease: bytes) -> Plan | None:
         chance, engines = self._chance, self.engines
@@ -209,6 +215,11 @@ class Storm:
             return Plan(kind, lambda: self.middle.say(End(os.urandom(8), lease)))
         side, seconds = fault.partition(" ")[0], chance.uniform(*STANDS_SECONDS)
         return Plan(kind, lambda: engines.stop_for(side, seconds))
+
+    def _ask(self, fault: str, number: int, ticket: dict[str, Any]) -> Ended:
+        started = time.monotonic()
+        how = (self._leave if fault == "client leaves" else self._judge)(number, ticket)
+        return Ended(fault, how, time.monotonic() - started)
 
     def _judge(self, number: int, params: dict[str, Any]) -> str:
         try:
@@ -257,6 +268,13 @@ def label_of(labels: dict[str, str]) -> str:
     return labels.get("tier") or labels.get("reason") or ""
 
 
+def slower(pair: Pair, name: str, **labels: str) -> dict[str, int]:
+    """Of a histogram of seconds of the decode engine: how many took longer, and how many there were ("0")."""
+    reached = {each.labels["le"]: int(each.value) for each in pair.decode.series(f"{name}_bucket", **labels)}
+    total = reached.pop("+Inf", 0)
+    return {"0": total, **{seconds: total - count for seconds, count in reached.items() if float(seconds) >= 1.0}}
+
+
 def report(storm: Storm, pair: Pair) -> bool:
     table = Counter((ended.fault, ended.how) for ended in storm.ended)
     for (fault, how), count in sorted(table.items()):
@@ -268,6 +286,12 @@ def report(storm: Storm, pair: Pair) -> bool:
     ends = ends_of(storm.ended)
     tokens = ends.get("right", 0) * ANSWER_TOKENS
     print(f"{len(storm.ended)} requests, {faulted} with a fault of their own: {ends}; {tokens} tokens compared")
+    print(f"the prefill engine's tickets took {max(storm.tickets):.1f} s at most")
+    print(
+        f"answers of the decode engine, slower than so many seconds: {slower(pair, 'vllm:e2e_request_latency_seconds')}"
+    )
+    loads = slower(pair, "dynamo_kvbm_transfer_seconds", what="onboard", tier="peer")
+    print(f"its loads from the prefill engine, slower than that (deadline {DEADLINE_MS} ms): {loads}")
     for name in TOLD:
         told = {label_of(each.labels): int(each.value) for each in pair.decode.series(name) if each.value}
         print(f"{name} of the decode engine since its start: {told}")
@@ -278,6 +302,7 @@ def report(storm: Storm, pair: Pair) -> bool:
 def main(arguments: Sequence[str]) -> int:
     minutes = float(arguments[0]) if arguments else 8.0
     seed = int(arguments[1]) if len(arguments) > 1 else 7
+    clients = int(arguments[2]) if len(arguments) > 2 else CLIENTS
     os.environ["UCX_LOG_LEVEL"] = "error"
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
@@ -286,7 +311,7 @@ def main(arguments: Sequence[str]) -> int:
         stack.callback(engines.close)
         stack.callback(pair.close)
         pair.start()
-        storm = Storm(pair, engines, seed)
+        storm = Storm(pair, engines, seed, clients)
         stack.callback(storm.middle.close)
         storm.learn()
         try:

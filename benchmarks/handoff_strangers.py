@@ -1,26 +1,25 @@
 """Engines that do not fit, and greetings that were changed on their way: ours, and vLLM's own NixlConnector.
 
-Option: one column alone (`dynamo` or `stock`). Somebody between a real prefill and a real decode vLLM changes what they
-say when they meet. At the end the prefill engine is started again with other weights in the same place.
+Options: one column alone (`dynamo` or `stock`), and words; only the rows that say one of them. Somebody between a real
+prefill and a real decode vLLM changes what they say when they meet. At the end the prefill engine is started again with
+other weights in the same place.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
 
 import msgspec
-import zmq
 from msgspec.structs import replace
 
-from benchmarks.handoff_columns import LEFT, Column, Held, OurPair, StockPair, run_columns
+from benchmarks.handoff_columns import Column, Held, OurPair, StockPair, run_columns
 from dynamo_connectors.transport.messages import MAGIC, Codec, Hello, Reply, Request, Welcome
-from tests.transport.peers import Between
+from tests.transport.peers import Between, Relay
 from tests.vllm.handoff_tickets import SECRET, signed
 from tools.server_process import free_port
 from tools.tiny_model import make_model
@@ -70,7 +69,7 @@ STOCK: Mapping[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
-class StockMiddle:
+class StockMiddle(Relay):
     """Passes NixlConnector's questions on, and its answers changed, under a name that nobody had before.
 
     NixlConnector remembers an engine's block size from a meeting that failed, and dies of it at the next.
@@ -80,39 +79,22 @@ class StockMiddle:
         self.name = f"stranger at {port}"
         self._rename = _inside(lambda inner: {**inner, "engine_id": self.name})
         self._change = change
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._front = self._context.socket(zmq.ROUTER)
-        self._front.bind(f"tcp://127.0.0.1:{port}")
-        self._back = self._context.socket(zmq.REQ)
-        self._back.connect(f"tcp://127.0.0.1:{owner_port}")
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+        super().__init__(port, owner_port)
 
-    def close(self) -> None:
-        self._stopping = True
-        self._thread.join()
-        self._context.destroy(linger=0)
-
-    def _run(self) -> None:
-        while not self._stopping:
-            if self._front.poll(50):
-                client, empty, question = self._front.recv_multipart()
-                self._back.send(question)
-                answer, *rest = self._back.recv_multipart()
-                changed = self._change(self._rename(msgspec.msgpack.decode(answer)))
-                frame = changed if isinstance(changed, bytes) else msgspec.msgpack.encode(changed)
-                self._front.send_multipart([client, empty, frame, *rest])
+    def _answered(self, client: bytes, frames: list[bytes]) -> None:
+        empty, answer, *rest = frames
+        changed = self._change(self._rename(msgspec.msgpack.decode(answer)))
+        frame = changed if isinstance(changed, bytes) else msgspec.msgpack.encode(changed)
+        super()._answered(client, [empty, frame, *rest])
 
 
 class Strangers(Column):
-    def rows(self) -> Iterator[tuple[str, str]]:
+    def rows(self) -> Iterator[tuple[str, Callable[[], str]]]:
         for what in OURS:
             if what in STOCK or not isinstance(self.pair, StockPair):
-                yield what, self._greeted(what)
-        yield "afterwards, 5 prompts", self.handed_over(5)
-        yield "other weights in the same place", self._other_weights()
-        yield LEFT, self.left()
+                yield what, partial(self._greeted, what)
+        yield "afterwards, 5 prompts", partial(self.handed_over, 5)
+        yield "other weights in the same place", self._other_weights
 
     def _greeted(self, what: str) -> str:
         held, port = self.hold(), free_port()

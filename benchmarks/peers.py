@@ -11,13 +11,12 @@ import os
 import statistics
 import sys
 import time
-from collections import deque
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.peer_loads import load
 from dynamo_connectors.below import PEER_READ_ROWS, PEER_READS
 from dynamo_connectors.blocks import BlockKey
-from dynamo_connectors.tiers.base import Batch, Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.agent import Agent, Region
 from dynamo_connectors.transport.peer_tier import PeerSettings, PeerTier
@@ -57,7 +56,7 @@ class Sides:
         self.agent = Agent("bare", [region])
         self._peer = self.agent.connect(metadata)
         self.tier = PeerTier(PeerSettings(0, b"n", row_bytes, b"s", 60.0), [region])
-        self._ticket = BlockKey(Ticket("127.0.0.1", port, LEASE).encode())
+        self._ticket = Ticket("127.0.0.1", port, LEASE)
 
     def bare(self, batches: list[range]) -> float:
         return sum(self._bare(batch) for batch in batches)
@@ -74,21 +73,7 @@ class Sides:
         return seconds
 
     def ours(self, batches: list[range]) -> float:
-        """As a load does it: while one READ is asked about, others are under way."""
-        started = time.perf_counter()
-        under_way: deque[Batch] = deque()
-        for rows in batches:
-            places = [Place(BlockKey(b"%d" % row), 0, self._ticket) for row in rows]
-            under_way += self.tier.read(places, [memoryview(self.dram.rows[row]) for row in rows])
-            if len(under_way) == self.reads_at_once:
-                self._await(under_way.popleft())
-        for batch in under_way:
-            self._await(batch)
-        return time.perf_counter() - started
-
-    @staticmethod
-    def _await(batch: Batch) -> None:
-        assert not any(batch.outcome.result()), batch.outcome.result()
+        return load(self.tier, self._ticket, self.dram, batches, self.reads_at_once)
 
 
 def compare(what: str, sides: Sides, batches: list[range]) -> tuple[float, float]:

@@ -12,7 +12,6 @@ import os
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,10 +21,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.peer_loads import load
 from dynamo_connectors.below import PEER_READ_ROWS, PEER_READS
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.head_map import HeadPage, Heads
-from dynamo_connectors.tiers.base import Batch, Place
 from dynamo_connectors.tiers.dram import DramStore
 from dynamo_connectors.transport.agent import Region
 from dynamo_connectors.transport.divided_peers import DividedPeerTier
@@ -88,23 +87,8 @@ class Reader:
         return [replace(settings, rank=part.rank, row_bytes=part.row_bytes, parts=part.pieces) for part in parts]
 
     def read(self, port: int, among: int) -> float:
-        """As a load does it: while one READ is asked about, others are under way."""
-        ticket = BlockKey(Ticket("127.0.0.1", port, LEASE, among).encode())
-        started = time.perf_counter()
-        under_way: deque[Batch] = deque()
-        for first in range(0, BLOCKS, PEER_READ_ROWS):
-            blocks = range(first, min(first + PEER_READ_ROWS, BLOCKS))
-            places = [Place(BlockKey(b"%d" % block), 0, ticket) for block in blocks]
-            under_way += self.tier.read(places, [memoryview(self.dram.rows[block]) for block in blocks])
-            if len(under_way) == PEER_READS:
-                self._await(under_way.popleft())
-        for batch in under_way:
-            self._await(batch)
-        return time.perf_counter() - started
-
-    @staticmethod
-    def _await(batch: Batch) -> None:
-        assert not any(batch.outcome.result()), batch.outcome.result()
+        parts = (range(first, min(first + PEER_READ_ROWS, BLOCKS)) for first in range(0, BLOCKS, PEER_READ_ROWS))
+        return load(self.tier, Ticket("127.0.0.1", port, LEASE, among), self.dram, parts, PEER_READS)
 
     def check(self) -> None:
         for block in range(BLOCKS):

@@ -50,7 +50,7 @@ class Onboarding:
         """How many tokens behind `computed_tokens` can be loaded; None to be asked again later."""
         live.local_tokens = computed_tokens
         live.has_run = False  # vLLM 0.33 may tell of an admission later than it counts the tokens of another's load
-        if live.is_disappointed:
+        if live.is_disappointed or self._shared.is_out_of_time(live.request_id):
             return 0
         # It ran ahead of its load and was preempted: one load of a request at a time.
         if live.request_id in self.loading or self._shall_wait(live):
@@ -115,14 +115,15 @@ class Onboarding:
         if self.holds is not None and held:
             self.holds.release(held)
         live.is_disappointed |= bool(job.failed)
-        self._shared.end(job.loading)
+        is_late = "timeout" in job.failed.values()
+        self._shared.end(job.loading, is_late)
         here = [source for source in job.loads if source.tier != PEER]
         self._manager.release(here, damaged=damaged(job.failed))
         self.let_go(live)
         if self._gate is not None:
             # What came too late took its time like the rest; other failures say nothing about it.
             late: Counter[str] = Counter()
-            if "timeout" in job.failed.values():
+            if is_late:
                 late.update(source.tier for source in job.loads if job.failed.get(source.key) == "timeout")
             for tier, num_bytes, seconds in job.moved:
                 self._gate.observe_load(tier, num_bytes + late[tier] * self._limits.block_bytes, seconds)

@@ -2,7 +2,8 @@
 
 When the load ends, its blocks are in HBM and the engine's own prefix cache finds them; all waiters go on in the same
 step (vLLM #44294 is what happens when they go on one by one). A waiter never depends on the loader's luck: a load that
-fails, or whose request leaves, is no longer shared, and who has waited `_PATIENCE` times loads for itself.
+fails, or whose request leaves, is no longer shared, and who has waited `_PATIENCE` times loads for itself. Who has
+waited for a load that took all the time that loads have has no time left for one of its own: it computes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class SharedLoads:
         self._blocks_of: dict[str, list[BlockKey]] = {}
         #: waiter -> the loaders it has waited for, the current one last.
         self._waited_for: dict[str, list[str]] = {}
+        #: Who has waited for a load that came too late.
+        self._out_of_time: set[str] = set()
         #: Waits begun so far.
         self.num_waits = 0
 
@@ -34,10 +37,15 @@ class SharedLoads:
         self._loader_of.update(dict.fromkeys(mine, loader))
         self._waited_for.pop(loader, None)
 
-    def end(self, loader: str) -> None:
+    def end(self, loader: str, is_late: bool = False) -> None:
         """The load is over, or nobody shall wait for it any more. Idempotent."""
         for key in self._blocks_of.pop(loader, ()):
             del self._loader_of[key]
+        if is_late:
+            self._out_of_time |= {waiter for waiter, loaders in self._waited_for.items() if loaders[-1] == loader}
+
+    def is_out_of_time(self, waiter: str) -> bool:
+        return waiter in self._out_of_time
 
     def must_wait(self, waiter: str, wanted: BlockKey) -> bool:
         """Whether `waiter`, whose next missing block is `wanted`, shall ask again later."""
@@ -57,8 +65,10 @@ class SharedLoads:
         """The request is gone: nobody waits for it, and it waits for nobody."""
         self.end(request_id)
         self._waited_for.pop(request_id, None)
+        self._out_of_time.discard(request_id)
 
     def check(self) -> None:
         blocks = {key: loader for loader, keys in self._blocks_of.items() for key in keys}
         assert blocks == self._loader_of, "the two maps of shared loads differ"
+        assert self._out_of_time <= self._waited_for.keys(), "a request is out of time that has waited for nobody"
         assert all(len(loaders) <= _PATIENCE for loaders in self._waited_for.values()), "a request waits for too many"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+from tests.proxy.proxy_fakes import RawServer
+
 _REFUSAL = b'{"error": {"message": "busy", "type": "chaos"}}'
 _BUSY = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n"
@@ -12,37 +14,19 @@ _BUSY = (
 )
 
 
-class Gate:
+class Gate(RawServer):
     """Passes bytes both ways until `mode` says otherwise: pass, hang, slow or refuse (health stays well)."""
 
     def __init__(self, engine_port: int) -> None:
+        super().__init__()
         self._engine_port = engine_port
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._links: set[asyncio.StreamWriter] = set()
         self._passing = asyncio.Event()
-        self.mode = "pass"
-        self.port = 0
+        self.set("pass")
 
     def set(self, mode: str) -> None:
         self.mode = mode
         self._passing.clear() if mode == "hang" else self._passing.set()
-
-    async def start(self) -> Gate:
-        self._passing.set()
-        self._server = await asyncio.start_server(self._begin, "127.0.0.1", 0, limit=1 << 20)
-        self.port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._server is not None:
-            await self._server.wait_closed()
-        await asyncio.sleep(0.01)  # aborted transports report their end on the next turn
 
     @property
     def open_links(self) -> int:
@@ -53,11 +37,7 @@ class Gate:
         for link in list(self._links):
             link.transport.abort()
 
-    async def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._links.add(writer)
         try:
             await self._serve(reader, writer)

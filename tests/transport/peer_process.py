@@ -212,7 +212,7 @@ class ReaderSide:
         return {"|".join(key): number for key, number in self.tier.take_counts().items()}
 
     def close(self) -> bool:
-        return self.tier.close(time.monotonic() + 10)
+        return self.tier.close(time.monotonic() + 60)
 
     def fail(self) -> None:
         """Its thread dies of something that nobody thought of."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,14 @@ import zmq
 from dynamo_connectors.transport import channel
 from dynamo_connectors.transport.messages import Codec, Reply, Request
 from tests.house.repository import ROOT, import_path
+from tests.vllm.client import wait_until
 
 #: Large enough that a READ over TCP does not fit into the buffers of the system.
 ROWS, ROW_BYTES = 64, 1 << 20
+KEYS = [f"key{number}" for number in range(16)]
+DEADLINE_SECONDS = 5.0
+#: What a loaded machine may cost.
+SLOW = frozenset({"timeout", "unreachable", "unavailable"})
 
 
 class PeerProcess:
@@ -71,30 +76,60 @@ class PeerProcess:
                 pipe.close()
 
 
-Hook = Callable[[Request | Reply], int]
+class Reads:
+    """A reader, and an address at which somebody may have the blocks of a lease."""
+
+    reader: PeerProcess
+    #: That of the first, where the owner has ranks.
+    port: int
+    lease = ""
+
+    def start_read(self) -> int:
+        rows = list(range(len(KEYS)))
+        number: int = self.reader.call("read", port=self.port, lease=self.lease, keys=KEYS, rows=rows)
+        return number
+
+    def end_read(self, number: int) -> set[str]:
+        said = self.reader.call("wait", read=number)
+        assert said is not None, "the read did not end"
+        assert "WRONG" not in said
+        return set(said)
+
+    def read(self) -> set[str]:
+        return self.end_read(self.start_read())
+
+    def read_until(self, *said: str, may_say: Set[str] = SLOW, before: Callable[[], object] = lambda: None) -> None:
+        """However slow the machine: the reader hears that in the end, and before that only what is allowed."""
+
+        def is_told() -> bool:
+            before()
+            heard = self.read()
+            assert heard <= {*said, *may_say}
+            return heard == {*said}
+
+        wait_until(is_told, f"the reader says {said}", 60.0)
+
+    def read_until_right(self) -> None:
+        """However slow the machine: a fleet that works gives right blocks in the end."""
+        wait_until(lambda: self.read() == {"right"}, "the blocks arrive", 60.0)
+
+    def leave(self) -> None:
+        """The owner may have its blocks back."""
+        for wanted in (True, False):
+            self.reader.call("watch", port=self.port, lease=self.lease, wanted=wanted)
 
 
-class Between:
-    """Passes messages on. `hook` sees each before that and says how often it is delivered; it may do anything.
+class Relay:
+    """Between an owner and its readers: each has a connection of its own to it. With `secret`, as ours have."""
 
-    `delay` says how many seconds later that is, to some 20 ms; `frame_of` gives what is delivered instead of its frame.
-    """
-
-    def __init__(self, port: int, owner_port: int, secret: bytes = b"s") -> None:
-        self.hook: Hook = lambda message: 1
-        self.delay: Callable[[Request | Reply], float] = lambda message: 0.0
-        self.frame_of: Callable[[Request | Reply, bytes], bytes] = lambda message, frame: frame
-        self.seen: list[str] = []
-        self._owner = f"tcp://127.0.0.1:{owner_port}"
-        self._codec = Codec(secret)
-        self._secret = secret
+    def __init__(self, port: int, owner_port: int, secret: bytes = b"") -> None:
+        self._owner, self._secret = f"tcp://127.0.0.1:{owner_port}", secret
         self._context: zmq.Context[Any] = zmq.Context()
         self._front = self._context.socket(zmq.ROUTER)
-        self._monitor = channel.serve(self._front, secret)
+        if secret:
+            self._monitor = channel.serve(self._front, secret)
         self._front.bind(f"tcp://127.0.0.1:{port}")
         self._backs: dict[bytes, zmq.Socket[Any]] = {}
-        #: What is to be delivered, and when.
-        self._held: list[tuple[float, Callable[[], object]]] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -111,34 +146,83 @@ class Between:
                 poller.register(socket, zmq.POLLIN)
             ready = dict(poller.poll(20))
             if self._front in ready:
-                client, frame = self._front.recv_multipart()
-                self._hold(self._codec.request(frame), frame, self._back(client).send)
+                client, *frames = self._front.recv_multipart()
+                self._asked(client, frames)
             for client, back in list(self._backs.items()):
                 if back in ready:
-                    frame = back.recv()
-                    self._hold(self._codec.reply(frame), frame, partial(self._to_reader, client))
-            now, held = time.monotonic(), self._held
-            self._held = [each for each in held if each[0] > now]
-            for due, deliver in held:
-                if due <= now:
-                    deliver()
+                    self._answered(client, back.recv_multipart())
+            self._deliver()
+
+    def _asked(self, client: bytes, frames: list[bytes]) -> None:
+        self._back(client).send_multipart(frames)
+
+    def _answered(self, client: bytes, frames: list[bytes]) -> None:
+        self._front.send_multipart([client, *frames])
+
+    def _deliver(self) -> None:
+        """What is held up."""
+
+    def _back(self, client: bytes) -> zmq.Socket[Any]:
+        if client not in self._backs:
+            back = self._backs[client] = self._context.socket(zmq.DEALER)
+            if self._secret:
+                channel.connect(back, self._secret)
+            back.connect(self._owner)
+        return self._backs[client]
+
+
+Hook = Callable[[Request | Reply], int]
+
+
+class Between(Relay):
+    """`hook` sees each message before it is passed on and says how often that is done; it may do anything.
+
+    `delay` says how many seconds later that is, to some 20 ms; `frame_of` gives what is delivered instead of its frame.
+    """
+
+    def __init__(self, port: int, owner_port: int, secret: bytes = b"s") -> None:
+        self.hook: Hook = lambda message: 1
+        self.delay: Callable[[Request | Reply], float] = lambda message: 0.0
+        self.frame_of: Callable[[Request | Reply, bytes], bytes] = lambda message, frame: frame
+        self.seen: list[str] = []
+        self._codec = Codec(secret)
+        #: What is to be delivered, and when.
+        self._held: list[tuple[float, Callable[[], object]]] = []
+        super().__init__(port, owner_port, secret)
+
+    def at(self, kind: type, act: Callable[[], object], status: str = "") -> None:
+        """The first message of `kind` is held up until `act` has been done. With `status`, the first that says so."""
+        done: list[bool] = []
+
+        def hook(message: Request | Reply) -> int:
+            if not done and isinstance(message, kind) and status in ("", getattr(message, "status", "")):
+                done.append(True)
+                act()
+            return 1
+
+        self.hook = hook
 
     def say(self, message: Request) -> None:
         """To the owner, as one of the fleet. For the hook."""
         self._back(b"somebody").send(self._codec.encode(message))
 
-    def _back(self, client: bytes) -> zmq.Socket[Any]:
-        if client not in self._backs:
-            back = self._backs[client] = self._context.socket(zmq.DEALER)
-            channel.connect(back, self._secret)
-            back.connect(self._owner)
-        return self._backs[client]
+    def _asked(self, client: bytes, frames: list[bytes]) -> None:
+        (frame,) = frames
+        self._hold(self._codec.request(frame), frame, self._back(client).send)
 
-    def _to_reader(self, client: bytes, frame: bytes) -> None:
-        self._front.send_multipart([client, frame])
+    def _answered(self, client: bytes, frames: list[bytes]) -> None:
+        (frame,) = frames
+        self._hold(self._codec.reply(frame), frame, lambda out: self._front.send_multipart([client, out]))
 
     def _hold(self, message: Request | Reply, frame: bytes, send: Callable[[bytes], object]) -> None:
         self.seen.append(type(message).__name__)
         for _ in range(self.hook(message)):
             due = time.monotonic() + self.delay(message)
             self._held.append((due, partial(send, self.frame_of(message, frame))))
+
+    def _deliver(self) -> None:
+        now, held = time.monotonic(), self._held
+        self._held = [each for each in held if each[0] > now]
+        for due, deliver in held:
+            if due <= now:
+                deliver()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
-from dynamo_connectors.transport.messages import Grant, Hello, Reply, Request
-from tests.transport.peers import ROW_BYTES, ROWS, Between, PeerProcess
+from dynamo_connectors.transport.messages import Grant, Hello
+from tests.transport.peers import DEADLINE_SECONDS, KEYS, ROW_BYTES, ROWS, SLOW, Between, PeerProcess, Reads
 from tests.transport.test_peers import Keeper
 from tests.vllm.client import wait_until
 from tools.server_process import free_port
 
-KEYS = [f"key{number}" for number in range(16)]
 RANKS = 2
-DEADLINE_SECONDS = 5.0
-#: What a rank that is lost costs, and what a loaded machine may cost.
-SLOW = {"timeout", "unreachable", "unavailable"}
+#: What a rank that is lost costs.
 LOST = SLOW | {"disconnected", "restarted", "refused", "gone"}
 
 
@@ -31,7 +28,7 @@ def start(rank: int, port: int) -> PeerProcess:
     return owner
 
 
-class Ranks:
+class Ranks(Reads):
     """Of a prefill engine, their reader, and somebody between them."""
 
     def __init__(self, reader: PeerProcess, keepers: list[Keeper], stack: ExitStack) -> None:
@@ -61,46 +58,6 @@ class Ranks:
         for rank in ranks or range(RANKS):
             slots = {key: slot + rank for slot, key in enumerate(KEYS)}
             self.owners[rank].call("export", lease=self.lease, slots=slots)
-
-    def start_read(self) -> int:
-        rows = list(range(len(KEYS)))
-        number: int = self.reader.call("read", port=self.port, lease=self.lease, keys=KEYS, rows=rows)
-        return number
-
-    def end_read(self, number: int) -> set[str]:
-        said = self.reader.call("wait", read=number)
-        assert said is not None, "the read did not end"
-        assert "WRONG" not in said
-        return set(said)
-
-    def read(self) -> set[str]:
-        return self.end_read(self.start_read())
-
-    def read_until(self, said: set[str], may_say: set[str] = SLOW) -> None:
-        """However slow the machine: the reader hears that in the end, and before that only what is allowed."""
-
-        def is_told() -> bool:
-            heard = self.read()
-            assert heard <= said | may_say
-            return heard == said
-
-        wait_until(is_told, f"the reader says {said}", 60.0)
-
-    def at(self, rank: int, kind: type, act: Callable[[], object]) -> None:
-        """The first message of `kind` to or from that rank is held up until `act` has been done."""
-        done: list[bool] = []
-
-        def hook(message: Request | Reply) -> int:
-            if not done and isinstance(message, kind):
-                done.append(True)
-                act()
-            return 1
-
-        self.between[rank].hook = hook
-
-    def leave(self) -> None:
-        self.reader.call("watch", port=self.port, lease=self.lease, wanted=True)
-        self.reader.call("watch", port=self.port, lease=self.lease, wanted=False)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +92,7 @@ def ranks(reader: PeerProcess, keepers: list[Keeper]) -> Iterator[Ranks]:
             stack.callback(keeper.process.go_on)  # a test that failed may have left it stopped
         ranks = Ranks(reader, keepers, stack)
         ranks.export()
-        ranks.read_until({"right"})
+        ranks.read_until("right")
         yield ranks
         wait_until(lambda: reader.call("quarantined") == 0, "the quarantine is over")
 
@@ -152,7 +109,7 @@ def test_a_block_that_one_rank_has_given_away_is_missed(ranks: Ranks, rank: int)
 
     def arm() -> None:
         ranks.owners[rank].call("fill", slot=slot, key=KEYS[3])
-        ranks.at(rank, Grant, lambda: ranks.owners[rank].call("fill", slot=slot, key="another prompt"))
+        ranks.between[rank].at(Grant, lambda: ranks.owners[rank].call("fill", slot=slot, key="another prompt"))
 
     def heard() -> bool:
         arm()
@@ -166,7 +123,7 @@ def test_a_block_that_one_rank_has_given_away_is_missed(ranks: Ranks, rank: int)
 
 def test_a_lease_that_one_rank_has_never_heard_of_is_missed(ranks: Ranks) -> None:
     ranks.export(0)
-    ranks.read_until({"gone"})
+    ranks.read_until("gone")
 
 
 def test_a_rank_that_is_killed_costs_the_blocks_and_its_next_run_serves(ranks: Ranks) -> None:
@@ -174,22 +131,22 @@ def test_a_rank_that_is_killed_costs_the_blocks_and_its_next_run_serves(ranks: R
     ranks.replace_last()
     for kind in (Hello, Grant):
         ranks.export()
-        ranks.at(RANKS - 1, kind, ranks.owners[-1].kill)
+        ranks.between[RANKS - 1].at(kind, ranks.owners[-1].kill)
         assert ranks.read() <= LOST
         ranks.leave()
         wait_until(lambda: ranks.lease in ranks.owners[0].call("ended"), "the other rank has its blocks back")
         ranks.replace_last()
         assert ranks.read() <= LOST, "there is nothing of that lease"
         ranks.export()
-        ranks.read_until({"right"}, may_say=LOST)
+        ranks.read_until("right", may_say=LOST)
 
 
 def test_rows_are_nobodys_until_the_last_rank_is_done_with_them(ranks: Ranks) -> None:
-    ranks.at(1, Grant, ranks.owners[1].stop)
+    ranks.between[1].at(Grant, ranks.owners[1].stop)
     number = ranks.start_read()
     wait_until(lambda: bool(ranks.reader.call("given_up", read=number)), "nobody has to wait for it")
     assert ranks.reader.call("wait", read=number, seconds=0.1) is None, "late bytes may still come"
     assert ranks.reader.call("quarantined") >= len(KEYS) * ROW_BYTES // RANKS
     ranks.owners[1].go_on()
     assert ranks.end_read(number) == {"timeout"}
-    ranks.read_until({"right"})
+    ranks.read_until("right")

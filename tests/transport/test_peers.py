@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -16,16 +16,11 @@ from dynamo_connectors.transport.messages import (
     Done,
     Grant,
     Hello,
-    Reply,
-    Request,
     Welcome,
 )
-from tests.transport.peers import ROW_BYTES, ROWS, Between, PeerProcess
+from tests.transport.peers import DEADLINE_SECONDS, KEYS, ROW_BYTES, ROWS, Between, PeerProcess, Reads
 from tests.vllm.client import wait_until
 from tools.server_process import free_port
-
-KEYS = [f"key{number}" for number in range(16)]
-DEADLINE_SECONDS = 5.0
 
 
 class Keeper(NamedTuple):
@@ -44,7 +39,7 @@ def start_owner(port: int, **options: object) -> PeerProcess:
     return owner
 
 
-class Fleet:
+class Fleet(Reads):
     """An owner, a reader that all tests share, and somebody between them. An owner that a test may lose is its own."""
 
     def __init__(self, reader: PeerProcess, keeper: Keeper, stack: ExitStack) -> None:
@@ -70,53 +65,9 @@ class Fleet:
 
     _is_own = False
 
-    def export(self, lease: str = "") -> None:
-        self.lease = lease or secrets.token_hex(16)
-        lease = self.lease
-        self.owner.call("export", lease=lease, slots={key: slot for slot, key in enumerate(KEYS)})
-
-    def start_read(self, lease: str = "") -> int:
-        number: int = self.reader.call(
-            "read", port=self.port, lease=lease or self.lease, keys=KEYS, rows=list(range(len(KEYS)))
-        )
-        return number
-
-    def end_read(self, number: int) -> set[str]:
-        said = self.reader.call("wait", read=number)
-        assert said is not None, "the read did not end"
-        assert "WRONG" not in said
-        return set(said)
-
-    def read(self, lease: str = "") -> set[str]:
-        return self.end_read(self.start_read(lease))
-
-    def read_until_right(self, lease: str = "") -> None:
-        """However slow the machine: a fleet that works gives right blocks in the end."""
-        wait_until(lambda: self.read(lease) == {"right"}, "the blocks arrive", 60.0)
-
-    def read_until(self, *said: str, before: Callable[[], object] = lambda: None) -> None:
-        """However slow the machine: the reader says so in the end, and before that only that it took too long."""
-
-        def is_told() -> bool:
-            before()
-            heard = self.read()
-            assert heard <= {*said, "timeout", "unreachable", "unavailable"}
-            return heard == {*said}
-
-        wait_until(is_told, f"the reader says {said}", 60.0)
-
-    def at(self, kind: type, act: Callable[[], object], times: int = 1) -> None:
-        """The first message of `kind` is held up until `act` has been done; it is then delivered `times` times."""
-        done: list[bool] = []
-
-        def hook(message: Request | Reply) -> int:
-            if done or not isinstance(message, kind):
-                return 1
-            done.append(True)
-            act()
-            return times
-
-        self.between.hook = hook
+    def export(self) -> None:
+        self.lease = secrets.token_hex(16)
+        self.owner.call("export", lease=self.lease, slots={key: slot for slot, key in enumerate(KEYS)})
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +117,7 @@ def test_blocks_arrive_over_a_network_that_loses_doubles_and_delays(fleet: Fleet
     assert counts["nixl_transferred_bytes|"] >= counts["nixl_read_bytes|"] >= 2 * len(KEYS) * ROW_BYTES
     assert counts["nixl_descriptors|"] >= 2  # neighbours are one
     assert counts["nixl_transfer_microseconds|"] >= counts["nixl_post_microseconds|"] > 0
-    fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=True)
-    fleet.reader.call("watch", port=fleet.port, lease=fleet.lease, wanted=False)
+    fleet.leave()
     wait_until(lambda: fleet.owner.call("ended") == [fleet.lease], "the owner has its blocks back")
 
 
@@ -188,7 +138,7 @@ def test_blocks_re_used_under_a_read_are_stale(fleet: Fleet) -> None:
 
     def arm() -> None:
         owner.call("fill", slot=3, key=KEYS[3])
-        fleet.at(Grant, lambda: owner.call("fill", slot=3, key="another prompt"))
+        fleet.between.at(Grant, lambda: owner.call("fill", slot=3, key="another prompt"))
 
     fleet.read_until("right", "stale", before=arm)
     assert fleet.reader.call("counts")["nixl_fences_refused|other_generation"] >= 1
@@ -198,11 +148,11 @@ def test_blocks_re_used_under_a_read_are_stale(fleet: Fleet) -> None:
 
 def test_blocks_that_nobody_exported_are_fetched_and_stale_when_they_leave_meanwhile(fleet: Fleet) -> None:
     owner, fleet.lease = fleet.owner, STANDING_LEASE.hex()
-    fleet.read_until_right(STANDING_LEASE.hex())
+    fleet.read_until_right()
 
     def arm() -> None:
         owner.call("fill", slot=3, key=KEYS[3])
-        fleet.at(Grant, lambda: owner.call("fill", slot=3, key="another prompt"))
+        fleet.between.at(Grant, lambda: owner.call("fill", slot=3, key="another prompt"))
 
     fleet.read_until("right", "stale", before=arm)
     fleet.between.hook = lambda message: 1
@@ -212,8 +162,8 @@ def test_blocks_that_nobody_exported_are_fetched_and_stale_when_they_leave_meanw
 
 def test_a_holder_that_is_killed_under_a_fetch_costs_the_blocks(fleet: Fleet) -> None:
     owner, fleet.lease = fleet.start_owner(), STANDING_LEASE.hex()
-    fleet.read_until_right(fleet.lease)
-    fleet.at(Ask, owner.kill)
+    fleet.read_until_right()
+    fleet.between.at(Ask, owner.kill)
     assert fleet.read() <= {"disconnected", "timeout", "unreachable"}
 
 
@@ -221,7 +171,7 @@ def test_a_reader_that_slept_over_its_lease_gets_nothing(fleet: Fleet) -> None:
     """Stopped between the grant and its READ; when it goes on, everything it was granted is somebody else's."""
     owner = fleet.start_owner(lease_seconds=0.3)
     fleet.export()
-    fleet.at(Grant, fleet.reader.stop)
+    fleet.between.at(Grant, fleet.reader.stop)
     fleet.reader.say("read", port=fleet.port, lease=fleet.lease, keys=KEYS[:1], rows=[0])
     wait_until(lambda: "Grant" in fleet.between.seen, "the read is granted")
     wait_until(lambda: owner.call("ended") == [fleet.lease], "the owner has given it up", 60.0)
@@ -237,7 +187,7 @@ def test_an_owner_that_stops_answering_costs_the_deadline(fleet: Fleet, kind: ty
     fleet.export()
     if kind not in (Hello, Welcome):
         fleet.read_until_right()
-    fleet.at(kind, owner.stop)
+    fleet.between.at(kind, owner.stop)
     assert fleet.read() <= ({"right"} if kind is Done else set()) | {"timeout", "unreachable"}
     owner.go_on()
     fleet.between.hook = lambda message: 1
@@ -248,7 +198,7 @@ def test_an_owner_that_stops_answering_costs_the_deadline(fleet: Fleet, kind: ty
 def test_an_owner_that_is_killed_and_started_anew_is_another_owner(fleet: Fleet, kind: type) -> None:
     owner = fleet.start_owner()
     fleet.export()
-    fleet.at(kind, owner.kill)
+    fleet.between.at(kind, owner.kill)
     expected = {"timeout", "unreachable", "disconnected", "restarted", "refused", "right"}
     assert fleet.read() <= expected
     fleet.between.hook = lambda message: 1
@@ -262,7 +212,7 @@ def test_late_bytes_find_their_memory_quarantined(fleet: Fleet) -> None:
     owner = fleet.owner
     fleet.export()
     fleet.read_until_right()
-    fleet.at(Grant, owner.stop)
+    fleet.between.at(Grant, owner.stop)
     number = fleet.start_read()
     wait_until(lambda: fleet.reader.call("quarantined") == len(KEYS) * ROW_BYTES, "the READ is late")
     wait_until(lambda: bool(fleet.reader.call("given_up", read=number)), "nobody has to wait for it")
@@ -284,7 +234,7 @@ def test_a_full_quarantine_restarts_the_data_plane_and_fences_late_bytes(fleet: 
         owner = fleet.start_owner()
         fleet.export()
         fleet.read_until_right()
-        fleet.at(Grant, owner.stop)
+        fleet.between.at(Grant, owner.stop)
         number = fleet.start_read()
         assert fleet.end_read(number) == {"timeout"}
         rows = list(range(len(KEYS)))
@@ -310,7 +260,7 @@ def lose_a_reader_at(fleet: Fleet, kind: type, deadline_seconds: float) -> None:
         stack.callback(doomed.end)
         doomed.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": deadline_seconds})
         fleet.export()
-        fleet.at(kind, doomed.kill)
+        fleet.between.at(kind, doomed.kill)
         doomed.say("read", port=fleet.port, lease=fleet.lease, keys=KEYS, rows=list(range(len(KEYS))))
         wait_until(lambda: owner.call("ended") == [fleet.lease], "the owner has its blocks back", 60.0)
     assert owner.call("open_leases") == 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
-from dynamo_connectors.transport.messages import Grant, Reply, Request
-from tests.transport.peers import ROW_BYTES, ROWS, PeerProcess
-from tests.transport.test_peers import DEADLINE_SECONDS, KEYS, Fleet, Keeper, start_owner
+from dynamo_connectors.transport.messages import Grant
+from tests.transport.peers import DEADLINE_SECONDS, KEYS, ROW_BYTES, ROWS, PeerProcess
+from tests.transport.test_peers import Fleet, Keeper, start_owner
 from tests.vllm.client import wait_until
 from tools.server_process import free_port
 
@@ -36,21 +36,8 @@ def fleet() -> Iterator[Fleet]:
         assert reader.call("close")
 
 
-def when_granted(fleet: Fleet, act: Callable[[], object]) -> None:
-    """The first grant of filled rows is held up until `act` has been done."""
-    done: list[bool] = []
-
-    def hook(message: Request | Reply) -> int:
-        if not done and isinstance(message, Grant) and message.status == "granted":
-            done.append(True)
-            act()
-        return 1
-
-    fleet.between.hook = hook
-
-
 def test_late_bytes_of_a_window_find_their_rows_quarantined(fleet: Fleet) -> None:
-    when_granted(fleet, fleet.owner.stop)
+    fleet.between.at(Grant, status="granted", act=fleet.owner.stop)
     number = fleet.start_read()
     wait_until(lambda: fleet.reader.call("quarantined") == len(KEYS) * ROW_BYTES, "the READ is late", 60.0)
     wait_until(lambda: bool(fleet.reader.call("given_up", read=number)), "nobody has to wait for it")
@@ -64,7 +51,7 @@ def test_late_bytes_of_a_window_find_their_rows_quarantined(fleet: Fleet) -> Non
 
 
 def test_an_owner_that_is_killed_under_a_read_of_its_window_costs_the_blocks(fleet: Fleet) -> None:
-    when_granted(fleet, fleet.owner.kill)
+    fleet.between.at(Grant, status="granted", act=fleet.owner.kill)
     assert fleet.read() <= {"disconnected", "timeout", "unreachable"}
     fleet.start_owner(**WINDOW)
     fleet.export()
@@ -74,7 +61,7 @@ def test_an_owner_that_is_killed_under_a_read_of_its_window_costs_the_blocks(fle
 def test_host_memory_that_is_used_again_under_a_read_of_the_window_costs_nothing(fleet: Fleet) -> None:
     def arm() -> None:
         fleet.owner.call("fill", slot=3, key=KEYS[3])
-        when_granted(fleet, lambda: fleet.owner.call("fill", slot=3, key="another prompt"))
+        fleet.between.at(Grant, status="granted", act=lambda: fleet.owner.call("fill", slot=3, key="another prompt"))
 
     fleet.read_until("right", before=arm)
     wait_until(lambda: fleet.read() == {"right", "gone"}, "the block that has left is missing alone", 60.0)

@@ -15,8 +15,8 @@ from dynamo_connectors.transport.data_plane import DataPlane
 from dynamo_connectors.transport.landing import Landing
 from dynamo_connectors.transport.messages import Welcome, WordsPlace
 from dynamo_connectors.transport.reader import Reader
-from tests.transport.peers import ROW_BYTES, ROWS, PeerProcess
-from tests.transport.test_peers import DEADLINE_SECONDS, KEYS, Fleet, Keeper, start_owner
+from tests.transport.peers import DEADLINE_SECONDS, KEYS, ROW_BYTES, ROWS, PeerProcess
+from tests.transport.test_peers import Fleet, Keeper, start_owner
 from tests.transport.world import NAMESPACE, World, talk
 from tests.vllm.client import wait_until
 from tools.server_process import free_port

@@ -21,8 +21,7 @@ from vllm.v1.request import Request
 
 from dynamo_connectors.blocks import BlockKey
 from dynamo_connectors.transport.data_plane import DataPlane
-from dynamo_connectors.transport.messages import Ask, Done, Grant, Hello, Reply
-from dynamo_connectors.transport.messages import Request as Message
+from dynamo_connectors.transport.messages import Ask, Done, Grant, Hello
 from dynamo_connectors.vllm.fetch import name_of
 from dynamo_connectors.vllm.handoff import Identity
 from dynamo_connectors.vllm.hints import PEER
@@ -231,18 +230,6 @@ def refill_window(fleet: Fleet) -> None:
                 server._window.rows.rows[row] = 77
 
 
-def at(fleet: Fleet, kind: type, act: Callable[[], object]) -> None:
-    done: list[bool] = []
-
-    def hook(message: Message | Reply) -> int:
-        if not done and isinstance(message, kind):
-            done.append(True)
-            act()
-        return 1
-
-    fleet.between.hook = hook
-
-
 _post_words = DataPlane.post_words
 
 
@@ -283,9 +270,9 @@ def faulted(fleet: Fleet, number: int, chance: random.Random) -> str:
     elif fault == "window re-used at words":
         before_words(lambda peer: refill_window(fleet))
     elif fault.startswith("slots re-used at "):
-        at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, keys))
+        fleet.between.at(KINDS[fault.rsplit(" ", 1)[1]], partial(refill, fleet, keys))
     elif fault.startswith("window re-used at "):
-        at(fleet, KINDS[fault.rsplit(" ", 1)[1]], partial(refill_window, fleet))
+        fleet.between.at(KINDS[fault.rsplit(" ", 1)[1]], partial(refill_window, fleet))
     elif fault.startswith("silence at "):
         kind = KINDS[fault.rsplit(" ", 1)[1]]
         fleet.between.hook = lambda message: 0 if isinstance(message, kind) else 1

@@ -36,18 +36,22 @@ def test_who_needs_more_than_the_load_brings_loads_the_rest() -> None:
     end(half, plan)
 
 
-@pytest.mark.parametrize("reason", ["bad_checksum", "timeout"])
+@pytest.mark.parametrize("reason", ["bad_checksum", "unreachable", "timeout"])
 def test_waiters_go_on_when_the_load_fails(reason: str) -> None:
     half, _ = make()
     keep(half, "a", [1, 2])
     plan = load(half, request("first", 2, "a"), [7, 8])
-    waiter = request("waiter", 2, "a")
+    waiter, other = request("waiter", 2, "a"), request("other", 2, "a")
     half.new_request(waiter)
     assert half.matched_tokens(waiter, 0) is None
     first_key = plan.loads[0].items[0].key
     end(half, plan, {plan.loads[0].job_id: {first_key: reason}})
-    # Damaged bytes are gone for all; a store that was only slow may be asked again, by others.
-    assert half.matched_tokens(waiter, 0) == (0 if reason == "bad_checksum" else 2 * BLOCK)
+    # Damaged bytes are gone for all. Who has waited as long as a load may take does not do it again; others may.
+    assert half.matched_tokens(waiter, 0) == (2 * BLOCK if reason == "unreachable" else 0)
+    half.new_request(other)
+    assert half.matched_tokens(other, 0) == (0 if reason == "bad_checksum" else 2 * BLOCK)
+    half.finished(waiter, [[]], 0)
+    half.check()
 
 
 def test_a_request_whose_load_failed_computes_instead_of_asking_for_ever() -> None:

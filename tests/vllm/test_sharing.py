@@ -43,6 +43,17 @@ def test_a_waiter_whose_loaders_keep_failing_loads_for_itself() -> None:
     shared.leave("waiter")
 
 
+def test_who_waited_for_a_load_that_was_late_has_no_time_for_another() -> None:
+    shared = SharedLoads()
+    shared.begin("first", [A])
+    assert shared.must_wait("waiter", A)
+    shared.end("first", is_late=True)
+    assert shared.is_out_of_time("waiter")
+    assert not shared.is_out_of_time("other")
+    shared.leave("waiter")
+    assert not shared.is_out_of_time("waiter")
+
+
 def test_the_block_stays_with_its_first_loader() -> None:
     shared = SharedLoads()
     shared.begin("first", [A])
