@@ -93,23 +93,16 @@ def require_nixl() -> str:
 
 
 class Agent:
-    """`name` must be unlike that of any peer's agent, ever.
+    """`name` must be unlike that of any peer's agent, ever."""
 
-    A READ of `apart` pieces or more is copied by a thread of NIXL's; 0: none is. Where UCX copies between processes of
-    one host, a READ is copied by whoever starts it or asks how it is, who sees to nothing else meanwhile.
-    """
-
-    def __init__(self, name: str, regions: list[Region], build: str | None = None, apart: int = 0) -> None:
+    def __init__(self, name: str, regions: list[Region], build: str | None = None) -> None:
         self._regions = regions
         build = build or require_nixl()
         api, self._errors = importlib.import_module(f"{build}._api"), importlib.import_module(f"{build}._bindings")
         self._disconnected: type[Exception] = self._errors.nixlRemoteDisconnectError
         try:
             with resting_progress(self._errors):
-                self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=[], capture_telemetry=True))
-                # One thread: of two, one spins for ever (NIXL 1.5.1).
-                threads = {"num_threads": "1", "split_batch_size": str(apart)} if apart else {}
-                self._agent.create_backend("UCX", threads)
+                self._agent: Any = api.nixl_agent(name, api.nixl_agent_config(backends=["UCX"], capture_telemetry=True))
             for address, num_bytes, device in regions:
                 rows = _pieces([address], num_bytes, device)
                 self._agent.register_memory(rows, _kind(device), backends=["UCX"])

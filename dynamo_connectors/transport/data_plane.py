@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import count
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,17 +31,13 @@ log = logging.getLogger(__name__)
 #: NIXL that does not start again is tried again after so long, and ever more seldom.
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
-#: UCX ends the process whose agent ends while a copy within the host is under way. Such a copy takes milliseconds; what
-#: takes longer waits for a peer, and ends with the agent.
-_COPY_SECONDS = 1.5
+#: Whoever is read over TCP may die in UCX when the reader's agent ends under the READ (seen with bare agents of NIXL
+#: 1.5.1). READs take milliseconds; what takes longer waits for a peer that stands still, and ends with the agent.
+_LAST_READS_SECONDS = 1.5
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 #: Addresses here and there, and bytes.
 Pieces: TypeAlias = tuple[Sequence[int] | Numbers, Sequence[int] | Numbers, Sequence[int] | Numbers]
-
-#: READs of host memory alone are cut into pieces of so many bytes, and those of so many pieces are copied apart.
-#: READs of words have fewer, and do not wait behind rows.
-_PIECE_BYTES, _APART_PIECES = 256 << 10, 40
 
 
 class _Known(NamedTuple):
@@ -72,7 +67,6 @@ class DataPlane:
     def __init__(self, name: str, regions: list[Region], row_bytes: int, parts: Sequence[Piece] = ()) -> None:
         self._name = name
         self._regions = regions
-        self._is_on_host = all(region.device is None for region in regions)
         self._row_bytes = row_bytes
         self._parts = np.asarray(parts or [Piece(0, 0, row_bytes)], dtype=np.int64)
         self._runs = count(1)
@@ -100,7 +94,6 @@ class DataPlane:
             self._peers[peer] = _Known(self._agent.connect(welcome.metadata), welcome)
         except StoreError as error:
             return str(error)
-        self._connect_apart(self._peers[peer])
         return None
 
     def disconnect(self, peer: str) -> None:
@@ -125,8 +118,6 @@ class DataPlane:
         pieces = self._pieces(welcome, local, slots)
         if pieces is None:
             return "internal_error"
-        if self._is_on_host:
-            pieces = _cut(pieces)
         return self._start_read(read, known.agent, pieces, (None, None) if window is None else self._devices(window))
 
     def post_words(
@@ -142,17 +133,6 @@ class DataPlane:
         there[1:] = (place.window if in_window else place.slots) + WORD_BYTES * np.asarray(slots, dtype=np.int64)
         pieces = _joined(self._landing.addresses(words), there, np.full(len(words), WORD_BYTES))
         return self._start_read(read, known.agent, pieces, (None, None), words)
-
-    def _connect_apart(self, known: _Known) -> None:
-        """NIXL's thread connects when it first READs: not what somebody waits for, but a word that nobody looks at."""
-        assert self._agent is not None, "a peer is met without an agent"
-        if self._is_on_host and (place := known.welcome.words) is not None:
-            here = np.repeat(self._landing.addresses(self._landing.spare), _APART_PIECES)
-            pieces = here, np.full(_APART_PIECES, place.run), np.full(_APART_PIECES, WORD_BYTES)
-            with suppress(StoreError):
-                handle = self._agent.post(known.agent, *pieces, (None, None))
-                # No read has such a number, so nobody hears how this one ends.
-                self._transfers[-next(self._runs)] = _Transfer(handle, known.agent, self._landing.spare)
 
     def _start_read(
         self, read: int, agent: str, pieces: Pieces, devices: Devices, words: Numbers | None = None
@@ -212,6 +192,10 @@ class DataPlane:
         self._try_to_start()
 
     def close(self) -> None:
+        last = time.monotonic() + _LAST_READS_SECONDS
+        while self._transfers and time.monotonic() < last:
+            self.poll()
+            time.sleep(0.001)
         self._stop()
 
     def check(self) -> None:
@@ -235,8 +219,7 @@ class DataPlane:
         return ours, None if theirs.device < 0 else theirs.device
 
     def _start(self) -> None:
-        apart = _APART_PIECES if self._is_on_host else 0
-        self._agent = Agent(f"{self._name}-{next(self._runs)}", [*self._regions, self._landing.region], apart=apart)
+        self._agent = Agent(f"{self._name}-{next(self._runs)}", [*self._regions, self._landing.region])
 
     def _try_to_start(self) -> None:
         """Not in a loop: other peers' answers, and the engine's questions, wait meanwhile."""
@@ -250,24 +233,11 @@ class DataPlane:
             log.warning("dynamo: NIXL does not start again (%s)", error)
 
     def _stop(self) -> None:
-        self._peers.clear()
-        last = time.monotonic() + _COPY_SECONDS
-        while self._is_on_host and self._transfers and time.monotonic() < last:
-            self.poll()
-            time.sleep(0.001)
         self._transfers.clear()
+        self._peers.clear()
         if self._agent is not None:
             self._agent.close()
             self._agent = None
-
-
-def _cut(pieces: Pieces) -> Pieces:
-    """The same bytes in pieces that are not too large."""
-    here, there, lengths = (np.asarray(numbers, dtype=np.int64) for numbers in pieces)
-    counts = -(-lengths // _PIECE_BYTES)
-    offsets = (np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)) * _PIECE_BYTES
-    here, there, lengths = (np.repeat(numbers, counts) for numbers in (here, there, lengths))
-    return here + offsets, there + offsets, np.minimum(lengths - offsets, _PIECE_BYTES)
 
 
 def _joined(here: Numbers, there: Numbers, lengths: Numbers) -> Pieces:

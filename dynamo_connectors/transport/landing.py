@@ -24,8 +24,8 @@ class Landing:
         self._starts = np.array([region.address for region in regions], dtype=np.int64)
         rows = [-(-region.num_bytes // row_bytes) for region in regions]
         self._firsts = np.cumsum([0, *rows])
-        #: One for each row, one more for the first row of a READ, and one that nobody looks at.
-        self._words = np.zeros(2 * max(1, sum(rows)) + 1, dtype=np.uint64)
+        #: One for each row, and one more for the first row of a READ.
+        self._words = np.zeros(2 * max(1, sum(rows)), dtype=np.uint64)
 
     @property
     def region(self) -> Region:
@@ -38,11 +38,6 @@ class Landing:
         at = self._firsts[where] + (addresses - self._starts[where]) // self._row_bytes
         places: npt.NDArray[np.int64] = np.concatenate((at[:1] + len(self._words) // 2, at))
         return places
-
-    @property
-    def spare(self) -> npt.NDArray[np.int64]:
-        """Which word nobody looks at."""
-        return np.array([len(self._words) - 1])
 
     def addresses(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return places * WORD_BYTES + self._words.ctypes.data

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import zmq
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dynamo_connectors.below import PEER_READ_ROWS
 from dynamo_connectors.errors import ConfigError, StoreError
 from dynamo_connectors.transport import channel, data_plane, progress
 from dynamo_connectors.transport.agent import Measured, Region
@@ -39,12 +34,11 @@ class Flaky:
     """An agent that fails on demand. A stand-in: the real one cannot be made to."""
 
     starts = 0
-    apart = 0
     broken = False
     releases_badly = False
 
-    def __init__(self, name: str, regions: list[Region], apart: int = 0) -> None:
-        Flaky.starts, Flaky.apart = Flaky.starts + 1, apart
+    def __init__(self, name: str, regions: list[Region]) -> None:
+        Flaky.starts += 1
         if Flaky.broken:
             raise ConfigError("NIXL is out of something")
 
@@ -113,24 +107,6 @@ def test_a_handle_that_cannot_be_released_is_a_read_that_has_ended(plane: DataPl
     assert plane.transfers_under_way == 0
     assert plane.counts["nixl_transferred_bytes", ""] == 4096
     assert plane.counts["nixl_transfer_microseconds", ""] == 300
-
-
-def test_whole_reads_are_copied_apart_and_words_are_not(plane: DataPlane) -> None:
-    assert PEER_READ_ROWS + 1 < Flaky.apart <= PEER_READ_ROWS * (1 << 20) // data_plane._PIECE_BYTES
-    plane.close()
-    DataPlane("reader", [Region(0, 1 << 20), Region(1 << 20, 1 << 20, 0)], 8).close()
-    assert Flaky.apart == 0, "NIXL's thread would copy from GPU to GPU"
-
-
-@given(st.lists(st.integers(1, 3 * data_plane._PIECE_BYTES), min_size=1, max_size=5))
-def test_cut_or_not_the_same_bytes_are_read(lengths: list[int]) -> None:
-    starts = [0, *accumulate(lengths)][:-1]
-    here, there, sizes = (np.asarray(part) for part in data_plane._cut((starts, [5 + at for at in starts], lengths)))
-    assert (sizes > 0).all()
-    assert (sizes <= data_plane._PIECE_BYTES).all()
-    assert here.tolist() == [0, *accumulate(sizes.tolist())][:-1]
-    assert (there == here + 5).all()
-    assert sizes.sum() == sum(lengths)
 
 
 def test_without_a_descriptor_for_a_socket_a_message_is_lost_and_nothing_else(

@@ -35,7 +35,7 @@ class Hanging:
     released = threading.Event()
     reached = threading.Event()
 
-    def __init__(self, name: str, regions: list[Region], apart: int = 0) -> None:
+    def __init__(self, name: str, regions: list[Region]) -> None:
         self.hang("start")
 
     def hang(self, call: str) -> None:

@@ -128,7 +128,7 @@ class Failing:
     error: Exception
     pieces: list[tuple[int, int]]
 
-    def __init__(self, name: str, regions: list[Region], apart: int = 0) -> None: ...
+    def __init__(self, name: str, regions: list[Region]) -> None: ...
 
     def connect(self, metadata: bytes) -> str:
         return "peer"

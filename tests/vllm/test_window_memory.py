@@ -30,7 +30,7 @@ class HostAgent:
 
     metadata = b"m"
 
-    def __init__(self, name: str, regions: list[Region], apart: int = 0) -> None:
+    def __init__(self, name: str, regions: list[Region]) -> None:
         if sum(region.num_bytes >= ROW_BYTES for region in regions) > 1:
             raise GpuMemoryError("UCX is likely not configured with CUDA")
 

@@ -1,4 +1,4 @@
-"""READs between processes of one host, by UCX's own choice of transport: NIXL's thread copies while others talk."""
+"""READs between processes of one host by UCX's own choice of transport, which is a copy."""
 
 from __future__ import annotations
 
@@ -62,7 +62,6 @@ def host() -> Iterator[Host]:
 
 
 def test_a_reader_that_ends_while_blocks_are_copied_ends_in_order(host: Host) -> None:
-    """UCX ends a process whose agent ends in the middle of a copy."""
     for _ in range(3):
         host.read_until_right()
         host.start_read(slice(0, ROWS // 2))
