@@ -56,6 +56,7 @@ class AdminRoutes:
             "state": engine.state,
             "was_ready": engine.was_ready,
             "role": engine.role,
+            "deadlines": engine.address.options.deadlines,
             "discovered": engine.address.options.discovered,
             "in_flight": self._fleet.ledger.own(engine.slot).in_flight,
             "knowledge": engine.knowledge,

@@ -241,7 +241,7 @@ def _warnings(values: dict[str, Any], config: ProxyConfig) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} {values[name]} can be read by everybody on this host; chmod o-r it"
     if not config.discovery and all(engine.options.role == "prefill" for engine in config.engines):
         what = "only prefill engines, which answer no client," if config.engines else "no engine"
-        yield f"{what} given: every request gets 503 until POST /engines on the admin listener adds one"
+        yield f"{what} given: every request gets 503 until one is added (POST /engines on the admin listener)"
     if config.router_mode != "kv" and (config.routing.overlap_weight is not None or config.routing.temperature):
         yield f"--kv-overlap-score-weight and --router-temperature count in mode kv, not in {config.router_mode}"
 

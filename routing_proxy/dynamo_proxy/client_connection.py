@@ -237,6 +237,8 @@ class ClientConnection(asyncio.Protocol):
                 self.loop.call_soon(self._pump)
         elif self._reader.mid_request:
             self._linger()
+        elif self._closing_soon:
+            self._hang_up(self._transport)
         else:
             self._transport.close()
 
@@ -258,7 +260,21 @@ class ClientConnection(asyncio.Protocol):
         """Shutting down: no further request on this connection."""
         self._closing_soon = True
         if not self._busy and not self._discarding and self._transport is not None:
-            self._transport.close()
+            self._hang_up(self._transport)
+
+    def _hang_up(self, transport: asyncio.Transport) -> None:
+        """Shutting down: all is written. A TLS client may never answer that we close, and the drain waits for it."""
+        transport.close()
+        if transport.get_extra_info("sslcontext") is not None:
+            self.loop.call_later(_LINGER_SECONDS, self._stop_waiting)
+
+    def _stop_waiting(self) -> None:
+        if self._transport is None:
+            return
+        if self._transport.get_write_buffer_size():
+            self.loop.call_later(_LINGER_SECONDS, self._stop_waiting)
+        else:
+            self._transport.abort()
 
     def end(self) -> None:
         """The proxy ends: a request under way is cut."""

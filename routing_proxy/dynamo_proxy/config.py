@@ -38,8 +38,13 @@ class EngineOptions:
         """True if every setting that `asked` names is as it says."""
         return all(getattr(asked, name) in (None, "", getattr(self, name)) for name in ("role", *_DEADLINES.values()))
 
+    @property
+    def deadlines(self) -> dict[str, float]:
+        """Those of its own, by field."""
+        return {name: value for name in _DEADLINES.values() if (value := getattr(self, name)) is not None}
+
     def applied_to(self, timeouts: Timeouts) -> Timeouts:
-        own = {name: value for name in _DEADLINES.values() if (value := getattr(self, name)) is not None}
+        own = self.deadlines
         return replace(timeouts, **own) if own else timeouts
 
 

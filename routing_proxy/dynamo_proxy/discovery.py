@@ -191,11 +191,15 @@ class Discovery:
         self._found: dict[str, frozenset[EngineAddress]] = {}
         self._told: dict[str, str] = {}
         self._leaving: set[Engine] = set()
+        #: What the worker before this one had from them, until all of them have said what they name now.
+        self._inherited: list[EngineAddress] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Look once, then again and again."""
         if self._sources:
+            known = [engine.address for engine in self._fleet.registry]
+            self._inherited = [address for address in known if address.options.discovered]
             await self.turn()
             self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -228,6 +232,10 @@ class Discovery:
                 self._came(address)
             for address in before - found:
                 self._went(address)
+        if all(source.name in self._found for source in self._sources):
+            for address in self._inherited:
+                self._went(address)
+            self._inherited = []
         for engine in list(self._leaving):
             await self._let_go(engine)
 

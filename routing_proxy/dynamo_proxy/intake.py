@@ -72,7 +72,7 @@ class Intake:
             body = without_internal(body)
             if model in self.aliases:
                 body["model"] = self.aliases[model]
-            request = Request(request.head, orjson.dumps(body))
+            request = Request(request.head, _dumped(body))
         tapeable = False
         if "stream" in body and self.resume_streams and request.head.minor_version:
             tapeable = is_resumable(path, body)
@@ -107,10 +107,18 @@ class Intake:
             prompt = Prompt(self.aliases.get(named, named))
             if named in self.aliases:
                 prompt.asked_model = named
-                request = Request(request.head, orjson.dumps({**orjson.loads(body), "model": prompt.model}))
+                request = Request(request.head, _dumped({**orjson.loads(body), "model": prompt.model}))
             return Asked(request, prompt)
         field = _FORM_MODEL.search(body) if b'name="model"' in body else None
         return Asked(request, Prompt(field[1].decode("utf-8", "replace")) if field is not None else Prompt())
+
+
+def _dumped(body: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        message = "the request body is nested too deeply to be passed on under another model name or without a field"
+        raise RequestError(400, "invalid_json", message) from None
 
 
 def asks_for_stream(body: bytes) -> bool:

@@ -107,9 +107,7 @@ class Knowledge:
             ends = [run * size for run in self.exact.tier_runs(slot, blocks, depth)] if depth else []
         else:
             nodes = self.approx.matched(prompt.chain, 1 << slot).get(slot, 0)
-            ends = [int(chain_units(nodes) * self._unit_tokens(prompt))]
-        whole = self.prompt_tokens(prompt)
-        ends = [min(end, whole) for end in ends]
+            ends = [min(int(chain_units(nodes) * self._unit_tokens(prompt)), self.prompt_tokens(prompt))]
         found = {name: end - start for name, start, end in zip(TIER_NAMES, (0, *ends), ends, strict=False)}
         return {name: tokens for name, tokens in found.items() if tokens}
 

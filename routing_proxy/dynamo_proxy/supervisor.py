@@ -103,6 +103,7 @@ class Supervisor:
         done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if ready not in done:
             ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)
             raise ListenError("a worker did not start; its own line above says why")
 
     async def _start_admin(self) -> None:
@@ -130,15 +131,14 @@ class Supervisor:
             engines = await self._engines_now() or engines
 
     async def _engines_now(self) -> tuple[EngineAddress, ...]:
-        """What the other workers were told since the start."""
+        """What the other workers know, also from sources that say nothing just now."""
         known = {address: address for address in self._config.engines}
         engines = []
         for row in await self.admin.engines():
-            if row["discovered"]:
-                continue  # the new worker finds it too
             address = parse_engine_url(row["url"])
             address = known.get(address, address)
-            options = replace(address.options, draining=row["state"] == "draining", role=row["role"])
+            told = {**row["deadlines"], "role": row["role"], "discovered": row["discovered"]}
+            options = replace(address.options, **told, draining=row["state"] == "draining")
             engines.append(replace(address, options=options))
         return tuple(engines)
 

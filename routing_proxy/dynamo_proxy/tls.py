@@ -69,7 +69,9 @@ class ServerTls:
 
         try:
             if b"PRIVATE KEY-----" not in Path(key_file).read_bytes():
-                raise ConfigError(f"cannot use {names} (no key is in it); name the key's file with --tls-key-file")
+                raise ConfigError(
+                    f"cannot use {names} (no PEM key is in {key_file}); name the file that has it with --tls-key-file"
+                )
             # A pair that does not fit would spoil the context in use: try it elsewhere first.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password=locked)
             self.context.load_cert_chain(cert_file, key_file, password=locked)

@@ -30,7 +30,7 @@ def test_engines_are_listed_added_drained_resumed_and_removed() -> None:
             assert listing["prompt_tokens_total"] > 50
             assert listing["engines"] == [
                 {"url": engine.url, "name": name, "role": "", "state": "ready", "was_ready": True, "in_flight": 0,
-                 "discovered": False, "knowledge": "approximate", "models": ["tiny"]}
+                 "deadlines": {}, "discovered": False, "knowledge": "approximate", "models": ["tiny"]}
                 for engine, name in ((first, "engine-0"), (second, "engine-1"))
             ]  # fmt: skip
             drained = await admin(port, "POST", "/engines/drain", {"url": first.url})

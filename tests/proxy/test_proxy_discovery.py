@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from dynamo_proxy.config import DiscoverySources, EngineAddress
+from dynamo_proxy.config import DiscoverySources, EngineAddress, EngineOptions
 from dynamo_proxy.discovery import DnsSource, KubernetesSource
 from dynamo_proxy.errors import ConfigError, DiscoveryError
 from dynamo_proxy.server import ProxyServer
@@ -73,6 +74,29 @@ def test_an_engine_that_vanishes_finishes_what_it_has_and_may_come_back(tmp_path
             assert b"".join([chunk async for chunk in client.chunks()]).endswith(b"[DONE]\n\n")
             await wait_until(lambda: not urls(proxy), "it is removed")
             await engine.stop()
+
+    run(body())
+
+
+def test_what_a_worker_inherits_stays_until_all_sources_have_spoken(tmp_path: Path) -> None:
+    async def body() -> None:
+        first, second = await FakeEngine().start(), await FakeEngine().start()
+        path = tmp_path / "engines"
+        path.write_text("")
+        async with proxy_before(discovery=sources(files=(str(path),))) as proxy:
+            await proxy.discovery.close()
+            for fake in (first, second):
+                proxy.add_engine(replace(fake.address, options=EngineOptions(discovered=True)))
+            await proxy.discovery.start()
+            await proxy.discovery.turn()
+            assert urls(proxy) == {first.url, second.url}
+            path.write_text(second.url)
+            await wait_until(lambda: urls(proxy) == {second.url})
+            assert not proxy.registry.find(second.address).draining
+            path.write_text("# none\n")
+            await wait_until(lambda: not urls(proxy))
+            await first.stop()
+            await second.stop()
 
     run(body())
 

@@ -84,6 +84,18 @@ def test_a_client_reads_the_name_that_it_used(path: str) -> None:
     run(body())
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/pooling"])
+def test_what_is_too_deep_to_be_written_anew_is_the_clients_mistake(path: str) -> None:
+    async def body() -> None:
+        async with proxy_before(await FakeEngine(("tiny",)).start(), aliases=(("fast", "tiny"),)) as proxy:
+            deep = b"[" * 300 + b"]" * 300
+            answer = await ask(proxy.port, post(path, b'{"model": "fast", "messages": [], "x": ' + deep + b"}"))
+            assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_json")
+            assert "too deeply" in answer.json()["error"]["message"]
+
+    run(body())
+
+
 @pytest.mark.parametrize("texts", [["x"], ["=m"], ["a="], ["a=a"]])
 def test_aliases_that_cannot_work_are_refused(texts: list[str]) -> None:
     with pytest.raises(ConfigError, match="NAME=MODEL"):

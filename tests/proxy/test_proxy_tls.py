@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import ipaddress
 import os
+import socket
 import ssl
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from dynamo_proxy import client_connection
 from dynamo_proxy.config import EngineAddress, TlsFiles, parse_engine_url
 from dynamo_proxy.engines import Health
 from dynamo_proxy.errors import ConfigError
@@ -122,6 +124,25 @@ def test_a_client_that_does_not_read_holds_its_engine_back_through_tls(tmp_path:
     run(body())
 
 
+def test_a_client_that_never_answers_the_close_does_not_hold_the_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_connection, "_LINGER_SECONDS", 0.1)
+
+    async def body() -> None:
+        pem = certificate(tmp_path)
+        async with proxy_before(await FakeEngine().start(), tls=TlsFiles(pem)) as proxy:
+            context = ssl.create_default_context(cafile=pem)
+            with socket.create_connection(("127.0.0.1", proxy.port)) as plain:
+                client = await asyncio.to_thread(context.wrap_socket, plain, server_hostname="127.0.0.1")
+                client.sendall(post("/v1/chat/completions", chat()))
+                assert (await asyncio.to_thread(client.recv, 100)).startswith(b"HTTP/1.1 200")
+                assert await proxy.drain(60)  # nobody reads what the client is told
+                client.close()
+
+    run(body())
+
+
 def test_an_engine_that_is_not_trusted_gets_no_request(tmp_path: Path) -> None:
     async def body() -> None:
         trusted, other = certificate(tmp_path, "trusted"), certificate(tmp_path, "other")
@@ -195,7 +216,7 @@ def test_a_key_that_is_locked_or_elsewhere_is_told_as_that(tmp_path: Path) -> No
     alone.write_bytes(whole[whole.index(b"-----BEGIN CERTIFICATE") :])
     with pytest.raises(ConfigError, match=f"{locked} is encrypted; write it without a passphrase"):
         ServerTls(str(alone), str(locked))
-    with pytest.raises(ConfigError, match=f"{alone} .no key is in it.; .* --tls-key-file"):
+    with pytest.raises(ConfigError, match=f"{alone} .no PEM key is in .*; .* --tls-key-file"):
         ServerTls(str(alone), "")
 
 

@@ -105,12 +105,14 @@ def test_a_worker_that_dies_is_started_again_and_knows_what_changed() -> None:
         first, second = await FakeEngine().start(), await FakeEngine().start()
         async with workers("--engine", first.url) as (process, port, admin_port, lines):
             await ready(port)
-            await admin(admin_port, "POST", "/engines", {"url": second.url})
+            added = {"url": f"{second.url},idle=7"}
+            await admin(admin_port, "POST", "/engines", added)
             await admin(admin_port, "POST", "/engines/drain", {"url": first.url})
             before = children(process)
             psutil.Process(before[0]).kill()
             await wait_until(lambda: len(children(process)) == 2 and children(process) != before, "a new worker")
             await wait_until_listed(admin_port, second.url)
+            assert (await admin(admin_port, "POST", "/engines", added)).status == 200, "its deadline is not known"
             seen = len(first.requests)
             for _ in range(20):
                 await settled(port)
