@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from dynamo_connectors.errors import ConfigError, StoreError
 from dynamo_connectors.head_map import Piece
@@ -19,6 +18,7 @@ from dynamo_connectors.transport.agent import (
     Agent,
     Devices,
     GpuMemoryError,
+    Numbers,
     Region,
     TransferEndedError,
     TransferUnknownError,
@@ -35,7 +35,6 @@ _LONGEST_PAUSE_SECONDS = 30.0
 #: 1.5.1). READs take milliseconds; what takes longer waits for a peer that stands still, and ends with the agent.
 _LAST_READS_SECONDS = 1.5
 
-Numbers: TypeAlias = npt.NDArray[np.int64]
 #: Addresses here and there, and bytes.
 Pieces: TypeAlias = tuple[Sequence[int] | Numbers, Sequence[int] | Numbers, Sequence[int] | Numbers]
 
@@ -128,10 +127,9 @@ class DataPlane:
         if known is None or self._agent is None or (place := known.welcome.words) is None:
             return "unavailable"
         words = self._landing.places(local)
-        there = np.empty(len(words), dtype=np.int64)
-        there[0] = place.run
-        there[1:] = (place.window if in_window else place.slots) + WORD_BYTES * np.asarray(slots, dtype=np.int64)
-        pieces = _joined(self._landing.addresses(words), there, np.full(len(words), WORD_BYTES))
+        there = (place.window if in_window else place.slots) + WORD_BYTES * np.asarray(slots, dtype=np.int64)
+        lengths = np.full(len(words), WORD_BYTES)
+        pieces = _joined(self._landing.addresses(words), np.concatenate(([place.run], there)), lengths)
         return self._start_read(read, known.agent, pieces, (None, None), words)
 
     def _start_read(
@@ -242,8 +240,6 @@ class DataPlane:
 
 def _joined(here: Numbers, there: Numbers, lengths: Numbers) -> Pieces:
     """Neighbours on both sides are one piece."""
-    starts = np.empty(len(here), bool)
-    starts[0] = True
-    ends = lengths[:-1]
-    starts[1:] = (here[1:] - here[:-1] != ends) | (there[1:] - there[:-1] != ends)
+    starts = np.ones(len(here), bool)
+    starts[1:] = (here[1:] - here[:-1] != lengths[:-1]) | (there[1:] - there[:-1] != lengths[:-1])
     return here[starts], there[starts], np.add.reduceat(lengths, starts.nonzero()[0])

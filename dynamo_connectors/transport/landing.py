@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from dynamo_connectors.transport.agent import Region
+from dynamo_connectors.transport.agent import Numbers, Region
 
 WORD_BYTES = 8
 
@@ -31,17 +30,17 @@ class Landing:
     def region(self) -> Region:
         return Region(self._words.ctypes.data, self._words.nbytes)
 
-    def places(self, rows: Sequence[int]) -> npt.NDArray[np.int64]:
+    def places(self, rows: Sequence[int]) -> Numbers:
         """Which words of the landing: one for the READ into the rows at these addresses, and one for each of them."""
         addresses = np.asarray(rows, dtype=np.int64)
         where = np.searchsorted(self._starts, addresses, side="right") - 1
         at = self._firsts[where] + (addresses - self._starts[where]) // self._row_bytes
-        places: npt.NDArray[np.int64] = np.concatenate((at[:1] + len(self._words) // 2, at))
+        places: Numbers = np.concatenate((at[:1] + len(self._words) // 2, at))
         return places
 
-    def addresses(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def addresses(self, places: Numbers) -> Numbers:
         return places * WORD_BYTES + self._words.ctypes.data
 
-    def words(self, places: npt.NDArray[np.int64]) -> list[int]:
+    def words(self, places: Numbers) -> list[int]:
         words: list[int] = self._words[places].tolist()
         return words

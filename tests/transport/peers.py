@@ -83,10 +83,11 @@ class Reads:
     #: That of the first, where the owner has ranks.
     port: int
     lease = ""
+    keys = KEYS
 
-    def start_read(self) -> int:
-        rows = list(range(len(KEYS)))
-        number: int = self.reader.call("read", port=self.port, lease=self.lease, keys=KEYS, rows=rows)
+    def start_read(self, blocks: slice = slice(None)) -> int:
+        rows = list(range(len(self.keys)))[blocks]
+        number: int = self.reader.call("read", port=self.port, lease=self.lease, keys=self.keys[blocks], rows=rows)
         return number
 
     def end_read(self, number: int) -> set[str]:

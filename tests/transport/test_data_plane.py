@@ -36,6 +36,8 @@ class Flaky:
     starts = 0
     broken = False
     releases_badly = False
+    looks = 0
+    released = 0
 
     def __init__(self, name: str, regions: list[Region]) -> None:
         Flaky.starts += 1
@@ -49,12 +51,14 @@ class Flaky:
         return object()
 
     def is_done(self, handle: object) -> bool:
-        return True
+        Flaky.looks -= 1
+        return Flaky.looks < 0
 
     def measured(self, handle: object) -> Measured:
         return Measured(4096, 1, 20, 300)
 
     def release(self, handle: object) -> None:
+        Flaky.released += 1
         if Flaky.releases_badly:
             raise RuntimeError("NIXL_ERR_NOT_POSTED")
 
@@ -68,7 +72,7 @@ class Flaky:
 @pytest.fixture
 def plane(monkeypatch: pytest.MonkeyPatch) -> Iterator[DataPlane]:
     monkeypatch.setattr(data_plane, "Agent", Flaky)
-    Flaky.starts, Flaky.broken, Flaky.releases_badly = 0, False, False
+    Flaky.starts, Flaky.broken, Flaky.releases_badly, Flaky.looks, Flaky.released = 0, False, False, 0, 0
     plane = DataPlane("reader", [Region(0, 1 << 20)], 8)
     yield plane
     plane.close()
@@ -107,6 +111,20 @@ def test_a_handle_that_cannot_be_released_is_a_read_that_has_ended(plane: DataPl
     assert plane.transfers_under_way == 0
     assert plane.counts["nixl_transferred_bytes", ""] == 4096
     assert plane.counts["nixl_transfer_microseconds", ""] == 300
+
+
+@pytest.mark.parametrize(("looks", "released"), [(3, 1), (1 << 30, 0)])
+def test_a_read_ends_before_the_agent_does_if_it_ends_soon(
+    plane: DataPlane, monkeypatch: pytest.MonkeyPatch, looks: int, released: int
+) -> None:
+    if not released:
+        monkeypatch.setattr(data_plane, "_LAST_READS_SECONDS", 0.05)
+    Flaky.looks = looks
+    assert plane.connect("tcp://a", WELCOME) is None
+    assert plane.post(1, "tcp://a", [0], [0]) is None
+    plane.close()
+    assert Flaky.released == released
+    assert plane.transfers_under_way == 0
 
 
 def test_without_a_descriptor_for_a_socket_a_message_is_lost_and_nothing_else(

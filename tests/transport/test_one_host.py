@@ -7,17 +7,15 @@ from contextlib import ExitStack
 
 import pytest
 
-from dynamo_connectors.transport.messages import Done, Grant, Reply, Request
-from tests.transport.peers import ROW_BYTES, ROWS, Between, PeerProcess
-from tests.vllm.client import wait_until
+from dynamo_connectors.transport.messages import Done, Grant
+from tests.transport.peers import DEADLINE_SECONDS, ROW_BYTES, ROWS, Between, PeerProcess, Reads
 from tools.server_process import free_port
 
-KEYS = [f"key{number}" for number in range(ROWS)]
-LEASE = "ab" * 16
 
-
-class Host:
+class Host(Reads):
     """An owner, a reader, and somebody between them."""
+
+    lease, keys = "ab" * 16, [f"key{number}" for number in range(ROWS)]
 
     def __init__(self, stack: ExitStack) -> None:
         self.owner_port, self.port = free_port(), free_port()
@@ -33,26 +31,12 @@ class Host:
         self.owner = PeerProcess()
         self._stack.callback(self.owner.end)
         assert self.owner.call("owner", rows=ROWS, row_bytes=ROW_BYTES, port=self.owner_port, options={}) is None
-        for slot, key in enumerate(KEYS):
+        for slot, key in enumerate(self.keys):
             self.owner.call("fill", slot=slot, key=key)
-        self.owner.call("export", lease=LEASE, slots={key: slot for slot, key in enumerate(KEYS)})
+        self.owner.call("export", lease=self.lease, slots={key: slot for slot, key in enumerate(self.keys)})
 
     def start_reader(self) -> None:
-        self.reader.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": 5.0})
-
-    def start_read(self, blocks: slice = slice(None)) -> int:
-        keys, rows = KEYS[blocks], list(range(ROWS))[blocks]
-        number: int = self.reader.call("read", port=self.port, lease=LEASE, keys=keys, rows=rows)
-        return number
-
-    def end_read(self, number: int) -> set[str]:
-        said = self.reader.call("wait", read=number)
-        assert said is not None, "the read did not end"
-        assert "WRONG" not in said
-        return set(said)
-
-    def read_until_right(self) -> None:
-        wait_until(lambda: self.end_read(self.start_read()) == {"right"}, "the blocks arrive", 60.0)
+        self.reader.call("reader", rows=ROWS, row_bytes=ROW_BYTES, options={"deadline_seconds": DEADLINE_SECONDS})
 
 
 @pytest.fixture
@@ -76,15 +60,8 @@ def test_a_reader_that_ends_while_blocks_are_copied_ends_in_order(host: Host) ->
 @pytest.mark.parametrize("kind", [Grant, Done])
 def test_an_owner_that_is_killed_while_its_blocks_are_copied_costs_them(host: Host, kind: type) -> None:
     host.read_until_right()
-
-    def kill(message: Request | Reply) -> int:
-        if isinstance(message, kind):
-            host.owner.kill()
-        return 1
-
-    host.between.hook = kill
-    expected = {"disconnected", "timeout", "unreachable", "right"}
-    assert host.end_read(host.start_read()) <= expected
+    host.between.at(kind, host.owner.kill)
+    assert host.read() <= {"disconnected", "timeout", "unreachable", "right"}
     host.between.hook = lambda message: 1
     host.start_owner()
     host.read_until_right()
